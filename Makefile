@@ -1,0 +1,34 @@
+# Every command prepares what it needs (an environment and ComfyUI, kept outside the checkout) and then runs.
+# COMFYUI_PATH=folder uses a ComfyUI of yours, COMFYUI_PYTHON=python its Python, PYTHON=python builds the environment.
+PORT ?= 8188
+ARGS ?=
+RUN := sh tools/start.sh environment.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test serve bench train-demo lock clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: ## erase a concept on the demo model; pictures and report in output/demo/
+	@$(RUN) demo.run $(ARGS)
+
+test: ## lint, types and the whole test suite
+	@$(RUN) -m ruff check .
+	@$(RUN) tools.typecheck
+	@$(RUN) -m pytest $(ARGS)
+
+serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
+	@$(RUN) tools.serve --port $(PORT) $(ARGS)
+
+bench: ## overhead and erasure tables in output/bench/
+	@$(RUN) benchmarks.run $(ARGS)
+
+train-demo: ## rebuild the demo data and weights from scratch
+	@$(RUN) demo.train $(ARGS)
+
+lock: ## resolve tools/requirements.in into tools/requirements.lock again
+	@sh tools/start.sh run.py tools.lock
+
+clean: ## remove what the commands wrote into the checkout
+	rm -rf output .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""`make bench`: every table that the README quotes, into output/bench/ as JSON and Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo import world
+from ..demo.judge import accuracy
+from ..demo.load import load_judge
+from ..tools.environment import ROOT
+from . import erasure, readings
+from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
+
+OUTPUT = ROOT / "output" / "bench"
+
+
+def plain(value: Any) -> Any:
+    return value.json() if isinstance(value, Rate) else value
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    cells = [columns, ["---"] * len(columns)]
+    cells += [[f"{v:.3f}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], about: str) -> None:
+    """A table, whole or not at all."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps([{k: plain(v) for k, v in row.items()} for row in rows], indent=1) + "\n",
+             ".md": f"# {name}\n\n{about}\n\n{markdown(rows)}"}
+    for ending, text in texts.items():
+        part = OUTPUT / f"{name}{ending}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(OUTPUT / f"{name}{ending}")
+    print(f"\n{texts['.md']}", flush=True)
+
+
+def judge_table(quick: bool) -> list[dict[str, Any]]:
+    """The judge on renderings of a seed that it has not seen; needs the icon sets (npm)."""
+    from ..demo.glyphs import Painter
+
+    painter = Painter(Path(ROOT) / "output" / "train-demo" / "icons")
+    count = 256 if quick else 2048
+    return [{"pictures": kind, **accuracy(load_judge(), painter, count, damage=damage)}
+            for kind, damage in (("clean", False), ("blurred, noisy, off colour", True))]
+
+
+def main() -> None:
+    tables = ("judge", "unedited", "readings", "cosines", "erasure")
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
+    parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
+    args = parser.parse_args()
+    wanted, quick, start = args.only or tables, args.quick, time.time()
+    settings = f"{STEPS} steps, cfg {CFG:g}, {SAMPLER}/{SCHEDULER}, fp32, {platform.machine()} CPU, torch " \
+               f"{torch.__version__}; intervals are Wilson's 95 %."
+    demo = Demo.ready()
+    if "judge" in wanted:
+        write("judge", judge_table(quick), "Right answers of the judge on unseen renderings.")
+    if "unedited" in wanted:
+        rates = erasure.unedited(demo, 16 if quick else 128)
+        write("unedited", [{"figure": k, "rate": v, "pictures": v.n} for k, v in rates.items()],
+              f"The demo model without edits. {settings}")
+    if "readings" in wanted:
+        write("readings", readings.compare(demo, count=4 if quick else 16), f"Readings of CRE's eq. 4. {settings}")
+    if "cosines" in wanted:
+        rows = [{"block": block, **values} for block, values in readings.cosines(demo, "beer mug").items()]
+        write("cosines", rows, "Mean cosine between A and A-tilde ('beer mug'), over positions and steps.")
+    if "erasure" in wanted:
+        objects = world.ERASED[:1] if quick else world.ERASED
+        styles = world.NAMED_STYLES[:1] if quick else world.NAMED_STYLES
+        rows = erasure.table(demo, lambda text: demo.erase(demo.concept(text)), 8 if quick else 50,
+                             objects=objects, styles=styles)
+        write("erasure", rows, f"CRE, one concept at a time, default settings. {settings}")
+    print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

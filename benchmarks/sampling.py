@@ -1,0 +1,113 @@
+"""Pictures from the demo model in bulk: one batch holds many prompts, and every condition uses the same noise."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..demo import world
+from ..demo.judge import Verdict, judge
+from ..demo.load import load, load_judge, reference_prompt
+from ..editing.binding import add_edit
+from ..editing.cre import DEFAULTS, CREOptions
+from ..editing.encode import concept_from_text
+from ..editing.spec import Concept, EditSpec
+
+STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
+BATCH = 25
+
+
+@dataclass
+class Demo:
+    """The demo model with what measures it."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    steps: int = STEPS
+
+    @classmethod
+    def ready(cls) -> Demo:
+        return cls(*load())
+
+    def encode(self, text: str) -> Any:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def encode_with(self, text: str, picture: Tensor) -> Any:
+        """A prompt in which <image> stands for a picture [3, h, w]."""
+        return reference_prompt(self.clip, picture.movedim(0, -1)[None], text)
+
+    def concept(self, text: str) -> Concept:
+        return concept_from_text(self.clip, text, text)
+
+    def erase(self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None,
+              **where: Any) -> Any:
+        """The MODEL with CRE on `concept`."""
+        return add_edit(model or self.model, EditSpec("projection", concept, strength, options=options, **where))
+
+    def pictures(self, model: Any, prompts: Sequence[str | Any], seed: int = 0) -> Tensor:
+        """One picture a prompt (text or CONDITIONING), [n, 3, 128, 128] in [0, 1]; picture i always gets noise i."""
+        conds = [self.encode(p) if isinstance(p, str) else p for p in prompts]
+        noise = torch.randn(len(conds), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        negative, out = self.encode(""), []
+        for i in range(0, len(conds), BATCH):
+            positive = [[torch.cat([c[0][0] for c in conds[i:i + BATCH]]), {}]]
+            x = noise[i:i + BATCH]
+            z = comfy.sample.sample(model, x, self.steps, CFG, SAMPLER, SCHEDULER, positive, negative,
+                                    torch.zeros_like(x), seed=seed, disable_pbar=True)
+            out.append(self.vae.decode(z).movedim(-1, 1))
+        return torch.cat(out)
+
+    def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0) -> list[Verdict]:
+        return judge(load_judge(), self.pictures(model, prompts, seed))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """hits of n, with Wilson's 95 % interval."""
+
+    hits: int
+    n: int
+
+    @classmethod
+    def of(cls, results: Sequence[bool]) -> Rate:
+        return cls(sum(results), len(results))
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, p, n = 1.96, self.value, self.n
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % ({100 * max(low, 0):.0f}-{100 * high:.0f})"
+
+    def json(self) -> dict[str, float]:
+        return {"hits": self.hits, "n": self.n, "low": self.interval[0], "high": self.interval[1]}
+
+
+def object_prompts(names: Sequence[str], count: int, seed: int) -> list[world.Picture]:
+    """`count` captions that name one object of `names` in turn, with and without a style and a background."""
+    rng = random.Random(seed)
+    return [world.one_object(rng, names[i % len(names)], world.maybe(rng, 0.5, world.NAMED_STYLES),
+                             world.maybe(rng, 0.5, world.BACKGROUNDS)) for i in range(count)]
+
+
+def style_prompts(style: str, count: int, seed: int) -> list[world.Picture]:
+    """`count` captions in one style, over all objects."""
+    rng = random.Random(seed)
+    names = rng.sample(list(world.OBJECTS), len(world.OBJECTS))
+    return [world.one_object(rng, names[i % len(names)], style, world.maybe(rng, 0.5, world.BACKGROUNDS))
+            for i in range(count)]

@@ -1,0 +1,1 @@
+"""The emoji world: data, model, training, judge and weights of the demo model."""

@@ -1,0 +1,41 @@
+"""Write trained weights as fp16 safetensors, whole or not at all."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from .load import JUDGE_FILE, MODEL_FILE
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
+    part.replace(path)
+
+
+def latent_rgb(latents: Tensor, pixels: Tensor) -> Tensor:
+    """The host's preview factors: least squares from latents to mean colours in [-1, 1], [4 + bias, 3]."""
+    z = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    rgb = avg_pool2d(pixels.float() / 127.5 - 1, 8).permute(0, 2, 3, 1).flatten(0, 2)
+    return torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), rgb).solution
+
+
+def save_model(trained: dict[str, Tensor], used: list[int], vae: dict[str, Tensor], rgb: Tensor,
+               metadata: dict[str, str]) -> None:
+    """`trained`: the averaged weights of `train_unet.Trainer`, by unet., text. and reference."""
+    out = {k: v for k, v in trained.items() if k.startswith(("unet.", "reference."))}
+    out |= {k.replace("text.clip.", "text."): v for k, v in trained.items() if k.startswith("text.clip.")}
+    out.pop("text.text_projection.weight", None)  # the identity
+    out |= {f"vae.{k}": v for k, v in vae.items()}
+    out = {k: v.half() for k, v in out.items()}
+    out |= {"rows": trained["text.rows"].half(), "used": torch.tensor(used).float(), "latent_rgb": rgb}
+    write(MODEL_FILE, out, metadata)
+
+
+def save_judge(weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    write(JUDGE_FILE, {k: v.half() for k, v in weights.items() if not k.endswith("num_batches_tracked")}, metadata)

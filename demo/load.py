@@ -1,0 +1,159 @@
+"""Load the demo model's weights as the host's own MODEL, CLIP and VAE, and the reference encoder and judge beside them."""
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import model
+from .judge import Judge
+
+WEIGHTS = Path(__file__).parent / "weights"
+MODEL_FILE, JUDGE_FILE = WEIGHTS / "demo-model.safetensors", WEIGHTS / "judge.safetensors"
+
+
+class WeightsError(RuntimeError):
+    """The weights cannot be used; the message names the file and the mend."""
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """A weights file's tensors in fp32; every fault becomes a WeightsError."""
+    mend = "reinstall ConceptGuard, or rebuild the weights with `make train-demo`"
+    if not path.is_file():
+        raise WeightsError(f"the demo weights {path.name} are missing from {path.parent}: {mend}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise WeightsError(f"the demo weights {path} are damaged ({e}): {mend}") from e
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not torch.isfinite(t).all():
+            raise WeightsError(f"the demo weights {path} are damaged ({name} holds no finite numbers): {mend}")
+    return {name: t.float() for name, t in tensors.items()}
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """Load a state dict that must fit exactly."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise WeightsError(f"the demo weights {path} do not fit this version of ConceptGuard ({e}): "
+                           "update the file, or rebuild it with `make train-demo`") from e
+    return module.eval().requires_grad_(False)
+
+
+def load_unet(tensors: dict[str, Tensor]) -> Any:
+    """A ModelPatcher around the host's BaseModel with SD1's schedule and latent format."""
+    import comfy.latent_formats
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    rgb = tensors["latent_rgb"].tolist()
+
+    class DemoLatent(comfy.latent_formats.SD15):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = rgb[:4], rgb[4]
+            self.taesd_decoder_name = None
+
+    class DemoConfig(comfy.supported_models.SD15):
+        unet_config = model.UNET_CONFIG
+        unet_extra_config = model.HEADS
+        latent_format = DemoLatent
+
+    weights = part(tensors, "unet.")
+    device, config = mm.get_torch_device(), DemoConfig(model.UNET_CONFIG)
+    dtype = mm.unet_dtype(model_params=sum(w.numel() for w in weights.values()),
+                          supported_dtypes=config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
+    base = config.get_model({}, device=mm.unet_offload_device())
+    fill(base.diffusion_model, weights, MODEL_FILE)
+    return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=mm.unet_offload_device())
+
+
+def load_clip(tensors: dict[str, Tensor]) -> Any:
+    """The host's CLIP object; a token that the world never used gets the mean of those that it did."""
+    import comfy.sd
+    import folder_paths
+    from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
+    from comfy.supported_models_base import ClipTarget
+
+    class Tokenizer(SDTokenizer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(embedding_size=model.WIDTH, **kwargs)
+
+    class Text(SDClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(device=device, textmodel_json_config=dict(model.TEXT_CONFIG), dtype=dtype,
+                             return_projected_pooled=False, model_options=model_options or {})
+
+    def text_model(**kwargs: Any) -> SD1ClipModel:
+        return SD1ClipModel(clip_model=Text, **kwargs)
+
+    def tokenizer(**kwargs: Any) -> SD1Tokenizer:
+        return SD1Tokenizer(tokenizer=Tokenizer, **kwargs)
+
+    rows, used = tensors["rows"], tensors["used"].long()
+    table = rows.mean(0).repeat(model.VOCABULARY, 1)
+    table[used] = rows
+    weights = part(tensors, "text.")
+    weights["text_model.embeddings.token_embedding.weight"] = table
+    weights["text_projection.weight"] = torch.eye(model.WIDTH)
+    clip = comfy.sd.CLIP(ClipTarget(tokenizer, text_model),  # type: ignore[arg-type]
+                         embedding_directory=folder_paths.get_folder_paths("embeddings"))
+    fill(clip.cond_stage_model.clip_l.transformer, weights, MODEL_FILE)
+    return clip
+
+
+def load_vae(tensors: dict[str, Tensor]) -> Any:
+    import comfy.sd
+
+    return comfy.sd.VAE(sd=part(tensors, "vae."))
+
+
+def load() -> tuple[Any, Any, Any]:
+    """The demo model's MODEL, CLIP and VAE, fresh objects at each call."""
+    tensors = read(MODEL_FILE)
+    try:
+        return load_unet(tensors), load_clip(tensors), load_vae(tensors)
+    except KeyError as e:
+        raise WeightsError(f"the demo weights {MODEL_FILE} lack {e}: rebuild them with `make train-demo`") from e
+
+
+@cache
+def load_reference() -> model.ReferenceEncoder:
+    encoder = fill(model.ReferenceEncoder(), part(read(MODEL_FILE), "reference."), MODEL_FILE)
+    assert isinstance(encoder, model.ReferenceEncoder)
+    return encoder
+
+
+@cache
+def load_judge() -> Judge:
+    judge = Judge()
+    tensors = read(JUDGE_FILE)
+    counters = {k: v for k, v in judge.state_dict().items() if k.endswith("num_batches_tracked")}
+    fill(judge, {**tensors, **counters}, JUDGE_FILE)
+    return judge
+
+
+@torch.no_grad()
+def reference_prompt(clip: Any, image: Tensor, text: str) -> Any:
+    """CONDITIONING for a prompt in which `<image>` stands for a picture [1, h, w, 3] in [0, 1]."""
+    pixels = torch.nn.functional.interpolate(image[:1, :, :, :3].movedim(-1, 1).float(), size=64, mode="area")
+    shown = list(load_reference()(pixels)[0])
+
+    def tokenize(words: str) -> list[Any]:
+        return [t for batch in clip.tokenize(words)["l"] for t, _ in batch
+                if not isinstance(t, int) or t not in (model.START, model.END)]
+
+    tokens = model.split_reference(tokenize, text, shown)
+    return clip.encode_from_tokens_scheduled({"l": [[(t, 1.0) for t in tokens]]})

@@ -1,0 +1,162 @@
+"""Train the demo UNet with its text encoder and its reference encoder, jointly, on the painted world."""
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+
+from . import model, world
+from .autoencoder import initialise
+
+IMAGE = -1  # placeholder ids of reference tokens
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text model as the host computes it, trainable: rows of the vocabulary that the world uses, and no others.
+
+    The stock module adds in place, which autograd refuses; `export` writes the stock module's state dict.
+    """
+
+    def __init__(self, used: list[int]):
+        import comfy.ops
+        from comfy.clip_model import CLIPTextModel
+
+        super().__init__()
+        self.clip = CLIPTextModel(model.TEXT_CONFIG, torch.float32, "cpu", comfy.ops.manual_cast)
+        del self.clip.text_model.embeddings.token_embedding  # 49,408 rows, of which the world uses a few hundred
+        initialise(self.clip)
+        nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.05)
+        self.used = used
+        self.rows = nn.Parameter(torch.randn(len(used), model.WIDTH) * 0.15)
+        self.register_buffer("row_of", torch.zeros(model.VOCABULARY, dtype=torch.long), persistent=False)
+        self.row_of[torch.tensor(used)] = torch.arange(len(used))
+
+    def forward(self, ids: Tensor, image_tokens: Tensor) -> Tensor:
+        """ids [b, 77] with IMAGE where reference tokens go (image_tokens [r, k, WIDTH], in order) -> [b, 77, WIDTH]."""
+        text, heads = self.clip.text_model, model.TEXT_CONFIG["num_attention_heads"]
+        x = self.rows[self.row_of[ids.clamp(min=0)]]
+        x = x.masked_scatter((ids == IMAGE)[..., None], image_tokens)
+        x = x + text.embeddings.position_embedding.weight
+        for layer in text.encoder.layers:
+            h, a = layer.layer_norm1(x), layer.self_attn
+            q, k, v = (p(h).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+            x = x + a.out_proj(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return text.final_layer_norm(x)
+
+
+def word_targets(text: TextEncoder, tokenize, pictures: list[world.Picture]) -> Tensor:
+    """What reference tokens should come near: the mean embedding of the object's words, and of the style's."""
+    def mean_row(words: str) -> Tensor:
+        return text.rows.detach()[text.row_of[torch.tensor(tokenize(words))]].mean(0)
+
+    half = model.IMAGE_TOKENS // 2
+    return torch.stack([torch.stack([mean_row(p.objects[0])] * half + [mean_row(p.style or "plain")] * half)
+                        for p in pictures])
+
+
+def cosine_alphas() -> Tensor:
+    """SD1's noise schedule: the cumulative product of 1 - beta, [1000]."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm-up, plateau, and a linear decay over the last quarter."""
+    return peak * min(step / 300, 1.0, max((steps - step) / (0.25 * steps), 0.002))
+
+
+class Trainer:
+    """Master weights and their average in fp32; the UNet computes in bf16."""
+
+    def __init__(self, pictures: list[world.Picture], latents: Tensor, references: Tensor, tokenize, seed: int = 0):
+        torch.manual_seed(seed)
+        self.pictures, self.latents, self.references, self.tokenize = pictures, latents, references, tokenize
+        self.ids = torch.tensor([model.split_reference(tokenize, p.caption, [IMAGE] * model.IMAGE_TOKENS)
+                                 for p in pictures])
+        self.reference_of = torch.tensor([p.reference is not None for p in pictures]).cumsum(0) - 1
+        self.empty = torch.tensor(model.split_reference(tokenize, "", []))
+        used = sorted(set(self.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
+        self.text, self.reference = TextEncoder(used), model.ReferenceEncoder()
+        self.unet = model.build_unet()
+        initialise(self.unet)
+        for name, w in self.unet.named_parameters():  # residual branches start silent
+            if any(end in name for end in ("proj_out", "out_layers.3", "out.2")):
+                nn.init.zeros_(w)
+        self.master = nn.ModuleDict({"unet": self.unet, "text": self.text, "reference": self.reference})
+        self.master.requires_grad_(True)
+        self.half = model.build_unet(torch.bfloat16).requires_grad_(True)
+        self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
+        self.alphas, self.step = cosine_alphas(), 0
+        self.opt = torch.optim.AdamW(self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01,
+                                     foreach=True)
+
+    def loss(self, batch: int, dropout: float = 0.1) -> Tensor:
+        i = torch.randint(len(self.latents), (batch,))
+        ids = torch.where(torch.rand(batch, 1) < dropout, self.empty, self.ids[i])
+        shown = i[(ids == IMAGE).any(1)]
+        tokens = self.reference(self.references[self.reference_of[shown]].float() / 255)
+        context = self.text(ids, tokens)
+        x, noise, t = self.latents[i], torch.randn(batch, *self.latents.shape[1:]), torch.randint(1000, (batch,))
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        z = a.sqrt() * x + (1 - a).sqrt() * noise
+        eps = self.half(z.bfloat16(), t.float(), context=context.bfloat16(), transformer_options={}).float()
+        snr = a / (1 - a)
+        weight = (snr + 1).clamp(max=5) / snr  # v-prediction's emphasis on noisy steps, where words decide; min-SNR-5
+        loss = (weight * (eps - noise).square()).mean()
+        if len(shown):
+            target = word_targets(self.text, self.tokenize, [self.pictures[j] for j in shown.tolist()])
+            loss = loss + 0.2 * mse_loss(tokens, target) / target.var()
+        return loss
+
+    def update(self, lr: float, batch: int) -> float:
+        """One step: gradients of the bf16 copy move the fp32 master, and the average follows."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.half.parameters()), list(self.unet.parameters()))
+        loss = self.loss(batch)
+        loss.backward()
+        for w, h in zip(self.unet.parameters(), self.half.parameters(), strict=True):
+            w.grad, h.grad = h.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.master.parameters(), 1.0, foreach=True)
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+        self.opt.step()
+        self.opt.zero_grad()
+        self.step += 1
+        if self.step % 4 == 0:
+            decay = min(0.996, self.step / (self.step + 200))
+            now = self.master.state_dict()
+            torch._foreach_lerp_(list(self.average.values()), [now[k] for k in self.average], 1 - decay)
+        return loss.item()
+
+    def state(self) -> dict:
+        return {"step": self.step, "master": self.master.state_dict(), "average": self.average,
+                "opt": self.opt.state_dict(), "rng": torch.get_rng_state(), "used": self.text.used}
+
+    def resume(self, state: dict) -> None:
+        self.step, self.average = state["step"], state["average"]
+        self.master.load_state_dict(state["master"])
+        self.opt.load_state_dict(state["opt"])
+        torch.set_rng_state(state["rng"])
+
+
+def train(trainer: Trainer, steps: int, batch: int = 32, peak: float = 8e-4, checkpoint: Path | None = None) -> None:
+    """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped."""
+    if checkpoint and checkpoint.exists():
+        trainer.resume(torch.load(checkpoint, weights_only=True))
+    start, first, shown = time.time(), trainer.step, 0.0
+    while trainer.step < steps:
+        loss = trainer.update(learning_rate(trainer.step, steps, peak), batch)
+        shown = loss if not shown else 0.99 * shown + 0.01 * loss
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} at step {trainer.step}")
+        if trainer.step % 50 == 0:
+            pace = (time.time() - start) / (trainer.step - first)
+            print(f"unet {trainer.step}/{steps} loss {shown:.4f} {pace:.2f} s/step", flush=True)
+        if checkpoint and (trainer.step % 250 == 0 or trainer.step == steps):
+            torch.save(trainer.state(), checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)

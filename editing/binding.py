@@ -1,0 +1,147 @@
+"""The engine's one connection to the host: edits are put into a MODEL here, and come to life when it is sampled.
+
+The edits travel as data. While sampling, a wrapper around each model call turns the active ones into patches, after
+every other pack has placed its own; so neither the order of nodes nor the packs in the graph decide who comes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTransformer, optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+from .blocks import BlockKey
+from .run import EDITS, Backbone, Run, chunks_of
+from .spec import EditSpec
+
+RUN = "concept_guard_run"  # in the transformer_options of one sampling run
+
+
+def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
+    """A clone of `model` with one more edit; raises if the model cannot be edited so."""
+    backbone_of(model.get_model_object("diffusion_model"), type(model.model).__name__, spec).admit(spec)
+    model = model.clone()
+    options = model.model_options["transformer_options"]
+    options[EDITS] = [*options.get(EDITS, ()), spec]
+    for kind, wrapper in WRAPPERS.items():
+        if not model.get_wrappers(kind, EDITS):
+            model.add_wrapper_with_key(kind, EDITS, wrapper)
+    return model
+
+
+def edits_of(model: ModelPatcher) -> tuple[EditSpec, ...]:
+    """The edits that a MODEL carries."""
+    return tuple(model.model_options["transformer_options"].get(EDITS, ()))
+
+
+def hook_options(spec: EditSpec) -> dict[str, Any]:
+    """The same edit for one conditioning only: what a TransformerOptionsHook takes."""
+    return {EDITS: [spec], "wrappers": {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}}
+
+
+def backbone_of(unet: torch.nn.Module, model_name: str, spec: EditSpec) -> Backbone:
+    """The model as the engine sees it; `spec` is who asks, and is named if the model cannot be edited."""
+    unet = getattr(unet, "_orig_mod", unet)  # compiled
+    blocks = cross_attentions(unet) if isinstance(unet, UNetModel) else {}
+    if not blocks:
+        raise spec.error(
+            f"cannot edit {model_name} ({type(unet).__name__}): ConceptGuard edits the cross-attention of SD1.x, SD2.x "
+            "and SDXL models; connect one of these"
+        )
+    width = next(iter(blocks.values())).attn2.to_k.in_features
+    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks)
+
+
+def cross_attentions(unet: UNetModel) -> dict[BlockKey, BasicTransformerBlock]:
+    """The transformer blocks that read the text, by the host's keys."""
+    if any(isinstance(module, SpatialVideoTransformer) for module in unet.modules()):
+        return {}  # its temporal blocks share their keys with the spatial ones, and it reads an image, not a text
+    middle = [] if unet.middle_block is None else [unet.middle_block]
+    found = {}
+    for side, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
+        for i, block in enumerate(blocks):
+            transformers = [module for module in block.modules() if isinstance(module, BasicTransformerBlock)]
+            found.update({(side, i, j): t for j, t in enumerate(transformers) if t.attn2 is not None})
+    return found
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+    """The host's own attention, as a block without a replacement calls it; Sage and Flash overrides still apply."""
+    return optimized_attention(
+        q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
+    )
+
+
+def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps a whole sampling run: makes its Run, and frees what it computed however the run ends."""
+    guider = executor.class_obj
+    options = guider.model_options.setdefault("transformer_options", {})
+    specs = options.get(EDITS)
+    if not specs or RUN in options:
+        return executor(*args, **kwargs)
+    patcher = guider.model_patcher
+    unet, sampling = (patcher.get_model_object(name) for name in ("diffusion_model", "model_sampling"))
+    with closing(start_run(unet, sampling, type(patcher.model).__name__, specs)) as run:
+        options[RUN] = run
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del options[RUN]
+
+
+def start_run(unet: torch.nn.Module, sampling: Any, model_name: str, specs: Sequence[EditSpec]) -> Run:
+    """Complains before the first step if one of the edits does not suit the model."""
+    run = Run(backbone_of(unet, model_name, specs[0]), sampling.percent_to_sigma, attention)
+    for spec in specs:
+        run.window(spec)
+    return run
+
+
+def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Wraps one model call: installs the edits that are active at its noise level."""
+    arguments = list(args)
+    holder, key = options_among(arguments, kwargs)
+    options = holder[key]
+    specs = options.get(EDITS, ())
+    if all(spec.idle for spec in specs) or 0 not in chunks_of(options):
+        return executor(x, t, *arguments, **kwargs)
+
+    model = executor.class_obj
+    with ExitStack() as stack:
+        run = options.get(RUN)
+        if run is None:  # an edit that only a hooked conditioning brings has no run around it
+            run = start_run(model.diffusion_model, model.model_sampling, type(model).__name__, specs)
+            stack.enter_context(closing(run))
+        active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
+        if active:
+            plan = run.plan(active, weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype())
+            holder[key] = run.install(options, plan)
+        return executor(x, t, *arguments, **kwargs)
+
+
+def options_among(args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Where a model call has its transformer_options: the host passes them by position, behind everything else."""
+    if "transformer_options" not in kwargs:
+        for i in reversed(range(len(args))):
+            if isinstance(args[i], dict):
+                return args, i
+    kwargs.setdefault("transformer_options", {})
+    return kwargs, "transformer_options"
+
+
+def weights_of(model: Any) -> Hashable:
+    """Changes when the weights do: keys and values made with other weights are not to be used again."""
+    patcher = model.current_patcher
+    if patcher is None:
+        return None
+    hooks = patcher.current_hooks.hooks if patcher.current_hooks is not None else ()
+    return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
+
+
+WRAPPERS = {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.APPLY_MODEL: apply_model}

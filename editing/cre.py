@@ -1,0 +1,91 @@
+"""Causal representation editing: the cross-attention output loses its projection on the concept's (papers: CRE, eq. 4).
+
+    Phi(A, At_k) = A - sum_k s_k (A^T At_k / ||At_k||^2) At_k,      At_k = softmax(Q Kt_k^T / sqrt d) Vt_k
+
+per spatial position and before `to_out`, At_k being what the same queries find in the concept's prompt. The paper
+leaves open what `CREOptions` chooses; DEFAULTS are the choices that measured best on the demo model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHOICES = {
+    "width": ("full", "head"),
+    "tokens": ("all", "own"),
+    "baseline": ("none", "empty"),
+    "negative": ("keep", "clip"),
+    "solve": ("joint", "sum"),
+}
+RIDGE = 1e-6  # of the Gram matrix' trace: dependent concepts share what they explain
+TINY = 1e-12  # a concept without attention output has no direction to project on, and edits nothing
+
+
+@dataclass(frozen=True)
+class CREOptions:
+    """The readings of eq. 4. The paper prints "all", "none", "keep", "sum", and does not say which width.
+
+    width: "full", one coefficient per position over all heads; "head", one per head.
+    tokens: "all" of the concept's prompt enter its softmax, or the concept's "own" without start, end and padding.
+    baseline: "empty" first takes the empty prompt's attention A0 from both A and At_k; "none" does not.
+    negative: "clip" adds nothing back where A points away from the concept; "keep" does.
+    solve: "joint" coefficients together explain A best; "sum" are each concept's own.
+    """
+
+    width: str
+    tokens: str
+    baseline: str
+    negative: str
+    solve: str
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+
+
+DEFAULTS = CREOptions(width="full", tokens="all", baseline="empty", negative="clip", solve="joint")
+
+
+def project(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
+    """Phi(A), eq. 4, in A's dtype. Shapes as in `projection`."""
+    return (A.float() - projection(A, At, s, options, A0)).to(A.dtype)
+
+
+def projection(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
+    """What eq. 4 takes away, sum_k s_k c_k (At_k - A0); fp32.
+
+    A: [..., H, d]; At: [K, ..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all;
+    A0: [..., H, d] or None, the baseline; returns [..., H, d].
+    """
+    a, x = A.float(), At.float()
+    if A0 is not None:
+        a, x = a - A0, x - A0
+    if options.width == "full":
+        a, x = a.flatten(-2)[..., None, :], x.flatten(-2)[..., None, :]  # one "head" as wide as all
+    s = s[..., None, None]  # [K, ..., 1, 1]
+    if options.solve == "sum" or len(x) == 1:
+        c = (x * a).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(TINY)
+    else:
+        c = least_squares(a, x, s != 0)
+    if options.negative == "clip":
+        c = c.clamp_min(0)
+    taken = s * c * x
+    return (taken[0] if len(x) == 1 else taken.sum(0)).reshape(A.shape)
+
+
+def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:
+    """argmin_c ||a - sum_k c_k x_k||^2 at every position and head, over the concepts that are present there.
+
+    a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1, 1]; returns c: [K, ..., H, 1].
+    """
+    X = x.movedim(0, -2)  # [..., H, K, d]
+    m = present.movedim(0, -2).to(X.dtype)  # [..., 1, K, 1]
+    b = m * (x * a).sum(-1, keepdim=True).movedim(0, -2)
+    gram = m * (X @ X.mT) * m.mT
+    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + TINY
+    L, _ = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * torch.eye(X.shape[-2], device=X.device))
+    return torch.cholesky_solve(b, L).movedim(-2, 0)

@@ -1,0 +1,78 @@
+"""Concepts from text or from a conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import Concept, Phrase
+
+
+def concept_from_text(clip: Any, text: str, name: str = "") -> Concept:
+    """One phrase per line of `text`, encoded by the host's `clip`."""
+    if clip is None:
+        raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError("text is empty; write what to erase, one phrasing a line")
+    phrases = []
+    for line in lines:
+        own = own_tokens(clip, line)
+        if not own:
+            raise ValueError(f'text: the text encoder finds no word in "{line}"; write what to erase, or drop the line')
+        phrases.append(Phrase(line, encode(clip, line), own))
+    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""))
+
+
+def concept_from_conditioning(
+    conditioning: Sequence[Any], name: str = "", empty: Sequence[Any] | None = None
+) -> Concept:
+    """One phrase per entry of `conditioning` (and per row of an entry); all of its tokens count as its own."""
+    rows = [row for entry in checked(conditioning, "conditioning") for row in entry.split(1)]
+    name = name.strip() or "concept"
+    phrases = tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
+    nothing = None if empty is None else checked(empty, "empty")[0][:1]
+    if nothing is not None and nothing.shape[-1] != rows[0].shape[-1]:
+        raise ValueError(
+            f"empty was made with a text encoder of width {nothing.shape[-1]} and conditioning with one of "
+            f"{rows[0].shape[-1]}; make both with the same CLIP"
+        )
+    return Concept(name, phrases, nothing)
+
+
+def encode(clip: Any, text: str) -> Tensor:
+    """[1, T, W] fp32 on the CPU."""
+    tokens = stored(clip.encode_from_tokens(clip.tokenize(text)))
+    if not torch.isfinite(tokens).all():
+        raise ValueError(f'clip encodes "{text}" to NaN or infinity; run the text encoder in fp32')
+    return tokens
+
+
+def own_tokens(clip: Any, text: str) -> tuple[int, ...]:
+    """The positions of the text's own tokens: the host's tokenizers give start, end and padding the word id 0."""
+    tokens = clip.tokenize(text, return_word_ids=True)
+    pieces = tokens.get("l") or next(iter(tokens.values()))  # SDXL's two encoders place the same words alike
+    flat = [token for piece in pieces for token in piece]
+    return tuple(i for i, token in enumerate(flat) if token[2] != 0)
+
+
+def checked(conditioning: Sequence[Any], name: str) -> list[Tensor]:
+    """The encodings of a CONDITIONING's entries, one width and finite."""
+    if not conditioning:
+        raise ValueError(f"{name} has no entries; connect what a CLIPTextEncode makes")
+    entries = [entry[0] for entry in conditioning]
+    if not all(isinstance(entry, Tensor) and entry.ndim == 3 for entry in entries):
+        raise ValueError(f"{name} is not a text encoding of shape [batch, tokens, width]; connect a CLIPTextEncode's")
+    if len({entry.shape[-1] for entry in entries}) > 1:
+        raise ValueError(f"{name} mixes the encodings of several text encoders; make all of it with one CLIP")
+    entries = [stored(entry) for entry in entries]
+    if not all(torch.isfinite(entry).all() for entry in entries):
+        raise ValueError(f"{name} holds NaN or infinity; encode it again, in fp32 if the text encoder runs in fp16")
+    return entries
+
+
+def stored(tokens: Tensor) -> Tensor:
+    return tokens.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,153 @@
+"""One sampling run's edits: which are active at a model call, and the patches that apply them.
+
+Pure torch: what it needs of the host comes in as functions and modules (binding.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockKey, select_blocks
+from .cre import CREOptions
+from .plan import Plan, Rows, put
+from .spec import Concept, EditSpec
+
+EDITS = "concept_guard"  # in transformer_options: the list of specs
+OBSERVER = "concept_guard_observer"  # there too, optional: called with A, At, A0 of every projection
+CALL = "concept_guard_call"  # there too, only below a model call: what its patches need
+PLANS = 4  # kept at once: cond groups with different weights (LoRA hooks) take turns within a step
+
+Patch = Callable[..., Tensor]
+
+
+@dataclass
+class Call:
+    """What one model call's patches share."""
+
+    plan: Plan
+    previous: Mapping[Any, Patch]  # other packs' replacements of a cross-attention, by block
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the engine knows about a model: its cross-attentions' transformer blocks and the context width they read."""
+
+    name: str
+    width: int
+    blocks: Mapping[BlockKey, Any]
+
+    def admit(self, spec: EditSpec) -> None:
+        """Raise, naming the node and the mend, if `spec` cannot edit this model."""
+        if spec.source.width != self.width:
+            kind = type(spec.source).__name__.lower()
+            raise spec.error(
+                f'{kind} "{spec.source.name}" was made with a text encoder of width {spec.source.width}, but '
+                f"{self.name} reads one of width {self.width}; make the {kind} with the CLIP that belongs to this model"
+            )
+        baseline = isinstance(spec.options, CREOptions) and spec.options.baseline == "empty"
+        if baseline and isinstance(spec.source, Concept) and spec.source.empty is None:
+            raise spec.error(
+                f'concept "{spec.source.name}" comes without the empty prompt; connect a CLIPTextEncode with no text '
+                'to its `empty` input, or set baseline to "none"'
+            )
+        try:
+            select_blocks(spec.blocks, self.blocks)
+        except ValueError as error:
+            raise spec.error(str(error)) from None
+
+
+class Run:
+    """Lives from the start of a sampling run to its end; everything it computed goes with `close`."""
+
+    def __init__(self, backbone: Backbone, percent_to_sigma: Callable[[float], float], attention: Patch) -> None:
+        self.backbone = backbone
+        self.percent_to_sigma = percent_to_sigma
+        self.attention = attention
+        # Made once: torch.compile takes a new function for new code.
+        self.replacements = {key: partial(self._cross_attention, key) for key in backbone.blocks}
+        self.context_patch = self._context
+        self.windows: dict[EditSpec, tuple[float, float]] = {}
+        self.plans: dict[Hashable, Plan] = {}
+
+    def close(self) -> None:
+        self.plans.clear()
+        self.windows.clear()
+        self.replacements.clear()
+
+    def window(self, spec: EditSpec) -> tuple[float, float]:
+        """The noise levels of its percents, (start, end), and the first look at an edit that arrives in mid-run."""
+        if spec not in self.windows:
+            self.backbone.admit(spec)
+            start, end = self.percent_to_sigma(spec.start_percent), self.percent_to_sigma(spec.end_percent)
+            self.windows[spec] = (start, end)
+        return self.windows[spec]
+
+    def active(self, specs: Sequence[EditSpec], sigma: float) -> tuple[EditSpec, ...]:
+        """The edits at noise level sigma, in their fixed order."""
+        windows = [(spec, *self.window(spec)) for spec in specs if not spec.idle]
+        within = [spec for spec, start, end in windows if end < sigma <= start]
+        return tuple(sorted(within, key=lambda spec: spec.order))
+
+    def plan(self, specs: tuple[EditSpec, ...], weights: Hashable, device: torch.device, dtype: torch.dtype) -> Plan:
+        key = (tuple(spec.key for spec in specs), weights, device, dtype)
+        if key not in self.plans:
+            if len(self.plans) >= PLANS:
+                self.plans.clear()
+            self.plans[key] = Plan(specs, self.backbone.blocks, device, dtype)
+        return self.plans[key]
+
+    def install(self, options: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """A copy of a model call's transformer_options with the plan's edits behind all that is there already."""
+        patches = dict(options.get("patches", {}))
+        replace = dict(options.get("patches_replace", {}))
+        attn2 = replace["attn2"] = dict(replace.get("attn2", {}))
+        previous = {}
+        for key in plan.blocks:
+            if (before := attn2.get(key, attn2.get(key[:2]))) is not None:  # the host's precedence
+                previous[key] = before
+            attn2[key] = self.replacements[key]
+        if plan.directions:
+            patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.context_patch]
+        # Emptied, so that a wrapper registered twice (by the MODEL and by a hook) edits once.
+        edits: dict[str, Any] = {EDITS: [], CALL: Call(plan, previous)}
+        return {**options, "patches": patches, "patches_replace": replace, **edits}
+
+    def _cross_attention(self, key: BlockKey, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+        """An `attn2` replacement. q: [B, N, C]; k, v: [B, L, C]; returns [B, N, C], before `to_out`."""
+        call: Call = extra[CALL]
+        before = call.previous.get(key)
+        A = self.attention(q, k, v, extra) if before is None else before(q, k, v, extra)
+        rows = call.plan.rows(chunks_of(extra), q.shape[0])
+        if rows is None:
+            return A
+        i = rows.index
+        observe = extra.get(OBSERVER)
+        observer = observe and partial(observe, block=key, specs=call.plan.specs)
+        edited = call.plan.blocks[key].apply(A[i], q[i], k[i], v[i], rows.s, before is not None, observer)
+        return put(A, i, edited)
+
+    def _context(
+        self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """An `attn2_patch`: the text that keys and values are made of. context, value: [B, L, W]."""
+        call: Call = extra[CALL]
+        rows: Rows | None = call.plan.rows(chunks_of(extra), context.shape[0])
+        if rows is None:
+            return n, context, value
+        key = (*extra["block"], extra.get("block_index", 0))
+        shifted = call.plan.shift(context, key, rows)
+        return n, shifted, shifted if value is context else call.plan.shift(value, key, rows)
+
+
+def chunks_of(extra: Mapping[str, Any]) -> Sequence[int]:
+    """Which cond each equal part of the batch serves. Attention Couple enlarges the batch in a block, and says how."""
+    for name in ("cond_or_uncond_couple", "cond_or_uncond_hook_couple", "cond_or_uncond"):
+        if extra.get(name):
+            return extra[name]
+    return (0,)

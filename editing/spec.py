@@ -1,0 +1,194 @@
+"""Edits as data: what is edited, how strongly, when and where.
+
+A spec holds numbers and CPU tensors only, so a MODEL that carries it can be cloned, cached and shared freely; whatever
+depends on the model, its weights or its device is worked out while sampling (plan.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from .blocks import parse_blocks
+from .cre import CREOptions
+from .eiup import EIUPOptions
+
+# Also the order of application: the order of nodes in a graph never changes the picture.
+METHODS = ("direction", "prompt", "erasure", "projection")
+
+
+def digest(parts: Iterable[object]) -> str:
+    """The same text for the same numbers, in this process and the next: the last resort of every sort."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    return h.hexdigest()
+
+
+class Shared:
+    """Data that clones share: the host deep-copies a model's options at every clone, and tensors with them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Phrase(Shared):
+    """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU."""
+
+    text: str
+    tokens: Tensor
+    own: tuple[int, ...]  # the positions of the phrase's own tokens: no start, end or padding
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or len(self.tokens) != 1:
+            raise ValueError(f'phrase "{self.text}": tokens of shape {tuple(self.tokens.shape)}, not [1, T, W]')
+        if not self.own or not set(self.own) <= set(range(self.tokens.shape[1])):
+            raise ValueError(f'phrase "{self.text}": own tokens {self.own} of {self.tokens.shape[1]}')
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.tokens, self.own))
+
+
+@dataclass(frozen=True, eq=False)
+class Concept(Shared):
+    """What an edit removes: phrasings, each one steering vector, and the empty prompt's encoding [1, T, W] if known."""
+
+    name: str
+    phrases: tuple[Phrase, ...]
+    empty: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        encodings = [phrase.tokens for phrase in self.phrases] + ([] if self.empty is None else [self.empty])
+        if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
+            raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
+
+    @property
+    def width(self) -> int:
+        return self.phrases[0].tokens.shape[-1]
+
+    @cached_property
+    def empty_key(self) -> str:
+        return "" if self.empty is None else digest((self.empty,))
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.empty_key, *(phrase.key for phrase in self.phrases)))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(Shared):
+    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU."""
+
+    name: str
+    k: Tensor
+    v: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.k.shape[-1]
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.k, self.v))
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Shared):
+    """A learned shift of the text encoding. d: [T, W] fp32 on the CPU, or [1, W] for the same shift at every token."""
+
+    name: str
+    d: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.d.shape[-1]
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.d,))
+
+
+@dataclass(frozen=True)
+class Gate(Shared):
+    """What a discriminator decided: one value per image of the batch, or one for all. 0 is closed, 1 open."""
+
+    values: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"a gate needs finite values, one or one per image, and has {self.values}")
+
+    def per_image(self, images: int) -> tuple[float, ...]:
+        if len(self.values) not in (1, images):
+            raise ValueError(
+                f"the gate decided about {len(self.values)} images, but {images} are being sampled at once; "
+                "give it as many images as the batch has, or one that decides for all"
+            )
+        return self.values if len(self.values) == images else self.values * images
+
+
+@dataclass(frozen=True, eq=False)
+class EditSpec(Shared):
+    """One edit of one MODEL: `method` applied with `source`, between two percents of the timesteps, in some blocks."""
+
+    method: str
+    source: Concept | Prompt | Direction
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    blocks: str = "all"
+    gate: Gate = Gate()
+    options: CREOptions | EIUPOptions | None = None
+    node: str = "ConceptGuard"  # who asked: every error names it
+
+    def __post_init__(self) -> None:
+        complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
+        if self.method not in METHODS:
+            complaint = f"unknown method {self.method!r}; the methods are {', '.join(METHODS)}"
+        elif self.method == "prompt" and self.strength < 0:
+            complaint = f"strength is {self.strength}, but tokens cannot be appended a negative number of times"
+        if complaint:
+            raise self.error(complaint)
+
+    def error(self, text: str) -> ValueError:
+        return ValueError(f"{self.node}: {text}")
+
+    @property
+    def idle(self) -> bool:
+        """Whether this edit can never do anything: it is then never installed."""
+        closed = not any(self.gate.values)
+        nothing = isinstance(self.options, EIUPOptions) and self.options.nothing
+        return self.strength == 0 or self.start_percent >= self.end_percent or closed or nothing
+
+    @cached_property
+    def key(self) -> str:
+        window = (self.start_percent, self.end_percent)
+        return digest((self.method, self.source.key, self.strength, window, self.blocks, self.gate, self.options))
+
+    @property
+    def order(self) -> tuple[int, str, str]:
+        return METHODS.index(self.method), self.source.name, self.key
+
+
+def complaint_about(strength: float, start_percent: float, end_percent: float, blocks: str) -> str | None:
+    """What is wrong with an edit's inputs and how to mend it; None when they are fine."""
+    if not math.isfinite(strength):
+        return f"strength is {strength}; give a finite number (0 switches the edit off)"
+    for name, percent in (("start_percent", start_percent), ("end_percent", end_percent)):
+        if not 0 <= percent <= 1:  # catches NaN as well
+            return f"{name} is {percent}; give a number from 0 (start of sampling) to 1 (its end)"
+    if start_percent > end_percent:
+        return f"start_percent {start_percent} lies after end_percent {end_percent}; swap them or move one"
+    try:
+        parse_blocks(blocks)
+    except ValueError as error:
+        return str(error)
+    return None

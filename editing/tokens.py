@@ -1,0 +1,109 @@
+"""The token sets of the edits: gathered from the specs once, then bound to each cross-attention's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import split_heads
+from .cre import CREOptions
+from .eiup import EIUPOptions
+from .spec import Concept, EditSpec, Phrase, Prompt
+
+
+@dataclass
+class KV:
+    """M token sets in one cross-attention. K, V: [M, T, H, d]; owner: [M], the edit that each belongs to."""
+
+    owner: Tensor
+    K: Tensor
+    V: Tensor
+
+
+@dataclass
+class TokenSet:
+    """M token sets of one length. k, v: [M, T, W]; w: what the values are weighted with, [M, T, 1, 1], or None."""
+
+    owner: list[int]
+    k: Tensor
+    v: Tensor
+    w: Tensor | None = None
+
+    def bind(self, attn: Any, dtype: torch.dtype) -> KV:
+        k = self.k.to(dtype)
+        K = split_heads(attn.to_k(k), attn.heads)
+        V = split_heads(attn.to_v(k if self.v is self.k else self.v.to(dtype)), attn.heads)
+        return KV(torch.tensor(self.owner, device=k.device), K, V if self.w is None else V * self.w.to(V.dtype))
+
+
+@dataclass
+class TokenSets:
+    """The edits of a cross-attention by what is done with them (plan.py), not yet bound to one."""
+
+    joined: list[TokenSet] = field(default_factory=list)  # into the prompt's softmax
+    separate: list[TokenSet] = field(default_factory=list)  # a softmax of their own
+    steering: list[tuple[CREOptions, list[TokenSet]]] = field(default_factory=list)  # concepts that are solved together
+
+
+def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device) -> TokenSets:
+    """The token sets of the edits specs[i], i in `here`, on the device."""
+    sets = TokenSets()
+    separate: dict[int, list[tuple[int, Phrase, float]]] = {}
+    steering: dict[tuple[str, str], list[tuple[int, Concept]]] = {}
+    for i in here:
+        source, options = specs[i].source, specs[i].options
+        if isinstance(source, Prompt):
+            sets.joined.append(TokenSet([i], source.k.to(device), source.v.to(device)))
+        elif isinstance(source, Concept) and isinstance(options, EIUPOptions):
+            for p, phrase in enumerate(source.phrases):
+                if options.form == "joint":
+                    sets.joined.append(own_set(i, phrase, options.weight(p), device))
+                else:
+                    separate.setdefault(phrase.tokens.shape[1], []).append((i, phrase, options.weight(p)))
+        elif isinstance(source, Concept) and isinstance(options, CREOptions):
+            empty = source.empty_key if options.baseline == "empty" else ""
+            steering.setdefault((repr(options), empty), []).append((i, source))
+    sets.separate = [weighted_set(separate[T], device) for T in sorted(separate)]
+    for group in sorted(steering):
+        options = specs[steering[group][0][0]].options
+        assert isinstance(options, CREOptions)
+        sets.steering.append((options, steering_sets(options, steering[group], device)))
+    return sets
+
+
+def own_set(i: int, phrase: Phrase, weight: float, device: torch.device) -> TokenSet:
+    """A phrase's own tokens alone: start, end and padding are in the prompt already."""
+    own = phrase.tokens[:, list(phrase.own)].to(device)
+    return TokenSet([i], own, own, torch.full((1, own.shape[1], 1, 1), weight, device=device))
+
+
+def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], device: torch.device) -> TokenSet:
+    """Erasure prompts of one length; only the values of a phrase's own tokens count, each with the phrase's weight."""
+    tokens = torch.cat([phrase.tokens for _, phrase, _ in phrases]).to(device)
+    w = torch.zeros(*tokens.shape[:2], 1, 1)
+    for m, (_, phrase, weight) in enumerate(phrases):
+        w[m, list(phrase.own)] = weight
+    return TokenSet([i for i, _, _ in phrases], tokens, tokens, w.to(device))
+
+
+def steering_sets(options: CREOptions, concepts: Sequence[tuple[int, Concept]], device: torch.device) -> list[TokenSet]:
+    """Every phrase of the concepts, by length; the empty prompt is the very first where it is the baseline."""
+    prompts: list[tuple[int, Tensor]] = []
+    if options.baseline == "empty":
+        i, concept = concepts[0]
+        assert concept.empty is not None  # Backbone.admit has seen to it
+        prompts.append((i, concept.empty))
+    for i, concept in concepts:
+        for phrase in concept.phrases:
+            own = options.tokens == "own"
+            prompts.append((i, phrase.tokens[:, list(phrase.own)] if own else phrase.tokens))
+    sets = []
+    for T in dict.fromkeys(tokens.shape[1] for _, tokens in prompts):
+        alike = [(i, tokens) for i, tokens in prompts if tokens.shape[1] == T]
+        stacked = torch.cat([tokens for _, tokens in alike]).to(device)
+        sets.append(TokenSet([i for i, _ in alike], stacked, stacked))
+    return sets

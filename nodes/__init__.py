@@ -1,0 +1,7 @@
+"""The pack's nodes: thin, one file per family, no maths. Each file ends in its list."""
+
+from .concept import NODES as concept_nodes
+from .cre import NODES as cre_nodes
+from .demo import NODES as demo_nodes
+
+NODES = [*concept_nodes, *cre_nodes, *demo_nodes]

@@ -1,0 +1,95 @@
+"""The node of causal representation editing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..editing.binding import add_edit
+from ..editing.cre import CHOICES, DEFAULTS
+from ..editing.spec import Concept, EditSpec, Gate
+from .inputs import (
+    CATEGORY,
+    UNLINKED,
+    blocks_input,
+    check,
+    choice_input,
+    link_inputs,
+    named,
+    strength_input,
+    where,
+    window_inputs,
+)
+from .types import ConceptType
+
+NODE = "ConceptGuardCRE"
+TOOLTIPS = {
+    "width": "One coefficient for each position of the picture (full), or one for each attention head there (head).",
+    "tokens": "Which tokens of the concept's text stand for it: all, or only its own words, without start, end and "
+    "padding.",
+    "baseline": "What the attention is compared with: nothing (none), or what an empty prompt finds (empty), so that "
+    "only what the concept adds is removed.",
+    "negative": "Where the picture points away from the concept, leave it (clip) or move it back towards it as the "
+    "formula says (keep).",
+    "solve": "Several concepts: find together what each explains (joint), or remove each on its own, as the paper "
+    "prints it (sum).",
+}
+
+
+class ConceptGuardCRE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Erase Concept (CRE)",
+            category=f"{CATEGORY}/edits",
+            description="Removes a concept while sampling: what cross-attention finds of it is projected out. "
+            "May stand anywhere between the model loader and the sampler. SD1.x, SD2.x, SDXL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                ConceptType.Input("concept", tooltip="What to erase."),
+                strength_input("How much of the concept is removed: 1 all of it, 0 nothing (the edit is off)."),
+                *window_inputs(),
+                blocks_input(),
+                *link_inputs(),
+                *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in CHOICES),
+            ],
+            outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        strength: float | None = 1.0,
+        start_percent: float | None = 0.0,
+        end_percent: float | None = 1.0,
+        blocks: str | None = "all",
+        range: Any = UNLINKED,
+    ) -> bool | str:
+        return check(NODE, strength, start_percent, end_percent, blocks, range)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concept: Concept,
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        blocks: str = "all",
+        range: tuple[float, float] | None = None,
+        gate: Gate | None = None,
+        **options: str,
+    ) -> io.NodeOutput:
+        with named(NODE):
+            if not isinstance(concept, Concept):
+                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            place = where(start_percent, end_percent, blocks, range, gate)
+            readings = replace(DEFAULTS, **options)
+        spec = EditSpec("projection", concept, strength, **place, options=readings, node=NODE)
+        return io.NodeOutput(add_edit(model, spec))
+
+
+NODES: list[type[io.ComfyNode]] = [ConceptGuardCRE]

@@ -1,0 +1,124 @@
+"""What all edit nodes share: the inputs that say how much, when, where and whether, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+from comfy_api.latest import io
+
+from ..editing.spec import Gate, complaint_about
+from .types import GateType
+
+CATEGORY = "concept guard"
+UNLINKED = object()
+
+
+class Where(TypedDict):
+    """The part of an EditSpec that these inputs make."""
+
+    start_percent: float
+    end_percent: float
+    blocks: str
+    gate: Gate
+
+
+def strength_input(tooltip: str) -> io.Float.Input:
+    return io.Float.Input("strength", default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
+
+
+def window_inputs(start: float = 0.0, end: float = 1.0) -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=start,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="When the edit begins, as a fraction of the timesteps; 0 is the start of sampling.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=end,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="When the edit ends, as a fraction of the timesteps; 1 includes the last step, "
+            "0 (or the same as start_percent) means never active.",
+        ),
+    ]
+
+
+def blocks_input() -> io.String.Input:
+    return io.String.Input(
+        "blocks",
+        default="all",
+        tooltip='Which cross-attentions are edited: "all", or parts of the UNet such as "input.4,middle,output.3-5". '
+        "Block numbers count from 0.",
+    )
+
+
+def link_inputs() -> list[io.Input]:
+    return [
+        io.TimestepsRange.Input(
+            "range",
+            optional=True,
+            tooltip="A timesteps range; when connected, it overrides start_percent and end_percent. "
+            "0 is the start of sampling.",
+        ),
+        GateType.Input(
+            "gate",
+            optional=True,
+            tooltip="Multiplies the strength, image by image; 0 is a closed gate and leaves the image untouched. "
+            "Not connected: open.",
+        ),
+    ]
+
+
+def choice_input(name: str, options: tuple[str, ...], default: str, tooltip: str) -> io.Combo.Input:
+    """One of the choices that few people need; newer frontends fold them away."""
+    choice = io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip)
+    choice.extra_dict["advanced"] = True
+    return choice
+
+
+@contextmanager
+def named(node: str) -> Iterator[None]:
+    """What goes wrong inside is told with the node's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{node}: {error}") from error
+
+
+def where(start_percent: float, end_percent: float, blocks: str, range: Any = None, gate: Gate | None = None) -> Where:
+    """The inputs above as an EditSpec has them; `range` goes before the two percents."""
+    if range is not None:
+        try:
+            start_percent, end_percent = (float(percent) for percent in range)
+        except (TypeError, ValueError):
+            raise ValueError(f"range is {range!r}; connect a TIMESTEPS_RANGE, two numbers from 0 to 1") from None
+    if gate is not None and not isinstance(gate, Gate):
+        raise ValueError(f"gate is a {type(gate).__name__}; connect the GATE output of a ConceptGuard gate node")
+    return Where(start_percent=start_percent, end_percent=end_percent, blocks=blocks, gate=gate or Gate())
+
+
+def check(
+    node: str,
+    strength: float | None = 1.0,
+    start_percent: float | None = 0.0,
+    end_percent: float | None = 1.0,
+    blocks: str | None = "all",
+    range: Any = UNLINKED,
+) -> bool | str:
+    """For `validate_inputs`, before anything runs. An input that is linked is None here and checked when it arrives."""
+    if range is not UNLINKED:
+        start_percent = end_percent = None
+    complaint = complaint_about(
+        1.0 if strength is None else strength,
+        0.0 if start_percent is None else start_percent,
+        1.0 if end_percent is None else end_percent,
+        "all" if blocks is None else blocks,
+    )
+    return True if complaint is None else f"{node}: {complaint}"

@@ -1,0 +1,58 @@
+"""What every test needs: the checkout importable as `conceptguard`, ComfyUI importable on the CPU, a live server."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from conceptguard.tools.host import Host
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ComfyUI reads its options when its modules are first imported, so all of this comes before any test module.
+_run = runpy.run_path(str(ROOT / "tools" / "run.py"))
+_run["register"]()
+
+from conceptguard.tools.environment import comfyui_path  # noqa: E402  (only importable from here on)
+
+# What in-process tests save must not land in ComfyUI's own folder, which other checkouts share.
+_base = Path(tempfile.mkdtemp(prefix="concept-guard-tests-"))
+for _name in ("input", "models", "output", "temp", "user"):
+    (_base / _name).mkdir()
+_run["use_comfyui"](comfyui_path(), cpu=True, base_directory=_base)
+
+
+# A busy machine is no reason for a property test to fail.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_base, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """The models of the tests are too small for more threads than asked for to pay."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[Host]:
+    """One ComfyUI server with this pack, for the whole session."""
+    from conceptguard.tools.host import Host
+
+    with Host() as running:
+        yield running

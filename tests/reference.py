@@ -1,0 +1,57 @@
+"""The papers' equations in a few slow and obvious lines, one head, row and position at a time, in double precision.
+
+Nothing here may use the code under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt d) V of one row. q: [N, C]; k, v: [L, C]; returns [N, C]."""
+    out = []
+    for Q, K, V in zip(*(x.double().chunk(heads, -1) for x in (q, k, v)), strict=True):
+        out.append(torch.softmax(Q @ K.T / Q.shape[-1] ** 0.5, -1) @ V)
+    return torch.cat(out, -1)
+
+
+def cre(
+    A: Tensor, At: Sequence[Tensor], s: Sequence[float], heads: int, clip: bool, joint: bool, A0: Tensor | None = None
+) -> Tensor:
+    """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width."""
+    out = A.double().clone()
+    for position in range(A.shape[0]):
+        for head in range(heads):
+            d = A.shape[1] // heads
+            part = slice(head * d, (head + 1) * d)
+            base = torch.zeros(d, dtype=torch.double) if A0 is None else A0[position, part].double()
+            a = A[position, part].double() - base
+            steer = [each[position, part].double() - base for each in At]
+            if joint:
+                c = torch.linalg.lstsq(torch.stack(steer, 1), a[:, None], driver="gelsd").solution[:, 0]
+            else:
+                c = torch.stack([a @ t / (t @ t) for t in steer])
+            for k, t in enumerate(steer):
+                out[position, part] -= s[k] * (max(c[k], torch.zeros(())) if clip else c[k]) * t
+    return out
+
+
+def eiup(A: Tensor, q: Tensor, k_e: Tensor, v_e: Tensor, w: Sequence[float], heads: int) -> Tensor:
+    """A V + sum_j w_j A_e[:, j] v_j of one row. A, q: [N, C]; k_e, v_e: [T, C]; w: [T]."""
+    out = A.double().clone()
+    d = q.shape[-1] // heads
+    for head in range(heads):
+        part = slice(head * d, (head + 1) * d)
+        A_e = torch.softmax(q[:, part].double() @ k_e[:, part].double().T / d**0.5, -1)
+        for j, w_j in enumerate(w):
+            out[:, part] += w_j * A_e[:, j, None] * v_e[j, part].double()
+    return out
+
+
+def appended(q: Tensor, k: Tensor, v: Tensor, k_e: Tensor, v_e: Tensor, times: int, heads: int) -> Tensor:
+    """One softmax over the prompt's tokens and `times` copies of the appended ones."""
+    return attention(q, torch.cat([k, *[k_e] * times]), torch.cat([v, *[v_e] * times]), heads)

@@ -1,0 +1,135 @@
+"""Equation 4 of the CRE paper and our readings of it, on random tensors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from conceptguard.editing.attention import attend, split_heads
+from conceptguard.editing.cre import CHOICES, DEFAULTS, CREOptions, project
+
+N, H, D = 5, 4, 12
+PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ours(A: Tensor, At: Tensor, s: list[float], options: CREOptions, A0: Tensor | None = None) -> Tensor:
+    """project() for one row without heads. A, A0: [N, C]; At: [K, N, C]."""
+    A0 = None if A0 is None else split_heads(A0, H)
+    strengths = torch.tensor(s)[:, None].expand(-1, len(A))
+    return project(split_heads(A, H), split_heads(At, H), strengths, options, A0).flatten(-2)
+
+
+def readings() -> list[CREOptions]:
+    names = [name for name in CHOICES if name != "tokens"]  # the choice of tokens is made before attention
+    return [
+        CREOptions(**dict(zip(names, values, strict=True)), tokens="all")
+        for values in itertools.product(*(CHOICES[name] for name in names))
+    ]
+
+
+@pytest.mark.parametrize("options", readings(), ids=lambda o: "-".join((o.width, o.baseline, o.negative, o.solve)))
+@pytest.mark.parametrize("concepts", [1, 2, 3])
+def test_every_reading_equals_the_slow_reference(options: CREOptions, concepts: int) -> None:
+    A, At, A0 = random(N, H * D), random(concepts, N, H * D, seed=1), random(N, H * D, seed=2)
+    A = A + 0.7 * At.sum(0)  # so that coefficients of both signs occur
+    s = [1.0, 0.5, 1.5][:concepts]
+    baseline = A0 if options.baseline == "empty" else None
+    expected = reference.cre(
+        A,
+        list(At),
+        s,
+        H if options.width == "head" else 1,
+        options.negative == "clip",
+        options.solve == "joint",
+        baseline,
+    )
+    ridge = 3e-4 if options.solve == "joint" else 1e-5  # nearly dependent concepts feel it
+    torch.testing.assert_close(ours(A, At, s, options, baseline).double(), expected, rtol=1e-4, atol=ridge)
+
+
+def test_as_printed_the_result_is_orthogonal_to_the_steering_vector() -> None:
+    A, At = random(N, H * D), random(1, N, H * D, seed=1)
+    left = ours(A, At, [1.0], PRINTED)
+    torch.testing.assert_close((left * At[0]).sum(-1), torch.zeros(N), atol=1e-5, rtol=0)
+
+
+def test_projecting_twice_changes_nothing_more() -> None:
+    A, At = random(N, H * D), random(3, N, H * D, seed=1)
+    options = CREOptions("full", "all", "none", "keep", "joint")
+    once = ours(A, At, [1.0] * 3, options)
+    torch.testing.assert_close(ours(once, At, [1.0] * 3, options), once, atol=1e-4, rtol=0)
+
+
+def test_an_output_that_is_the_concept_vanishes() -> None:
+    At = random(2, N, H * D)
+    joint = CREOptions("full", "all", "none", "clip", "joint")
+    assert ours(At[0] + 2 * At[1], At, [1.0, 1.0], joint).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("solve", CHOICES["solve"])
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_a_concept_without_output_edits_nothing(solve: str, concepts: int) -> None:
+    A = random(N, H * D)
+    options = CREOptions("full", "all", "none", "keep", solve)
+    assert torch.equal(ours(A, torch.zeros(concepts, N, H * D), [1.0] * concepts, options), A)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("copies", [2, 5, 12])
+def test_the_same_concept_many_times_is_removed_once(copies: int, scale: float) -> None:
+    A, At = random(N, H * D) * scale, random(1, N, H * D, seed=1) * scale
+    options = CREOptions("full", "all", "none", "keep", "joint")
+    many = ours(A, At.expand(copies, -1, -1), [1.0] * copies, options)
+    torch.testing.assert_close(many, ours(A, At, [1.0], options), atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_concepts_that_are_not_there_do_not_weigh_in() -> None:
+    """A closed gate must give the same as an edit that was never made: the joint solution has to leave it out."""
+    A, At = random(N, H * D), random(3, N, H * D, seed=1)
+    options = CREOptions("full", "all", "none", "keep", "joint")
+    torch.testing.assert_close(
+        ours(A, At, [1.0, 0.0, 0.7], options), ours(A, At[[0, 2]], [1.0, 0.7], options), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_strength_scales_what_is_removed() -> None:
+    A, At = random(N, H * D), random(2, N, H * D, seed=1)
+    whole, half = (A - ours(A, At, [s, s], DEFAULTS, random(N, H * D, seed=3)) for s in (1.0, 0.5))
+    torch.testing.assert_close(whole, 2 * half, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours(A, At, [0.0, 0.0], DEFAULTS, random(N, H * D, seed=3)), A)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_and_out_but_not_between(dtype: torch.dtype) -> None:
+    """Numbers whose squares overflow fp16, or vanish in it, are projected all the same."""
+    for scale in (1e3, 1e-4):
+        A, At = (random(N, H * D, seed=seed) * scale for seed in (0, 1))
+        A, At = A.to(dtype), At.to(dtype)
+        result = ours(A, At[None], [1.0], PRINTED)
+        assert result.dtype == dtype
+        expected = reference.cre(A, [At], [1.0], 1, clip=False, joint=False).to(dtype)
+        torch.testing.assert_close(result, expected, rtol=1e-2, atol=2e-3 * scale)
+
+
+def test_attend_gives_every_row_the_attention_to_every_prompt() -> None:
+    R, M, T = 2, 3, 7
+    q, K, V = random(R, N, H * D), random(M, T, H * D, seed=1), random(M, T, H * D, seed=2)
+    At = attend(*(split_heads(x, H) for x in (q, K, V))).flatten(-2)
+    assert At.shape == (M, R, N, H * D)
+    for m, r in itertools.product(range(M), range(R)):
+        expected = reference.attention(q[r], K[m], V[m], H)
+        torch.testing.assert_close(At[m, r].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_unknown_choice_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 'often'; choose one of"):
+        CREOptions(**{**vars(DEFAULTS), name: "often"})

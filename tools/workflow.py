@@ -1,0 +1,42 @@
+"""Workflow files as the browser saves them, turned into the prompts that the server runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SKIPPED = ("MarkdownNote", "Note", "Reroute")  # the page's own; examples use no reroutes
+
+
+def widgets(definition: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A node's inputs that are widgets, in the order of `widgets_values`; True where a seed's control follows.
+
+    `definition` is the node's entry in the server's /object_info.
+    """
+    out = []
+    for group in ("required", "optional"):
+        for name in definition["input_order"].get(group, ()):
+            kind, *rest = definition["input"][group][name]
+            options = rest[0] if rest else {}
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                if not options.get("forceInput"):
+                    out.append((name, bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")))
+    return out
+
+
+def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """{node id: {class_type, inputs}} for a workflow without subgraphs; raises KeyError for a node nobody knows."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in SKIPPED:
+            continue
+        definition = object_info[node["type"]]
+        values, inputs = iter(node.get("widgets_values") or ()), {}
+        for name, controlled in widgets(definition):
+            inputs[name] = next(values)
+            if controlled:
+                next(values)
+        inputs |= {i["name"]: sources[i["link"]] for i in node.get("inputs", ()) if i.get("link") is not None}
+        title = node.get("title") or definition["display_name"]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
+    return prompt
