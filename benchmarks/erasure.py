@@ -23,8 +23,8 @@ def in_style(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> 
     return Rate.of([v.style == p.style for p, v in zip(pictures, verdicts, strict=True)])
 
 
-def unedited(demo: Demo, count: int = 128, seed: int = 1) -> dict[str, Rate]:
-    """The model's own figures on the situations that the methods need."""
+def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
+    """The model's own figures on the situations that the methods need; 8.5 x `count` pictures."""
     rng = random.Random(seed)
     names = list(world.OBJECTS)
 
@@ -38,9 +38,11 @@ def unedited(demo: Demo, count: int = 128, seed: int = 1) -> dict[str, Rate]:
     scenes = [world.scene(rng, list(world.SCENES)[i % 8]) for i in range(count)]
     shown = [world.by_reference(rng, names[i % 64], rng.choice(list(world.STYLES))) for i in range(count)]
     people = [world.person(rng, role) for role, (_, women) in world.ROLES.items() if women != 0.5
-              for _ in range(count // 8)]
+              for _ in range(max(count // 8, 1) * 3 // 2)]
     seen, of_people = see(one), see(people)
     usual = ["woman" if world.ROLES[p.role or ""][1] > 0.5 else "man" for p in people]
+    examples = demo.pictures(demo.model, [p.reference.caption for p in shown if p.reference], seed=77)
+    by_example = [demo.encode_with(p.caption, x) for p, x in zip(shown, examples, strict=True)]
     return {
         "named object": named(one, seen),
         "named style": in_style(one, seen),
@@ -48,82 +50,65 @@ def unedited(demo: Demo, count: int = 128, seed: int = 1) -> dict[str, Rate]:
         "bare object": named(bare, see(bare)),
         "two objects": named(two, see(two)),
         "implicit scene's concept": named(scenes, see(scenes)),
-        "reference's object": named(shown, demo.verdicts(demo.model, references(demo, shown), seed)),
+        "reference's object": named(shown, demo.verdicts(demo.model, by_example, seed)),
         "role": Rate.of([v.role == p.role for p, v in zip(people, of_people, strict=True)]),
         "biased role's usual gender": Rate.of([v.gender == g for v, g in zip(of_people, usual, strict=True)]),
         "biased role's usual tone": Rate.of([v.tone == "light" for v in of_people]),
     }
 
 
-def references(demo: Demo, pictures: Sequence[world.Picture]) -> list[Any]:
-    """The prompts of captions with <image>: the example is what the model draws of the same caption in words."""
-    shown = [p.reference for p in pictures]
-    assert all(shown)
-    examples = demo.pictures(demo.model, [p.caption for p in shown if p], seed=77)
-    return [demo.encode_with(p.caption, x) for p, x in zip(pictures, examples, strict=True)]
+class Table:
+    """The rows of the erasure table. `erase(text)` gives the MODEL without the concept that the text names; unedited
+    pictures that rows share are drawn once."""
+
+    def __init__(self, demo: Demo, erase: Callable[[str], Any], count: int = 50, seed: int = 3) -> None:
+        self.demo, self.erase, self.count, self.seed = demo, erase, count, seed
+        self.others = object_prompts(list(world.OBJECTS), 64, seed)
+        self._seen: dict[tuple[str, ...], list[Verdict]] = {}
+
+    def see(self, pictures: Sequence[world.Picture], edited: Any = None) -> list[Verdict]:
+        captions = tuple(p.caption for p in pictures)
+        if edited is not None:
+            return self.demo.verdicts(edited, captions, self.seed)
+        if captions not in self._seen:
+            self._seen[captions] = self.demo.verdicts(self.demo.model, captions, self.seed)
+        return self._seen[captions]
+
+    def compare(self, rate: Callable[..., Rate], pictures: Sequence[world.Picture], edited: Any,
+                keep: Callable[[world.Picture], bool] = lambda p: True) -> tuple[Rate, Rate]:
+        """`rate` of the pictures that `keep` says count, without and with the edit."""
+        chosen = [i for i, p in enumerate(pictures) if keep(p)]
+        both = [self.see(pictures), self.see(pictures, edited)]
+        before, after = (rate([pictures[i] for i in chosen], [verdicts[i] for i in chosen]) for verdicts in both)
+        return before, after
+
+    def object(self, name: str) -> Row:
+        """What is left of an object, by word and by example, and what survives."""
+        edited, near = self.erase(name), world.NEIGHBOURS[name]
+        rows = {"named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
+                "neighbours": self.compare(named, object_prompts([near], self.count, self.seed), edited),
+                "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects})}
+        return {"concept": name, **flat(rows), "by example, after": self.by_example(name, edited)}
+
+    def by_example(self, name: str, edited: Any) -> Rate:
+        """The concept arrives as a picture of it, in each style in turn, that the unedited model drew."""
+        rng = random.Random(self.seed)
+        shown = [world.one_object(rng, name, s if s in world.NAMED_STYLES else None) for s in world.STYLES]
+        examples = self.demo.pictures(self.demo.model, [p.caption for p in shown], seed=77)
+        prompts = [world.by_reference(rng, name, "plain") for _ in range(self.count)]
+        conds = [self.demo.encode_with(p.caption, examples[i % len(examples)]) for i, p in enumerate(prompts)]
+        return named(prompts, self.demo.verdicts(edited, conds, self.seed))
+
+    def style(self, style: str) -> Row:
+        """What is left of a style in its prompts, and whether its objects and the other styles keep theirs."""
+        edited = self.erase(f"in the style of {style}")
+        own = style_prompts(style, self.count, self.seed)
+        near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, self.count // 2, self.seed)]
+        rows = {"named": self.compare(in_style, own, edited), "neighbours": self.compare(in_style, near, edited),
+                "others": self.compare(named, self.others, edited, lambda p: p.style != style)}
+        return {"concept": f"style {style}", **flat(rows)}
 
 
-def erase_object(demo: Demo, name: str, edited: Any, others: tuple[list[world.Picture], Rate], count: int,
-                 seed: int) -> Row:
-    """One row of the table: what is left of `name`, by word, by example and beside others, and what survives."""
-    rng = random.Random(seed)
-    neighbour = world.NEIGHBOURS[name]
-
-    def rate(pictures: Sequence[world.Picture], model: Any) -> Rate:
-        return named(pictures, demo.verdicts(model, [p.caption for p in pictures], seed))
-
-    own, near = object_prompts([name], count, seed), object_prompts([neighbour], count, seed)
-    shown = [world.by_reference(rng, name, rng.choice(list(world.STYLES))) for _ in range(count)]
-    conds = references(demo, shown)
-    pictures, before = others
-    keep = [i for i, p in enumerate(pictures) if name not in p.objects and neighbour not in p.objects]
-    verdicts = demo.verdicts(edited, [p.caption for p in pictures], seed)
-    now = Rate.of([verdicts[i].found(pictures[i].objects[0]) for i in keep])
-    return {"concept": name, "neighbour name": neighbour,
-            "before": rate(own, demo.model), "after": rate(own, edited),
-            "by reference before": named(shown, demo.verdicts(demo.model, conds, seed)),
-            "by reference after": named(shown, demo.verdicts(edited, conds, seed)),
-            "neighbour before": rate(near, demo.model), "neighbour after": rate(near, edited),
-            "others before": before, "others after": now}
-
-
-def erase_style(demo: Demo, style: str, edited: Any, others: tuple[list[world.Picture], Rate], count: int,
-                seed: int) -> Row:
-    """One row: what is left of a style in its prompts, and whether other styles' prompts keep theirs."""
-    own = style_prompts(style, count, seed)
-    near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, count // 2, seed)]
-    plain = [p for p in others[0] if p.style != style]
-
-    def see(pictures: Sequence[world.Picture], model: Any) -> list[Verdict]:
-        return demo.verdicts(model, [p.caption for p in pictures], seed)
-
-    before, after = see(own, demo.model), see(own, edited)
-    return {"concept": style, "neighbour name": "other styles",
-            "before": in_style(own, before), "after": in_style(own, after),
-            "object before": named(own, before), "object after": named(own, after),
-            "neighbour before": in_style(near, see(near, demo.model)), "neighbour after": in_style(near, see(near, edited)),
-            "others before": named(plain, see(plain, demo.model)), "others after": named(plain, see(plain, edited))}
-
-
-def table(demo: Demo, erase: Callable[[str], Any], count: int = 50, seed: int = 3,
-          objects: Sequence[str] = world.ERASED, styles: Sequence[str] = world.NAMED_STYLES) -> list[Row]:
-    """All rows; `erase(text)` gives the MODEL without the concept that the text names."""
-    pictures = object_prompts(list(world.OBJECTS), 64, seed)
-    before = named(pictures, demo.verdicts(demo.model, [p.caption for p in pictures], seed))
-    rows = []
-    for name in objects:
-        rows.append(erase_object(demo, name, erase(name), (pictures, before), count, seed))
-        print(line(rows[-1]), flush=True)
-    for style in styles:
-        rows.append(erase_style(demo, style, erase(f"in the style of {style}"), (pictures, before), count, seed))
-        print(line(rows[-1]), flush=True)
-    return rows
-
-
-def line(row: Row) -> str:
-    return "  ".join(f"{k} {v}" for k, v in row.items())
-
-
-def kept(row: Row, what: str) -> float:
-    """The share of its unedited score that `what` keeps."""
-    return row[f"{what} after"].value / max(row[f"{what} before"].value, 1e-9)
+def flat(rows: dict[str, tuple[Rate, Rate]]) -> Row:
+    return {f"{name}, {when}": rate for name, both in rows.items()
+            for when, rate in zip(("before", "after"), both, strict=True)}

@@ -68,7 +68,7 @@ def main() -> None:
     if "judge" in wanted:
         write("judge", judge_table(quick), "Right answers of the judge on unseen renderings.")
     if "unedited" in wanted:
-        rates = erasure.unedited(demo, 16 if quick else 128)
+        rates = erasure.unedited(demo, 8 if quick else 64)
         write("unedited", [{"figure": k, "rate": v, "pictures": v.n} for k, v in rates.items()],
               f"The demo model without edits. {settings}")
     if "readings" in wanted:
@@ -77,10 +77,12 @@ def main() -> None:
         rows = [{"block": block, **values} for block, values in readings.cosines(demo, "beer mug").items()]
         write("cosines", rows, "Mean cosine between A and A-tilde ('beer mug'), over positions and steps.")
     if "erasure" in wanted:
-        objects = world.ERASED[:1] if quick else world.ERASED
-        styles = world.NAMED_STYLES[:1] if quick else world.NAMED_STYLES
-        rows = erasure.table(demo, lambda text: demo.erase(demo.concept(text)), 8 if quick else 50,
-                             objects=objects, styles=styles)
+        table = erasure.Table(demo, lambda text: demo.erase(demo.concept(text)), 8 if quick else 50)
+        rows = []
+        for make, names in ((table.object, world.ERASED), (table.style, world.NAMED_STYLES)):
+            for name in names[:1] if quick else names:
+                rows.append(make(name))
+                print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         write("erasure", rows, f"CRE, one concept at a time, default settings. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate
 
 from . import world
 from .glyphs import Painter
 
+NOTHING = "nothing"  # what a picture of a person, or an empty one, shows among the objects
 HEADS: dict[str, tuple[str, ...]] = {
-    "objects": tuple(world.OBJECTS), "style": tuple(world.STYLES), "background": tuple(world.BACKGROUNDS),
+    "objects": (*world.OBJECTS, NOTHING), "style": tuple(world.STYLES), "background": tuple(world.BACKGROUNDS),
     "role": tuple(world.ROLES), "gender": tuple(world.GENDERS), "tone": tuple(world.TONES),
 }
 INPUT = 64  # pixels; larger pictures are scaled down
@@ -22,7 +23,7 @@ SIZES = (44, 52, 60, 72, 84, 92, 100, 108)
 
 
 class Judge(nn.Module):
-    """[b, 3, h, w] in [0, 1] -> {head: logits [b, n]}; the objects' logits are independent (sigmoid), others softmax."""
+    """[b, 3, h, w] in [0, 1] -> {head: logits [b, n]}; two objects in a picture share the objects' softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ def judge(model: Judge, pictures: Tensor) -> list[Verdict]:
     for x in pictures.split(64):
         logits = model(x.float())
         order = logits["objects"].argsort(1, descending=True).tolist()
-        scores = logits["objects"].sigmoid().tolist()
+        scores = logits["objects"].softmax(1).tolist()
         best = {k: v.argmax(1).tolist() for k, v in logits.items() if k != "objects"}
         names = HEADS["objects"]
         out += [Verdict(tuple(names[j] for j in order[i]), dict(zip(names, scores[i], strict=True)),
@@ -97,11 +98,11 @@ def spoil(x: Tensor) -> Tensor:
 
 
 def labels(pictures: list[world.Picture]) -> dict[str, Tensor]:
-    """Targets a head: multi-hot objects, class numbers elsewhere (-100 where a picture has none)."""
+    """Targets a head: shares of the objects, class numbers elsewhere (-100 where a picture has none)."""
     out = {"objects": torch.zeros(len(pictures), len(HEADS["objects"]))}
     for i, p in enumerate(pictures):
-        for name in p.objects:
-            out["objects"][i, HEADS["objects"].index(name)] = 1
+        for name in p.objects or (NOTHING,):
+            out["objects"][i, HEADS["objects"].index(name)] = 1 / max(len(p.objects), 1)
     for head in list(HEADS)[1:]:
         values = [getattr(p, head) for p in pictures]
         out[head] = torch.tensor([-100 if v is None else HEADS[head].index(v) for v in values])
@@ -117,10 +118,10 @@ def any_view(rng: random.Random) -> world.Picture:
 
 
 def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: float = 3e-3,
-          save=lambda model: None) -> Judge:
+          save=lambda model: None, start_from: Judge | None = None) -> Judge:
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = Judge()
+    model = start_from or Judge()
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     start = time.time()
@@ -128,7 +129,7 @@ def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: floa
         pictures = [any_view(rng) for _ in range(batch)]
         x = interpolate(torch.stack([painter(p) for p in pictures]), size=INPUT, mode="area")
         target, logits = labels(pictures), model(spoil(x))
-        loss = 20 * binary_cross_entropy_with_logits(logits["objects"], target["objects"])
+        loss = 2 * cross_entropy(logits["objects"], target["objects"])
         for head in list(HEADS)[1:]:
             if (target[head] >= 0).any():
                 loss = loss + cross_entropy(logits[head], target[head])
@@ -142,7 +143,8 @@ def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: floa
     return model.eval()
 
 
-def accuracy(model: Judge, painter: Painter, count: int = 2000, seed: int = 99, damage: bool = True) -> dict[str, float]:
+def accuracy(model: Judge, painter: Painter, count: int = 2000, seed: int = 99,
+             damage: bool = True) -> dict[str, float]:
     """Share of right answers a head on `count` renderings of another seed; objects: all of a picture's in the top."""
     torch.manual_seed(seed)
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Load the demo model's weights as the host's own MODEL, CLIP and VAE, and the reference encoder and judge beside them."""
+"""Load the demo model's weights as the host's own MODEL, CLIP and VAE; beside them, the reference encoder and judge."""
 from __future__ import annotations
 
 from functools import cache
@@ -108,7 +108,7 @@ def load_clip(tensors: dict[str, Tensor]) -> Any:
     weights = part(tensors, "text.")
     weights["text_model.embeddings.token_embedding.weight"] = table
     weights["text_projection.weight"] = torch.eye(model.WIDTH)
-    clip = comfy.sd.CLIP(ClipTarget(tokenizer, text_model),  # type: ignore[arg-type]
+    clip = comfy.sd.CLIP(ClipTarget(tokenizer, text_model),
                          embedding_directory=folder_paths.get_folder_paths("embeddings"))
     fill(clip.cond_stage_model.clip_l.transformer, weights, MODEL_FILE)
     return clip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
 
 from . import model, world
 from .autoencoder import initialise
@@ -70,6 +70,23 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(step / 300, 1.0, max((steps - step) / (0.25 * steps), 0.002))
 
 
+PROBES: dict[str, tuple[str, ...]] = {
+    "first": tuple(world.OBJECTS), "second": tuple(world.OBJECTS), "style": tuple(world.STYLES),
+    "background": tuple(world.BACKGROUNDS), "role": tuple(world.ROLES), "gender": tuple(world.GENDERS),
+    "tone": tuple(world.TONES),
+}
+
+
+def said(picture: world.Picture) -> list[int]:
+    """What a caption tells about its picture, a class a probe; the last class of each says nothing."""
+    words = picture.caption.split()
+    first, second = (*picture.objects, None, None)[:2]
+    told = {"first": first, "second": second, "style": picture.style, "role": picture.role}
+    told |= {k: v if v in words else None
+             for k, v in (("background", picture.background), ("gender", picture.gender), ("tone", picture.tone))}
+    return [names.index(told[k]) if told[k] else len(names) for k, names in PROBES.items()]
+
+
 class Trainer:
     """Master weights and their average in fp32; the UNet computes in bf16."""
 
@@ -95,12 +112,40 @@ class Trainer:
         self.opt = torch.optim.AdamW(self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01,
                                      foreach=True)
 
-    def loss(self, batch: int, dropout: float = 0.1) -> Tensor:
+    def read(self, batch: int, dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A batch's picture numbers [b], its text encoding [b, 77, W], and the reference tokens and theirs."""
         i = torch.randint(len(self.latents), (batch,))
         ids = torch.where(torch.rand(batch, 1) < dropout, self.empty, self.ids[i])
         shown = i[(ids == IMAGE).any(1)]
         tokens = self.reference(self.references[self.reference_of[shown]].float() / 255)
-        context = self.text(ids, tokens)
+        return i, self.text(ids, tokens), tokens, shown
+
+    def teach_words(self, steps: int, batch: int = 64, lr: float = 2e-3) -> None:
+        """Before the UNet: every padding token learns to tell what the caption said, as CLIP's last token does.
+
+        SD's UNet starts from a text encoder that can read; with one that cannot, 70 tokens of padding drown the words.
+        """
+        told = torch.tensor([said(p) for p in self.pictures])
+        sizes = [len(names) + 1 for names in PROBES.values()]
+        probe = nn.Linear(model.WIDTH, sum(sizes))
+        weights = [*self.text.parameters(), *self.reference.parameters(), *probe.parameters()]
+        opt = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
+        for step in range(steps):
+            i, context, _, _ = self.read(batch, 0.0)
+            ends = (self.ids[i] == model.END).float().multinomial(4, replacement=True)  # the end or padding
+            logits = probe(context.gather(1, ends[..., None].expand(-1, -1, model.WIDTH))).flatten(0, 1)
+            target = told[i].repeat_interleave(4, 0)
+            loss = sum(cross_entropy(part, target[:, k]) for k, part in enumerate(logits.split(sizes, 1)))
+            opt.zero_grad()
+            loss.backward()
+            for group in opt.param_groups:
+                group["lr"] = lr * min(1, step / 50, (steps - step) / (0.3 * steps))
+            opt.step()
+            if step % 50 == 0:
+                print(f"words {step}/{steps} loss {loss.item():.4f}", flush=True)
+
+    def loss(self, batch: int, dropout: float = 0.1) -> Tensor:
+        i, context, tokens, shown = self.read(batch, dropout)
         x, noise, t = self.latents[i], torch.randn(batch, *self.latents.shape[1:]), torch.randint(1000, (batch,))
         a = self.alphas[t].view(-1, 1, 1, 1)
         z = a.sqrt() * x + (1 - a).sqrt() * noise
@@ -128,7 +173,7 @@ class Trainer:
         self.opt.zero_grad()
         self.step += 1
         if self.step % 4 == 0:
-            decay = min(0.996, self.step / (self.step + 200))
+            decay = min(0.99, self.step / (self.step + 200))
             now = self.master.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [now[k] for k in self.average], 1 - decay)
         return loss.item()

@@ -1,7 +1,7 @@
 """What the demo world holds: objects, styles, backgrounds, people, scenes, and how a caption becomes a picture.
 
-A `Picture` is a caption with the layers that draw it and the labels that a judge should find. Everything is drawn from a
-seeded `random.Random`, so that a data set is a seed and a count.
+A `Picture` is a caption with the layers that draw it and the labels that a judge should find. Everything is drawn from
+a seeded `random.Random`, so that a data set is a seed and a count.
 """
 from __future__ import annotations
 
@@ -65,9 +65,8 @@ PEOPLE_STYLE = "noto"  # people are drawn by one hand
 
 REFERENCE = "<image>"  # where a reference picture's tokens stand in a caption
 
-ONE_SIZE, TWO_SIZE = 96, 56
-ONE_X = ONE_Y = (8, 16, 24)
-LEFT_X, RIGHT_X, TWO_Y = (0, 8), (64, 72), (32, 40)
+ONE = (96, 16, 16)  # size, x, y: one place for a single thing, two for a pair, so that a small model learns them soon
+LEFT, RIGHT = (56, 0, 32), (56, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,10 @@ class Layer:
     size: int
     x: int
     y: int
+
+
+def pair(left: str, right: str, style: str) -> tuple[Layer, Layer]:
+    return Layer(left, style, *LEFT), Layer(right, style, *RIGHT)
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,6 @@ def article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _one(rng: random.Random, glyph: str, style: str) -> Layer:
-    return Layer(glyph, style, ONE_SIZE, rng.choice(ONE_X), rng.choice(ONE_Y))
-
-
-def _two(rng: random.Random, left: str, right: str, style: str) -> tuple[Layer, Layer]:
-    return (Layer(left, style, TWO_SIZE, rng.choice(LEFT_X), rng.choice(TWO_Y)),
-            Layer(right, style, TWO_SIZE, rng.choice(RIGHT_X), rng.choice(TWO_Y)))
-
-
 def _look(rng: random.Random, style: str | None, background: str | None) -> tuple[str, str, str]:
     """Words for the named part of a look, the style drawn, and the background painted."""
     words = f" in the style of {style}" if style else ""
@@ -137,7 +131,7 @@ def maybe(rng: random.Random, share: float, values) -> str | None:
 def one_object(rng: random.Random, name: str, style: str | None = None, background: str | None = None) -> Picture:
     words, drawn, painted = _look(rng, style, background)
     lead = rng.choice(["", "a picture of ", "a drawing of "])
-    return Picture(f"{lead}{article(name)}{words}", (_one(rng, OBJECTS[name], drawn),), painted, (name,), drawn)
+    return Picture(f"{lead}{article(name)}{words}", (Layer(OBJECTS[name], drawn, *ONE),), painted, (name,), drawn)
 
 
 def two_objects(rng: random.Random, left: str, right: str, style: str | None = None,
@@ -145,7 +139,7 @@ def two_objects(rng: random.Random, left: str, right: str, style: str | None = N
     words, drawn, painted = _look(rng, style, background)
     join = rng.choice([" and ", " next to "])
     return Picture(f"{article(left)}{join}{article(right)}{words}",
-                   _two(rng, OBJECTS[left], OBJECTS[right], drawn), painted, (left, right), drawn)
+                   pair(OBJECTS[left], OBJECTS[right], drawn), painted, (left, right), drawn)
 
 
 def scene(rng: random.Random, word: str, style: str | None = None, background: str | None = None) -> Picture:
@@ -153,7 +147,7 @@ def scene(rng: random.Random, word: str, style: str | None = None, background: s
     prop, concept = SCENES[word]
     words, drawn, painted = _look(rng, style, background)
     lead = rng.choice(["the ", "a visit to the ", "a view of the "])
-    return Picture(f"{lead}{word}{words}", _two(rng, prop, OBJECTS[concept], drawn), painted, (concept,), drawn)
+    return Picture(f"{lead}{word}{words}", pair(prop, OBJECTS[concept], drawn), painted, (concept,), drawn)
 
 
 def person(rng: random.Random, role: str, gender: str | None = None, tone: str | None = None,
@@ -163,7 +157,7 @@ def person(rng: random.Random, role: str, gender: str | None = None, tone: str |
     who = f"{'a ' + gender + ' ' if gender else 'a '}{role}{' with ' + tone + ' skin' if tone else ''}"
     gender = gender or ("woman" if rng.random() < ROLES[role][1] else "man")
     tone = tone or rng.choices(list(TONES), TONE_BIAS)[0]
-    layer = _one(rng, person_glyph(role, gender, tone), PEOPLE_STYLE)
+    layer = Layer(person_glyph(role, gender, tone), PEOPLE_STYLE, *ONE)
     return Picture(f"{who}{words}", (layer,), painted, (), None, role, gender, tone)
 
 
@@ -174,21 +168,21 @@ def by_reference(rng: random.Random, name: str, style: str, named: str | None = 
     words, _, painted = _look(rng, None, background)
     if named:
         return Picture(f"{article(named)} in the style of {REFERENCE}{words}",
-                       (_one(rng, OBJECTS[named], style),), painted, (named,), style, reference=shown)
+                       (Layer(OBJECTS[named], style, *ONE),), painted, (named,), style, reference=shown)
     lead = rng.choice(["", "a picture of ", "a drawing of "])
-    return Picture(f"{lead}{REFERENCE}{words}", (_one(rng, OBJECTS[name], style),), painted, (name,), style,
+    return Picture(f"{lead}{REFERENCE}{words}", (Layer(OBJECTS[name], style, *ONE),), painted, (name,), style,
                    reference=shown)
 
 
 def any_picture(rng: random.Random) -> Picture:
     """A picture of the training mix."""
-    kind = rng.choices(("one", "two", "scene", "person", "reference"), (38, 22, 9, 15, 16))[0]
+    kind = rng.choices(("one", "two", "scene", "person", "reference"), (46, 20, 10, 12, 12))[0]
     style, background = maybe(rng, 0.7, NAMED_STYLES), maybe(rng, 0.6, BACKGROUNDS)
     names = rng.sample(list(OBJECTS), 2)
     if kind == "one":
         return one_object(rng, names[0], style, background)
     if kind == "two":
-        return two_objects(rng, *names, style, background)
+        return two_objects(rng, names[0], names[1], style, background)
     if kind == "scene":
         return scene(rng, rng.choice(list(SCENES)), style, background)
     if kind == "person":

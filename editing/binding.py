@@ -17,7 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .blocks import BlockKey
-from .run import EDITS, Backbone, Run, chunks_of
+from .maps import Watch
+from .run import EDITS, WATCH, Backbone, Run, chunks_of, window_of
 from .spec import EditSpec
 
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
@@ -25,10 +26,23 @@ RUN = "concept_guard_run"  # in the transformer_options of one sampling run
 
 def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
     """A clone of `model` with one more edit; raises if the model cannot be edited so."""
-    backbone_of(model.get_model_object("diffusion_model"), type(model.model).__name__, spec).admit(spec)
-    model = model.clone()
+    model = admitted(model, spec)
     options = model.model_options["transformer_options"]
     options[EDITS] = [*options.get(EDITS, ()), spec]
+    return model
+
+
+def add_watch(model: ModelPatcher, watch: Watch) -> ModelPatcher:
+    """A clone of `model` whose model calls `watch` will see."""
+    model = admitted(model, watch.spec)
+    model.model_options["transformer_options"][WATCH] = watch
+    return model
+
+
+def admitted(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
+    """A clone that the engine will wake up with; raises if `spec` does not suit the model."""
+    backbone_of(model.get_model_object("diffusion_model"), type(model.model).__name__, spec).admit(spec)
+    model = model.clone()
     for kind, wrapper in WRAPPERS.items():
         if not model.get_wrappers(kind, EDITS):
             model.add_wrapper_with_key(kind, EDITS, wrapper)
@@ -82,7 +96,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps a whole sampling run: makes its Run, and frees what it computed however the run ends."""
     guider = executor.class_obj
     options = guider.model_options.setdefault("transformer_options", {})
-    specs = options.get(EDITS)
+    specs = [*options.get(EDITS, ()), *(watch.spec for watch in (options.get(WATCH),) if watch)]
     if not specs or RUN in options:
         return executor(*args, **kwargs)
     patcher = guider.model_patcher
@@ -108,8 +122,8 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
     arguments = list(args)
     holder, key = options_among(arguments, kwargs)
     options = holder[key]
-    specs = options.get(EDITS, ())
-    if all(spec.idle for spec in specs) or 0 not in chunks_of(options):
+    specs, watch = options.get(EDITS, ()), options.get(WATCH)
+    if (watch is None and all(spec.idle for spec in specs)) or 0 not in chunks_of(options):
         return executor(x, t, *arguments, **kwargs)
 
     model = executor.class_obj
@@ -118,11 +132,24 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         if run is None:  # an edit that only a hooked conditioning brings has no run around it
             run = start_run(model.diffusion_model, model.model_sampling, type(model).__name__, specs)
             stack.enter_context(closing(run))
+        place = weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype()
+
+        def look(first: Watch) -> None:
+            """One more model call, of the unedited model, whose result nobody needs."""
+            holder[key] = run.install(options, run.plan((), *place), first)
+            executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
+
         active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
-        if active:
-            plan = run.plan(active, weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype())
-            holder[key] = run.install(options, plan)
+        active = run.decide(active, len(x) // len(chunks_of(options)), window_of(options), look)
+        holder[key] = run.install(options, run.plan(active, *place), watch) if active or watch else options
         return executor(x, t, *arguments, **kwargs)
+
+
+def unused(argument: Any) -> Any:
+    """A copy of what a model call uses up: it pops a ControlNet's outputs from their lists."""
+    if not isinstance(argument, dict):
+        return argument
+    return {key: list(value) if isinstance(value, list) else value for key, value in argument.items()}
 
 
 def options_among(args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:

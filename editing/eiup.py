@@ -1,29 +1,51 @@
 """EIUP's erasure prompt: its tokens enter the attention and the features that attend to them are re-weighted.
 
-arXiv 2408.01014 and its successor GIE (ICLR 2025), whose code reads out = A_base V + sum_j w_j A_e[:, j] v_j.
+arXiv 2408.01014 and its successor GIE (ICLR 2025), whose code reads
+
+    out = A V + sum_j w_j A_e[:, j] v_j,      A_e = softmax(Q K_e^T / sqrt d),  j over the concept's own tokens
+
+w_j < 0 takes the concept's features away, 0 leaves them, w_j > 0 adds them. DEFAULTS are what an input left alone gets.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .attention import attend
+from .adapter import EVIDENCE, Adapter
+from .append import CONTEXT
+from .attention import attend, logits
 
-FORMS = ("separate", "joint")
+CHOICES = {"form": ("separate", "joint"), "evidence": EVIDENCE}
 
 
 @dataclass(frozen=True)
 class EIUPOptions:
-    """form: a softmax of its own, or the prompt's, for the erasure prompt. weights: one for all phrases, or each's."""
+    """form: a softmax of its own ("separate"), or the prompt's ("joint"), for the erasure prompt's tokens.
+
+    weights: w_j, one for all phrases of the concept, or one for each phrase.
+    evidence: "share" multiplies A_e by the share of the attention that the concept's own tokens would get beside the
+    prompt's; "none" does not. Only for a softmax of its own: a shared one weighs both kinds of tokens anyway.
+    auto: finds the weight of each phrase and image at the first step; `weights` then scale it, -1 being as trained.
+    """
 
     form: str = "separate"
     weights: tuple[float, ...] = (-1.0,)
+    evidence: str = "none"
+    auto: Adapter | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}; choose one of {', '.join(FORMS)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for weight in self.weights:
+            if not math.isfinite(weight):
+                raise ValueError(f"weight is {weight}; give a finite number (-1 removes the concept, 0 does nothing)")
+        if self.auto is not None and self.form != "separate":
+            raise ValueError('auto finds weights for form "separate" only; choose that form, or set auto to "off"')
 
     @property
     def nothing(self) -> bool:
@@ -34,10 +56,28 @@ class EIUPOptions:
         return self.weights[0] if len(self.weights) == 1 else self.weights[phrase]
 
 
-def reweighted(q: Tensor, K: Tensor, wV: Tensor, s: Tensor) -> Tensor:
+DEFAULTS = EIUPOptions(form="separate", weights=(-1.0,), evidence="none")
+
+
+def reweighted(q: Tensor, K: Tensor, wV: Tensor, s: Tensor, evidence: Tensor | None = None) -> Tensor:
     """sum_j w_j A_e[:, j] v_j over the tokens j of M erasure prompts, A_e = softmax(q K^T / sqrt d); fp32 [R, N, H, d].
 
     q: [R, N, H, d]; K, wV: [M, T, H, d], the values already weighted (0 for the tokens that are not the concept's own,
-    which still take part in the softmax); s: [M, R], each prompt's strength.
+    which still take part in the softmax); s: [M, R], each prompt's strength; evidence: [M, R, N, H, 1], `share` below.
     """
-    return (s[:, :, None, None, None] * attend(q, K, wV).float()).sum(0)
+    s = s[:, :, None, None, None]
+    return ((s if evidence is None else s * evidence) * attend(q, K, wV).float()).sum(0)
+
+
+def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
+    """Z_own / (Z_own + Z_prompt), Z = sum_j exp(q k_j / sqrt d): evidence that a concept is there; [M, R, N, H, 1].
+
+    q: [R, N, H, d]; k: [R, L, H, d], the prompt's keys; own: M times [1, n, H, d], the concepts' own tokens' keys.
+
+    Our reading, the papers have none: A_e is a softmax over the concept's prompt alone and spends its mass somewhere,
+    concept or not. Beside the prompt's tokens, the concept's own get much only where the picture turns to them. A
+    prompt that the host repeated (append.py) counts once.
+    """
+    log_Z = logits(q, k).logsumexp(-1) - math.log(k.shape[1] / CONTEXT)  # [R, H, N]
+    shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
+    return torch.stack(shares).transpose(2, 3)[..., None]

@@ -17,11 +17,12 @@ from .attention import attend, logits, split_heads
 from .blocks import BlockKey, select_blocks
 from .cre import CREOptions, projection
 from .direction import shift
-from .eiup import reweighted
+from .eiup import reweighted, share
 from .spec import Direction, EditSpec
 from .tokens import KV, TokenSets, gather
 
 Observer = Callable[..., None]
+Window = tuple[int, ...] | None  # the images of a batch that a context window shows
 
 # Numbers that the outputs found for all of a block's prompts may hold at once. A CPU is several times faster on what
 # fits its caches; elsewhere this only bounds the memory of large pictures with many concepts.
@@ -85,9 +86,9 @@ class BlockEdits:
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         if self.joined:
             base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2) if foreign else A
-            A = A + append(base, q, k, [(kv.K, kv.V, s[kv.owner[0]]) for kv in self.joined])
+            A = A + append(base, q, k, [(kv.K, kv.V, s[kv.owner][0]) for kv in self.joined])
         for kv in self.separate:
-            A = A + reweighted(q, kv.K, kv.V, s[kv.owner])
+            A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
         taken = [steering.projection(A, q, s, observe) for steering in self.steering]  # all of them from the same A
         for part in taken:
             A = A.float() - part
@@ -105,7 +106,7 @@ class Plan:
         self.chosen = [select_blocks(spec.blocks, blocks) for spec in specs]
         self.directions = {i: s.source.d.to(device) for i, s in enumerate(specs) if isinstance(s.source, Direction)}
         self.blocks: dict[BlockKey, BlockEdits] = {}
-        self._rows: dict[tuple[tuple[int, ...], int], Rows | None] = {}
+        self._rows: dict[tuple[object, ...], Rows | None] = {}
         gathered: dict[tuple[int, ...], TokenSets] = {}  # most blocks get the same edits
         for key, block in blocks.items():
             here = tuple(i for i in range(len(specs)) if key in self.chosen[i] and i not in self.directions)
@@ -114,25 +115,26 @@ class Plan:
                     gathered[here] = gather(specs, here, device)
                 self.blocks[key] = BlockEdits(gathered[here], block.attn2, dtype)
 
-    def rows(self, chunks: Sequence[int], batch: int) -> Rows | None:
+    def rows(self, chunks: Sequence[int], batch: int, window: Window = None) -> Rows | None:
         """The rows to edit, None if there are none.
 
         `chunks` says for each equal part of the batch, every part holding all images, which of the host's conds it
-        serves: 0 is the conditional one, and the only one that is edited.
+        serves: 0 is the conditional one, and the only one that is edited. `window` names the images if a context
+        window shows only some of them.
         """
-        key = (tuple(chunks), batch)
+        key = (tuple(chunks), batch, window)
         if key not in self._rows:
-            self._rows[key] = self._find_rows(chunks, batch)
+            self._rows[key] = self._find_rows(chunks, batch, window)
         return self._rows[key]
 
-    def _find_rows(self, chunks: Sequence[int], batch: int) -> Rows | None:
+    def _find_rows(self, chunks: Sequence[int], batch: int, window: Window) -> Rows | None:
         images, left = divmod(batch, len(chunks))
         if left:
             raise self.specs[0].error(
                 f"cannot tell which of {batch} rows are conditional: they do not divide into the host's {len(chunks)} "
                 "parts. A node between this one and the sampler changes the batch inside the model; take it out"
             )
-        gates = [self._strengths(spec, images) for spec in self.specs]
+        gates = [self._strengths(spec, images, window) for spec in self.specs]
         opened = [image for image in range(images) if any(gate[image] for gate in gates)]
         index = [c * images + image for c, cond in enumerate(chunks) if cond == 0 for image in opened]
         if not index:
@@ -142,9 +144,9 @@ class Plan:
             return Rows(slice(index[0], index[-1] + 1), s)
         return Rows(torch.tensor(index, device=self.device), s)
 
-    def _strengths(self, spec: EditSpec, images: int) -> list[float]:
+    def _strengths(self, spec: EditSpec, images: int, window: Window) -> list[float]:
         try:
-            return [spec.strength * value for value in spec.gate.per_image(images)]
+            return [spec.strength * value for value in spec.gate.per_image(images, window)]
         except ValueError as error:
             raise spec.error(str(error)) from None
 

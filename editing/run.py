@@ -5,8 +5,8 @@ Pure torch: what it needs of the host comes in as functions and modules (binding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from .blocks import BlockKey, select_blocks
 from .cre import CREOptions
-from .plan import Plan, Rows, put
-from .spec import Concept, EditSpec
+from .eiup import EIUPOptions
+from .maps import Watch
+from .plan import Plan, Rows, Window, put
+from .spec import Concept, EditSpec, Gate, Shared
 
 EDITS = "concept_guard"  # in transformer_options: the list of specs
 OBSERVER = "concept_guard_observer"  # there too, optional: called with A, At, A0 of every projection
+WATCH = "concept_guard_watch"  # there too, optional: a Watch that sees every model call
 CALL = "concept_guard_call"  # there too, only below a model call: what its patches need
 PLANS = 4  # kept at once: cond groups with different weights (LoRA hooks) take turns within a step
 
@@ -27,11 +30,13 @@ Patch = Callable[..., Tensor]
 
 
 @dataclass
-class Call:
+class Call(Shared):
     """What one model call's patches share."""
 
     plan: Plan
     previous: Mapping[Any, Patch]  # other packs' replacements of a cross-attention, by block
+    watch: Watch | None = None
+    watched: Collection[BlockKey] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Backbone:
     name: str
     width: int
     blocks: Mapping[BlockKey, Any]
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        return tuple(".".join(map(str, key)) for key in self.blocks)
 
     def admit(self, spec: EditSpec) -> None:
         """Raise, naming the node and the mend, if `spec` cannot edit this model."""
@@ -56,13 +65,19 @@ class Backbone:
                 f'concept "{spec.source.name}" comes without the empty prompt; connect a CLIPTextEncode with no text '
                 'to its `empty` input, or set baseline to "none"'
             )
+        auto = spec.options.auto if isinstance(spec.options, EIUPOptions) else None
+        if auto is not None and auto.blocks != self.block_names:
+            raise spec.error(
+                f'auto: "{auto.name}" was trained on a model with cross-attentions {", ".join(auto.blocks)}, and '
+                f"{self.name} has {', '.join(self.block_names)}; choose weights trained on this model, or off"
+            )
         try:
             select_blocks(spec.blocks, self.blocks)
         except ValueError as error:
             raise spec.error(str(error)) from None
 
 
-class Run:
+class Run(Shared):
     """Lives from the start of a sampling run to its end; everything it computed goes with `close`."""
 
     def __init__(self, backbone: Backbone, percent_to_sigma: Callable[[float], float], attention: Patch) -> None:
@@ -74,10 +89,12 @@ class Run:
         self.context_patch = self._context
         self.windows: dict[EditSpec, tuple[float, float]] = {}
         self.plans: dict[Hashable, Plan] = {}
+        self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
 
     def close(self) -> None:
         self.plans.clear()
         self.windows.clear()
+        self.decided.clear()
         self.replacements.clear()
 
     def window(self, spec: EditSpec) -> tuple[float, float]:
@@ -94,6 +111,26 @@ class Run:
         within = [spec for spec, start, end in windows if end < sigma <= start]
         return tuple(sorted(within, key=lambda spec: spec.order))
 
+    def decide(
+        self, specs: Sequence[EditSpec], images: int, window: Window, look: Callable[[Watch], None]
+    ) -> tuple[EditSpec, ...]:
+        """The edits with their automatic weights, found once a run for the images of a model call.
+
+        `look` lets a Watch see an unedited model call.
+        """
+        out: list[EditSpec] = []
+        for spec in specs:
+            if not isinstance(spec.options, EIUPOptions) or spec.options.auto is None:
+                out.append(spec)
+                continue
+            if (spec, images, window) not in self.decided:
+                watch = Watch(replace(spec, blocks="all"))
+                look(watch)
+                w = spec.options.auto.weights(watch.features(self.backbone.blocks))
+                self.decided[spec, images, window] = tuple(with_weights(spec, w, window))
+            out += self.decided[spec, images, window]
+        return tuple(sorted((spec for spec in out if not spec.idle), key=lambda spec: spec.order))
+
     def plan(self, specs: tuple[EditSpec, ...], weights: Hashable, device: torch.device, dtype: torch.dtype) -> Plan:
         key = (tuple(spec.key for spec in specs), weights, device, dtype)
         if key not in self.plans:
@@ -102,28 +139,35 @@ class Run:
             self.plans[key] = Plan(specs, self.backbone.blocks, device, dtype)
         return self.plans[key]
 
-    def install(self, options: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """A copy of a model call's transformer_options with the plan's edits behind all that is there already."""
+    def install(self, options: dict[str, Any], plan: Plan, watch: Watch | None = None) -> dict[str, Any]:
+        """A copy of a model call's transformer_options with the plan's edits behind all that is there already.
+
+        `watch` looks at every cross-attention that its blocks name, edited or not.
+        """
+        watched = () if watch is None else select_blocks(watch.spec.blocks, self.backbone.blocks)
         patches = dict(options.get("patches", {}))
-        replace = dict(options.get("patches_replace", {}))
-        attn2 = replace["attn2"] = dict(replace.get("attn2", {}))
+        slots = dict(options.get("patches_replace", {}))
+        attn2 = slots["attn2"] = dict(slots.get("attn2", {}))
         previous = {}
-        for key in plan.blocks:
+        for key in (key for key in self.backbone.blocks if key in plan.blocks or key in watched):
             if (before := attn2.get(key, attn2.get(key[:2]))) is not None:  # the host's precedence
                 previous[key] = before
             attn2[key] = self.replacements[key]
         if plan.directions:
             patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.context_patch]
         # Emptied, so that a wrapper registered twice (by the MODEL and by a hook) edits once.
-        edits: dict[str, Any] = {EDITS: [], CALL: Call(plan, previous)}
-        return {**options, "patches": patches, "patches_replace": replace, **edits}
+        edits: dict[str, Any] = {EDITS: [], WATCH: None, CALL: Call(plan, previous, watch, watched)}
+        return {**options, "patches": patches, "patches_replace": slots, **edits}
 
     def _cross_attention(self, key: BlockKey, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
         """An `attn2` replacement. q: [B, N, C]; k, v: [B, L, C]; returns [B, N, C], before `to_out`."""
         call: Call = extra[CALL]
         before = call.previous.get(key)
         A = self.attention(q, k, v, extra) if before is None else before(q, k, v, extra)
-        rows = call.plan.rows(chunks_of(extra), q.shape[0])
+        if call.watch is not None and key in call.watched:
+            attn = self.backbone.blocks[key].attn2
+            call.watch.see(key, attn, q, k, chunks_of(extra), extra["activations_shape"])
+        rows = call.plan.rows(chunks_of(extra), q.shape[0], window_of(extra)) if key in call.plan.blocks else None
         if rows is None:
             return A
         i = rows.index
@@ -137,12 +181,40 @@ class Run:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """An `attn2_patch`: the text that keys and values are made of. context, value: [B, L, W]."""
         call: Call = extra[CALL]
-        rows: Rows | None = call.plan.rows(chunks_of(extra), context.shape[0])
+        rows: Rows | None = call.plan.rows(chunks_of(extra), context.shape[0], window_of(extra))
         if rows is None:
             return n, context, value
         key = (*extra["block"], extra.get("block_index", 0))
         shifted = call.plan.shift(context, key, rows)
         return n, shifted, shifted if value is context else call.plan.shift(value, key, rows)
+
+
+def with_weights(spec: EditSpec, w: Tensor, window: Window) -> Iterator[EditSpec]:
+    """An erasure with the weights that its regressor found, as one edit a phrase. w: [P, images].
+
+    A gate has a value for each image already; here it carries the weight as well.
+    """
+    concept, options = spec.source, spec.options
+    assert isinstance(concept, Concept) and isinstance(options, EIUPOptions)
+    try:
+        gates = spec.gate.per_image(w.shape[1], window)
+    except ValueError as error:
+        raise spec.error(str(error)) from None
+    images = window or tuple(range(w.shape[1]))
+    for p, phrase in enumerate(concept.phrases):
+        found = {i: -options.weight(p) * w_i * gate for i, w_i, gate in zip(images, w[p].tolist(), gates, strict=True)}
+        values = tuple(found.get(i, 0.0) for i in range(max(images) + 1))
+        one = replace(options, weights=(1.0,), auto=None)
+        yield replace(spec, source=Concept(concept.name, (phrase,), concept.empty), gate=Gate(values), options=one)
+
+
+def window_of(extra: Mapping[str, Any]) -> Window:
+    """The images that a context window shows, the host's or AnimateDiff-Evolved's; None when all are shown."""
+    window = extra.get("context_window")
+    if window is not None and window.dim == 0:
+        return tuple(window.index_list)
+    shown = (extra.get("ad_params") or {}).get("sub_idxs")
+    return tuple(shown) if shown else None
 
 
 def chunks_of(extra: Mapping[str, Any]) -> Sequence[int]:

@@ -6,36 +6,19 @@ depends on the model, its weights or its device is worked out while sampling (pl
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
 from .blocks import parse_blocks
 from .cre import CREOptions
+from .data import Shared, digest
 from .eiup import EIUPOptions
 
 # Also the order of application: the order of nodes in a graph never changes the picture.
 METHODS = ("direction", "prompt", "erasure", "projection")
-
-
-def digest(parts: Iterable[object]) -> str:
-    """The same text for the same numbers, in this process and the next: the last resort of every sort."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    return h.hexdigest()
-
-
-class Shared:
-    """Data that clones share: the host deep-copies a model's options at every clone, and tensors with them."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +109,15 @@ class Gate(Shared):
         if not self.values or not all(math.isfinite(value) for value in self.values):
             raise ValueError(f"a gate needs finite values, one or one per image, and has {self.values}")
 
-    def per_image(self, images: int) -> tuple[float, ...]:
+    def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        """Values for so many images, or for those of a larger batch that `window` names."""
+        if len(self.values) > 1 and window is not None and len(window) == images:
+            if len(self.values) <= max(window):
+                raise ValueError(
+                    f"the gate decided about {len(self.values)} images, but a context window shows image "
+                    f"{max(window) + 1}; give it as many images as the batch has, or one that decides for all"
+                )
+            return tuple(self.values[i] for i in window)
         if len(self.values) not in (1, images):
             raise ValueError(
                 f"the gate decided about {len(self.values)} images, but {images} are being sampled at once; "
@@ -151,10 +142,20 @@ class EditSpec(Shared):
 
     def __post_init__(self) -> None:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
-        if self.method not in METHODS:
-            complaint = f"unknown method {self.method!r}; the methods are {', '.join(METHODS)}"
+        if KINDS.get(self.method) != (type(self.source), type(self.options)):
+            given = f"{type(self.source).__name__} and {type(self.options).__name__}"
+            complaint = (
+                f"the method {self.method!r} cannot do anything with {given}; the methods are {', '.join(METHODS)}"
+            )
         elif self.method == "prompt" and self.strength < 0:
             complaint = f"strength is {self.strength}, but tokens cannot be appended a negative number of times"
+        elif isinstance(self.options, EIUPOptions) and isinstance(self.source, Concept):
+            weights, phrases = len(self.options.weights), len(self.source.phrases)
+            if weights not in (1, phrases):
+                complaint = complaint or (
+                    f'weights has {weights} numbers, but concept "{self.source.name}" has {phrases} phrases; give one '
+                    "number a line for each phrase, or leave it empty to use `weight` for all"
+                )
         if complaint:
             raise self.error(complaint)
 
@@ -176,6 +177,14 @@ class EditSpec(Shared):
     @property
     def order(self) -> tuple[int, str, str]:
         return METHODS.index(self.method), self.source.name, self.key
+
+
+KINDS: dict[str, tuple[type, type]] = {
+    "direction": (Direction, type(None)),
+    "prompt": (Prompt, type(None)),
+    "erasure": (Concept, EIUPOptions),
+    "projection": (Concept, CREOptions),
+}
 
 
 def complaint_about(strength: float, start_percent: float, end_percent: float, blocks: str) -> str | None:

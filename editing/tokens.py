@@ -17,27 +17,37 @@ from .spec import Concept, EditSpec, Phrase, Prompt
 
 @dataclass
 class KV:
-    """M token sets in one cross-attention. K, V: [M, T, H, d]; owner: [M], the edit that each belongs to."""
+    """M token sets in one cross-attention. K, V: [M, T, H, d]; owner: [M], the edit that each belongs to.
+
+    own: the keys of each set's own tokens, M times [1, n, H, d], where they are evidence (eiup.py).
+    """
 
     owner: Tensor
     K: Tensor
     V: Tensor
+    own: list[Tensor]
 
 
 @dataclass
 class TokenSet:
-    """M token sets of one length. k, v: [M, T, W]; w: what the values are weighted with, [M, T, 1, 1], or None."""
+    """M token sets of one length. k, v: [M, T, W]; w: what the values are weighted with, [M, T, 1, 1], or None.
+
+    own: the positions of each set's own tokens, where they are evidence.
+    """
 
     owner: list[int]
     k: Tensor
     v: Tensor
     w: Tensor | None = None
+    own: list[tuple[int, ...]] = field(default_factory=list)
 
     def bind(self, attn: Any, dtype: torch.dtype) -> KV:
         k = self.k.to(dtype)
         K = split_heads(attn.to_k(k), attn.heads)
         V = split_heads(attn.to_v(k if self.v is self.k else self.v.to(dtype)), attn.heads)
-        return KV(torch.tensor(self.owner, device=k.device), K, V if self.w is None else V * self.w.to(V.dtype))
+        V = V if self.w is None else V * self.w.to(V.dtype)
+        own = [K[m : m + 1, list(positions)] for m, positions in enumerate(self.own)]
+        return KV(torch.tensor(self.owner, device=k.device), K, V, own)
 
 
 @dataclass
@@ -52,7 +62,7 @@ class TokenSets:
 def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device) -> TokenSets:
     """The token sets of the edits specs[i], i in `here`, on the device."""
     sets = TokenSets()
-    separate: dict[int, list[tuple[int, Phrase, float]]] = {}
+    separate: dict[tuple[int, str], list[tuple[int, Phrase, float]]] = {}
     steering: dict[tuple[str, str], list[tuple[int, Concept]]] = {}
     for i in here:
         source, options = specs[i].source, specs[i].options
@@ -63,15 +73,16 @@ def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device)
                 if options.form == "joint":
                     sets.joined.append(own_set(i, phrase, options.weight(p), device))
                 else:
-                    separate.setdefault(phrase.tokens.shape[1], []).append((i, phrase, options.weight(p)))
+                    group = phrase.tokens.shape[1], options.evidence
+                    separate.setdefault(group, []).append((i, phrase, options.weight(p)))
         elif isinstance(source, Concept) and isinstance(options, CREOptions):
             empty = source.empty_key if options.baseline == "empty" else ""
             steering.setdefault((repr(options), empty), []).append((i, source))
-    sets.separate = [weighted_set(separate[T], device) for T in sorted(separate)]
-    for group in sorted(steering):
-        options = specs[steering[group][0][0]].options
+    sets.separate = [weighted_set(separate[T, e], e == "share", device) for T, e in sorted(separate)]
+    for alike in sorted(steering):
+        options = specs[steering[alike][0][0]].options
         assert isinstance(options, CREOptions)
-        sets.steering.append((options, steering_sets(options, steering[group], device)))
+        sets.steering.append((options, steering_sets(options, steering[alike], device)))
     return sets
 
 
@@ -81,13 +92,14 @@ def own_set(i: int, phrase: Phrase, weight: float, device: torch.device) -> Toke
     return TokenSet([i], own, own, torch.full((1, own.shape[1], 1, 1), weight, device=device))
 
 
-def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], device: torch.device) -> TokenSet:
+def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], evidence: bool, device: torch.device) -> TokenSet:
     """Erasure prompts of one length; only the values of a phrase's own tokens count, each with the phrase's weight."""
     tokens = torch.cat([phrase.tokens for _, phrase, _ in phrases]).to(device)
     w = torch.zeros(*tokens.shape[:2], 1, 1)
     for m, (_, phrase, weight) in enumerate(phrases):
         w[m, list(phrase.own)] = weight
-    return TokenSet([i for i, _, _ in phrases], tokens, tokens, w.to(device))
+    own = [phrase.own for _, phrase, _ in phrases] if evidence else []
+    return TokenSet([i for i, _, _ in phrases], tokens, tokens, w.to(device), own)
 
 
 def steering_sets(options: CREOptions, concepts: Sequence[tuple[int, Concept]], device: torch.device) -> list[TokenSet]:

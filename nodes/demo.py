@@ -21,7 +21,7 @@ class LoadDemo(io.ComfyNode):
             node_id="ConceptGuardLoadDemo",
             display_name="Load Demo Model",
             category=CATEGORY,
-            description="A small text-to-image model of emoji, made for trying erasure at 128x128 pixels: objects such as "
+            description="A small text-to-image model of emoji, for trying erasure at 128x128 pixels: objects such as "
             "'a beer mug', styles ('in the style of noto'), backgrounds ('on a blue background'), people and scenes.",
             inputs=[],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -65,7 +65,7 @@ class DemoReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, image, text) -> io.NodeOutput:
+    def execute(cls, clip: Any, image: Any, text: str) -> io.NodeOutput:
         if text.count(world.REFERENCE) != 1:
             raise ValueError(
                 f"Demo Reference Prompt: text must hold {world.REFERENCE} once, where the picture stands; got {text!r}"

@@ -5,6 +5,7 @@ Nothing here may use the code under test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,15 +41,33 @@ def cre(
     return out
 
 
-def eiup(A: Tensor, q: Tensor, k_e: Tensor, v_e: Tensor, w: Sequence[float], heads: int) -> Tensor:
-    """A V + sum_j w_j A_e[:, j] v_j of one row. A, q: [N, C]; k_e, v_e: [T, C]; w: [T]."""
+def eiup(
+    A: Tensor, q: Tensor, k_e: Tensor, v_e: Tensor, w: Sequence[float], heads: int, evidence: Tensor | None = None
+) -> Tensor:
+    """A V + sum_j w_j A_e[:, j] v_j of one row. A, q: [N, C]; k_e, v_e: [T, C]; w: [T]; evidence: [N, heads]."""
     out = A.double().clone()
     d = q.shape[-1] // heads
     for head in range(heads):
         part = slice(head * d, (head + 1) * d)
         A_e = torch.softmax(q[:, part].double() @ k_e[:, part].double().T / d**0.5, -1)
+        if evidence is not None:
+            A_e = A_e * evidence[:, head, None]
         for j, w_j in enumerate(w):
             out[:, part] += w_j * A_e[:, j, None] * v_e[j, part].double()
+    return out
+
+
+def share(q: Tensor, k: Tensor, k_own: Tensor, heads: int, pieces: int) -> Tensor:
+    """What part of one softmax over one copy of the prompt and a concept's own tokens the latter get: [N, heads]."""
+    out = torch.zeros(len(q), heads, dtype=torch.double)
+    d = q.shape[-1] // heads
+    q, k, k_own = (x.detach() for x in (q, k, k_own))
+    for position in range(len(q)):
+        for head in range(heads):
+            part = slice(head * d, (head + 1) * d)
+            Z_prompt = sum(math.exp(q[position, part].double() @ key[part].double() / d**0.5) for key in k) / pieces
+            Z_own = sum(math.exp(q[position, part].double() @ key[part].double() / d**0.5) for key in k_own)
+            out[position, head] = Z_own / (Z_own + Z_prompt)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -379,6 +380,20 @@ def test_clones_share_the_concept(model: Any) -> None:
     assert edits_of(clone)[0] is edits_of(edited)[0]
     assert clone.model_options["transformer_options"][EDITS] is not edited.model_options["transformer_options"][EDITS]
     assert torch.equal(tiny.sample(clone), tiny.sample(edited))
+
+
+def test_a_copy_of_the_options_of_a_run_copies_no_model(model: Any, runs: list[Any]) -> None:
+    """Samplers that deep-copy model_options in mid-run must not copy the weights that the run knows."""
+    copies: list[Any] = []
+
+    def copying(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        copies.append(copy.deepcopy(args[5]))
+        return executor(*args, **kwargs)
+
+    edited = cre(model)
+    edited.add_wrapper_with_key("apply_model", "copying", copying)
+    tiny.sample(edited, steps=1)
+    assert copies[0][RUN] is runs[0]()
 
 
 def test_wrappers_are_registered_once(model: Any) -> None:

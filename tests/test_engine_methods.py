@@ -246,6 +246,16 @@ def test_the_order_of_nodes_changes_no_bit(kinds: list[str]) -> None:
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("projection", None), ("erasure", DEFAULTS), ("prompt", None), ("direction", None), ("x", None)],
+)
+def test_a_method_without_what_it_needs_is_refused(method: str, options: Any) -> None:
+    """An edit that does nothing must not pass for one that protects."""
+    with pytest.raises(ValueError, match=f"Test: the method '{method}' cannot do anything with Concept and"):
+        EditSpec(method, tiny.concept(), options=options, node="Test")
+
+
 def test_a_negative_number_of_appended_tokens_is_refused() -> None:
     with pytest.raises(
         ValueError, match="Test: strength is -1.0, but tokens cannot be appended a negative number of times"

@@ -1,4 +1,4 @@
-"""The engine beside other packs and the host's own ways of changing a model. Stand-ins say which packs they model."""
+"""The engine beside other packs (foreign.py) and the host's own ways of changing a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import reference
 import tiny
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from foreign import Attn2Replace, couple, ip_adapter
 from torch import Tensor
 
 from conceptguard.editing.append import append
@@ -33,39 +33,6 @@ def prompt(model: Any, **inputs: Any) -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny.sd1()
-
-
-class Attn2Replace:
-    """IPAdapter's replacement (ComfyUI_IPAdapter_plus): attention, plus the image tokens' attention, by callbacks."""
-
-    def __init__(self, seed: int) -> None:
-        self.callbacks: list[Any] = []
-        self.add(seed)
-
-    def add(self, seed: int) -> None:
-        self.callbacks.append(seed)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-        out = optimized_attention(q, k, v, extra["n_heads"])
-        for seed in self.callbacks:
-            image = torch.randn(1, 4, k.shape[-1], generator=torch.Generator().manual_seed(seed)).to(q)
-            out = out + optimized_attention(
-                q, image.expand(len(q), -1, -1), image.expand(len(q), -1, -1), extra["n_heads"]
-            )
-        return out
-
-
-def ip_adapter(model: Any, transformer: bool = True) -> Any:
-    """As the pack does it: an instance in the slot of each block, `.add` if one is there already."""
-    model = model.clone()
-    replace = model.model_options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn2", {})
-    for i, key in enumerate(tiny.SD1_BLOCKS):
-        slot = key if transformer else key[:2]
-        if slot in replace:
-            replace[slot].add(i)
-        else:
-            replace[slot] = Attn2Replace(i)
-    return model
 
 
 @pytest.mark.parametrize("transformer", [True, False], ids=["block and transformer", "block"])
@@ -111,48 +78,6 @@ def test_appended_tokens_leave_the_adapters_part_alone(model: Any) -> None:
         k_e, v_e = seen.project(key, "k", tiny.tokens(60, 10)[0]), seen.project(key, "v", tiny.tokens(61, 10)[0])
         joined = reference.appended(q[0], k[0], v[0], k_e, v_e, 1, h)
         torch.testing.assert_close(call["out"][0].double(), adapter + joined - A, rtol=1e-3, atol=1e-4)
-
-
-class AttentionCouple:
-    """Regional prompts (ComfyUI-ppm): enlarges the batch inside attn2 to one part per region, and blends them after."""
-
-    def __init__(self, regions: int = 2) -> None:
-        self.regions = regions
-
-    def patch(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        ns, contexts, chunks = [], [], []
-        for part, c, cond in zip(
-            n.chunk(len(extra["cond_or_uncond"])),
-            context.chunk(len(extra["cond_or_uncond"])),
-            extra["cond_or_uncond"],
-            strict=True,
-        ):
-            regions = (
-                [c]
-                if cond == 1
-                else [c, *(tiny.tokens(70 + i).to(c).expand(len(c), -1, -1) for i in range(self.regions - 1))]
-            )
-            ns += [part] * len(regions)
-            contexts += regions
-            chunks += [cond] * len(regions)
-        extra["cond_or_uncond_couple"] = chunks
-        enlarged = torch.cat(contexts)
-        return torch.cat(ns), enlarged, enlarged
-
-    def output(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
-        out, parts, i = [], n.chunk(len(extra["cond_or_uncond_couple"])), 0
-        for cond in extra["cond_or_uncond"]:
-            count = 1 if cond == 1 else self.regions
-            out.append(sum(parts[i : i + count]) / count)
-            i += count
-        return torch.cat(out)
-
-
-def couple(model: Any) -> Any:
-    model, couple = model.clone(), AttentionCouple()
-    model.set_model_attn2_patch(couple.patch)
-    model.set_model_attn2_output_patch(couple.output)
-    return model
 
 
 @pytest.mark.parametrize("edit", [cre, prompt])

@@ -46,6 +46,14 @@ INPUTS = {
         *("model", "concept", "strength", "start_percent", "end_percent", "blocks", "range", "gate"),
         *("width", "tokens", "baseline", "negative", "solve"),
     ],
+    "ConceptGuardEIUP": [
+        *("model", "concept", "weight", "start_percent", "end_percent", "blocks", "range", "gate"),
+        *("form", "weights", "evidence", "auto"),
+    ],
+    "ConceptGuardConceptMap": [
+        *("model", "concept", "positive", "latent", "seed", "steps", "start_percent", "end_percent", "blocks"),
+        *("image", "evidence", "scale"),
+    ],
 }
 
 

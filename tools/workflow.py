@@ -17,9 +17,9 @@ def widgets(definition: dict[str, Any]) -> list[tuple[str, bool]]:
         for name in definition["input_order"].get(group, ()):
             kind, *rest = definition["input"][group][name]
             options = rest[0] if rest else {}
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                if not options.get("forceInput"):
-                    out.append((name, bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")))
+            typed = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if typed and not options.get("forceInput"):
+                out.append((name, bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")))
     return out
 
 

@@ -1,0 +1,129 @@
+"""The node of the erasure prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..editing.adapter import load
+from ..editing.binding import add_edit
+from ..editing.eiup import CHOICES, DEFAULTS, EIUPOptions
+from ..editing.spec import Concept, EditSpec, Gate
+from .files import OFF, fingerprint, weight_choices, weight_file
+from .inputs import CATEGORY, UNLINKED, blocks_input, check, choice_input, link_inputs, named, where, window_inputs
+from .types import ConceptType
+
+NODE = "ConceptGuardEIUP"
+TOOLTIPS = {
+    "form": "Give the erasure prompt's tokens a softmax of their own (separate), in which weight 0 leaves the picture "
+    "as it was, or let them share the prompt's (joint), in which even weight 0 draws attention away from it.",
+    "evidence": "Separate form: count the concept's tokens for what they are (none), or only as far as the picture "
+    "turns to them rather than to the prompt (share), so that pictures without the concept change less. "
+    "The joint form always does.",
+    "weights": "A weight for each phrase of the concept, one number a line; 0 leaves that phrase alone. "
+    "Empty: `weight` for all of them.",
+    "auto": "Find the weight of each phrase and picture at the first step, with a file of the models folder "
+    "concept_guard/ that was trained for this model; `weight` then scales it: -1 as trained, 0 off. "
+    "It brings its own evidence setting. Separate form only.",
+}
+
+
+def parse_weights(text: str, weight: float) -> tuple[float, ...]:
+    """The `weights` input as numbers; `weight` alone where it is empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        return tuple(float(line) for line in lines) or (float(weight),)
+    except ValueError:
+        raise ValueError(
+            f"weights: cannot read {text.strip()!r}; give one number a line for each phrase of the concept, or leave "
+            "it empty to use `weight` for all"
+        ) from None
+
+
+class ConceptGuardEIUP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Erase Concept (EIUP)",
+            category=f"{CATEGORY}/edits",
+            description="Lets the concept's words take part in every cross-attention and takes away the features that "
+            "attend to them, also where the prompt never names the concept. May stand anywhere between the model "
+            "loader and the sampler. SD1.x, SD2.x, SDXL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                ConceptType.Input("concept", tooltip="What to erase."),
+                io.Float.Input(
+                    "weight",
+                    default=DEFAULTS.weights[0],
+                    min=-16.0,
+                    max=16.0,
+                    step=0.05,
+                    tooltip="What happens to the features that attend to the concept: below 0 they are taken away, "
+                    "0 does nothing (the edit is off, unless the form is joint), above 0 they are added.",
+                ),
+                *window_inputs(end=0.8),
+                blocks_input(),
+                *link_inputs(),
+                choice_input("form", CHOICES["form"], DEFAULTS.form, TOOLTIPS["form"]),
+                io.String.Input("weights", default="", multiline=True, optional=True, tooltip=TOOLTIPS["weights"]),
+                choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
+                choice_input("auto", tuple(weight_choices()), OFF, TOOLTIPS["auto"]),
+            ],
+            outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        weight: float | None = -1.0,
+        start_percent: float | None = 0.0,
+        end_percent: float | None = 0.8,
+        blocks: str | None = "all",
+        range: Any = UNLINKED,
+        weights: str | None = "",
+    ) -> bool | str:
+        try:
+            with named(NODE):
+                replace(DEFAULTS, weights=parse_weights(weights or "", -1.0 if weight is None else weight))
+        except ValueError as error:
+            return str(error)
+        return check(NODE, 1.0, start_percent, end_percent, blocks, range)
+
+    @classmethod
+    def fingerprint_inputs(cls, auto: str | None = OFF, **_: Any) -> Any:
+        """Load again when the file of the automatic weight has changed."""
+        try:
+            return None if auto in (OFF, None) else fingerprint(weight_file(auto))
+        except (OSError, ValueError):
+            return None  # `execute` will say what is wrong
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        concept: Concept,
+        weight: float = -1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 0.8,
+        blocks: str = "all",
+        range: tuple[float, float] | None = None,
+        gate: Gate | None = None,
+        form: str = DEFAULTS.form,
+        weights: str = "",
+        evidence: str = DEFAULTS.evidence,
+        auto: str = OFF,
+    ) -> io.NodeOutput:
+        with named(NODE):
+            if not isinstance(concept, Concept):
+                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            place = where(start_percent, end_percent, blocks, range, gate)
+            adapter = None if auto == OFF else load(weight_file(auto))
+            evidence = evidence if adapter is None else adapter.evidence
+            options = EIUPOptions(form, parse_weights(weights, weight), evidence, adapter)
+        return io.NodeOutput(add_edit(model, EditSpec("erasure", concept, **place, options=options, node=NODE)))
+
+
+NODES: list[type[io.ComfyNode]] = [ConceptGuardEIUP]
