@@ -189,10 +189,13 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
 
-def train(trainer: Trainer, steps: int, batch: int = 32, peak: float = 8e-4, checkpoint: Path | None = None) -> None:
+def train(trainer: Trainer, steps: int, batch: int = 24, peak: float = 8e-4, words: int = 500,
+          checkpoint: Path | None = None) -> None:
     """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped."""
     if checkpoint and checkpoint.exists():
         trainer.resume(torch.load(checkpoint, weights_only=True))
+    else:
+        trainer.teach_words(words)
     start, first, shown = time.time(), trainer.step, 0.0
     while trainer.step < steps:
         loss = trainer.update(learning_rate(trainer.step, steps, peak), batch)

@@ -96,13 +96,15 @@ def test_training_resumes_as_if_never_stopped(tmp_path: Path) -> None:
         shown = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
         return train_unet.Trainer(pictures, torch.randn(8, 4, 16, 16), shown, lambda t: [len(w) for w in t.split()])
 
-    straight, stopped, resumed = trainer(), trainer(), trainer()
     rates = [train_unet.learning_rate(step, 4, 8e-4) for step in range(4)]
+    straight = trainer()
     for rate in rates:
         straight.update(rate, 2)
+    stopped = trainer()
     for rate in rates[:2]:
         stopped.update(rate, 2)
     torch.save(stopped.state(), tmp_path / "state.pt")
+    resumed = trainer()
     resumed.resume(torch.load(tmp_path / "state.pt", weights_only=True))
     for rate in rates[2:]:
         resumed.update(rate, 2)
@@ -187,7 +189,7 @@ def test_lora_keys_of_the_demo_model_are_the_hosts_own(demo) -> None:
 def test_the_judge_answers_in_the_worlds_words() -> None:
     torch.manual_seed(0)
     verdict = judge(Judge().eval(), torch.rand(1, 3, 128, 128))[0]
-    assert sorted(verdict.objects) == sorted(world.OBJECTS) and verdict.style in HEADS["style"]
+    assert sorted(verdict.objects) == sorted(HEADS["objects"]) and verdict.style in HEADS["style"]
     assert verdict.found(verdict.objects[1], 2) and not verdict.found(verdict.objects[1])
 
 
