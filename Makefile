@@ -5,10 +5,10 @@ ARGS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench train-demo lock clean
+.PHONY: help demo test serve bench train-demo train-adapter lock clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: ## erase a concept on the demo model; pictures and report in output/demo/
 	@$(RUN) demo.run $(ARGS)
@@ -26,6 +26,9 @@ bench: ## overhead and erasure tables in output/bench/
 
 train-demo: ## rebuild the demo data and weights from scratch
 	@$(RUN) demo.train $(ARGS)
+
+train-adapter: ## learn EIUP's automatic weight on the demo model
+	@$(RUN) benchmarks.train_adapter $(ARGS)
 
 lock: ## resolve tools/requirements.in into tools/requirements.lock again
 	@sh tools/start.sh run.py tools.lock

@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import erasure, readings
+from . import eiup, erasure, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -55,8 +55,22 @@ def judge_table(quick: bool) -> list[dict[str, Any]]:
             for kind, damage in (("clean", False), ("blurred, noisy, off colour", True))]
 
 
+def overhead_tables(quick: bool) -> None:
+    """What edits cost; needs no weights."""
+    machine = f"{platform.machine()} CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
+    rows = overhead.times(16, 2) if quick else overhead.times()
+    if torch.cuda.is_available():
+        rows += overhead.times(pairs=4 if quick else 30, gpu=True)
+        machine += f", {torch.cuda.get_device_name()}"
+    size = "16x16 latents: a smoke test" if quick else "64x64 latents"
+    write("overhead", rows, f"A model call at SD1.5's shape, random weights, {size}, batch 2, active at every step, "
+          f"over the unedited calls beside it; medians. {machine}.")
+    write("memory", overhead.memory(), "fp16 keys and values above the unedited run, one phrase a concept.")
+    write("other costs", overhead.other(), f"{machine}.")
+
+
 def main() -> None:
-    tables = ("judge", "unedited", "readings", "cosines", "erasure")
+    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -64,6 +78,10 @@ def main() -> None:
     wanted, quick, start = args.only or tables, args.quick, time.time()
     settings = f"{STEPS} steps, cfg {CFG:g}, {SAMPLER}/{SCHEDULER}, fp32, {platform.machine()} CPU, torch " \
                f"{torch.__version__}; intervals are Wilson's 95 %."
+    if "overhead" in wanted:
+        overhead_tables(quick)
+    if set(wanted) == {"overhead"}:
+        return
     demo = Demo.ready()
     if "judge" in wanted:
         write("judge", judge_table(quick), "Right answers of the judge on unseen renderings.")
@@ -84,6 +102,9 @@ def main() -> None:
                 rows.append(make(name))
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         write("erasure", rows, f"CRE, one concept at a time, default settings. {settings}")
+    if "eiup" in wanted:
+        rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
+        write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
 
 

@@ -74,14 +74,13 @@ def fill(unet: torch.nn.Module, seed: int = 0) -> None:
     at = 0
     for name, weight in unet.named_parameters():
         scale = 0.7 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
-        values, place = (buffer * scale).to(weight), weight.view(-1)
-        start = 0
+        place, start = weight.view(-1), 0
         while start < len(place):  # from where the last weight ended, round and round
             n = min(len(place) - start, BUFFER - at)
-            place[start : start + n] = values[at : at + n]
+            place[start : start + n] = buffer[at : at + n] * scale
             start, at = start + n, (at + n) % BUFFER
         if weight.ndim == 1 and "norm" in name and name.endswith("weight"):
-            weight += 1
+            weight.add_(1)
 
 
 def conditioning(name: str, batch: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:

@@ -118,10 +118,10 @@ def any_view(rng: random.Random) -> world.Picture:
 
 
 def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: float = 3e-3,
-          save=lambda model: None, start_from: Judge | None = None) -> Judge:
+          save=lambda model: None) -> Judge:
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = start_from or Judge()
+    model = Judge()
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     start = time.time()

@@ -16,9 +16,10 @@ import torch
 from ..tools.environment import ROOT
 from . import autoencoder, export, judge, train_unet, world
 from .glyphs import VERSIONS, Painter
+from .load import MODEL_FILE, part, read
 
 FOLDER = ROOT / "output" / "train-demo"
-PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 16000, 3200, 6000, 1500, 0
+PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 16000, 3200, 6000, 4500, 0
 
 
 def tokenizer() -> Any:
@@ -31,20 +32,30 @@ def tokenizer() -> Any:
     return lambda text: [t for t, _ in clip.tokenize_with_weights(text)["l"][0] if t not in (START, END)]
 
 
-def painted(painter: Painter, count: int) -> dict[str, Any]:
-    """The training pictures with their latents, and the reference pictures in their order."""
+def painted(painter: Painter, count: int, go_on: bool) -> dict[str, Any]:
+    """The training pictures with their latents, and the reference pictures in their order.
+
+    `go_on`: latents of the shipped encoder, whose principal components are kept.
+    """
     rng = random.Random(SEED)
     pictures = [world.any_picture(rng) for _ in range(count)]
     pixels = autoencoder.paint_set(painter, pictures)
     p, mean = autoencoder.principal_components(pixels[:2000])
-    latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
+    if go_on:
+        vae = autoencoder.build().requires_grad_(False)
+        vae.load_state_dict(part(read(MODEL_FILE), "vae."))
+        latents = torch.cat([vae.encode(x.float() / 127.5 - 1) for x in pixels.split(50)]) * autoencoder.SD_SCALE
+    else:
+        latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
     shown = torch.stack([painter(picture.reference) for picture in pictures if picture.reference])
     shown = torch.nn.functional.interpolate(shown, size=64, mode="area")
     return {"pictures": pictures, "pixels": pixels, "latents": latents, "p": p, "mean": mean,
             "references": (shown * 255).round().to(torch.uint8)}
 
 
-def decoder(data: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
+def decoder(data: dict[str, Any], steps: int, go_on: bool) -> dict[str, torch.Tensor]:
+    if go_on:
+        return part(read(MODEL_FILE), "vae.")
     path = FOLDER / "decoder.pt"
     if not path.exists():
         vae = autoencoder.build().requires_grad_(False)
@@ -55,10 +66,11 @@ def decoder(data: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def unet(data: dict[str, Any], steps: int) -> dict[str, Any]:
-    path = FOLDER / "unet.pt"
+def unet(data: dict[str, Any], steps: int, go_on: bool) -> dict[str, Any]:
     trainer = train_unet.Trainer(data["pictures"], data["latents"], data["references"], tokenizer(), SEED)
-    train_unet.train(trainer, steps, checkpoint=path)
+    if go_on:
+        trainer.start_from(read(MODEL_FILE))
+    train_unet.train(trainer, steps, words=0 if go_on else 500, checkpoint=FOLDER / "unet.pt")
     return trainer.state()
 
 
@@ -74,24 +86,29 @@ def judged(painter: Painter, steps: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make train-demo", description=__doc__)
     parser.add_argument("--only", choices=("decoder", "unet", "judge"), help="run one stage and write no weights")
+    parser.add_argument("--continue", dest="go_on", action="store_true",
+                        help="train the shipped UNet further instead of anew, with the shipped decoder and judge")
     parser.add_argument("--scale", type=float, default=1.0, help="train this share of the steps (for a quick look)")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     painter = Painter(Path(FOLDER) / "icons")
     print("painting the world", flush=True)
-    data = painted(painter, PICTURES)
-    run = {"decoder": lambda: decoder(data, round(DECODER_STEPS * args.scale)),
-           "unet": lambda: unet(data, round(UNET_STEPS * args.scale)),
+    data = painted(painter, PICTURES, args.go_on)
+    run = {"decoder": lambda: decoder(data, round(DECODER_STEPS * args.scale), args.go_on),
+           "unet": lambda: unet(data, round(UNET_STEPS * args.scale), args.go_on),
            "judge": lambda: judged(painter, round(JUDGE_STEPS * args.scale))}
     if args.only:
         run[args.only]()
         return
+    if args.go_on:
+        del run["judge"]
     done = {name: stage() for name, stage in run.items()}
     about = {"seed": str(SEED), "pictures": str(PICTURES), "steps": str(done["unet"]["step"]),
              "icons": json.dumps(VERSIONS), "licence": "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)"}
     rgb = export.latent_rgb(data["latents"][:2000], data["pixels"][:2000])
     export.save_model(done["unet"]["average"], done["unet"]["used"], done["decoder"], rgb, about)
-    export.save_judge(done["judge"], about)
+    if "judge" in done:
+        export.save_judge(done["judge"], about)
     print(f"wrote {export.MODEL_FILE.parent.relative_to(ROOT)}/")
 
 

@@ -182,6 +182,18 @@ class Trainer:
         return {"step": self.step, "master": self.master.state_dict(), "average": self.average,
                 "opt": self.opt.state_dict(), "rng": torch.get_rng_state(), "used": self.text.used}
 
+    def start_from(self, tensors: dict[str, Tensor]) -> None:
+        """Take over shipped weights (load.read of the model file), so that training goes on where they were left."""
+        master = {k: v for k, v in tensors.items() if k.startswith(("unet.", "reference."))}
+        master |= {k.replace("text.", "text.clip.", 1): v for k, v in tensors.items() if k.startswith("text.")}
+        rows = self.text.rows.detach().clone()
+        for token, row in zip(tensors["used"].long().tolist(), tensors["rows"], strict=True):
+            if token in self.text.used:
+                rows[self.text.used.index(token)] = row
+        missing, unknown = self.master.load_state_dict(master | {"text.rows": rows}, strict=False)
+        assert not unknown and missing == ["text.clip.text_projection.weight"], (missing, unknown)
+        self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
+
     def resume(self, state: dict) -> None:
         self.step, self.average = state["step"], state["average"]
         self.master.load_state_dict(state["master"])
@@ -191,10 +203,13 @@ class Trainer:
 
 def train(trainer: Trainer, steps: int, batch: int = 24, peak: float = 8e-4, words: int = 500,
           checkpoint: Path | None = None) -> None:
-    """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped."""
+    """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped.
+
+    `words`: steps of `teach_words` before the first.
+    """
     if checkpoint and checkpoint.exists():
         trainer.resume(torch.load(checkpoint, weights_only=True))
-    else:
+    elif words:
         trainer.teach_words(words)
     start, first, shown = time.time(), trainer.step, 0.0
     while trainer.step < steps:

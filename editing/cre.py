@@ -3,7 +3,7 @@
     Phi(A, At_k) = A - sum_k s_k (A^T At_k / ||At_k||^2) At_k,      At_k = softmax(Q Kt_k^T / sqrt d) Vt_k
 
 per spatial position and before `to_out`, At_k being what the same queries find in the concept's prompt. The paper
-leaves open what `CREOptions` chooses; DEFAULTS are the choices that measured best on the demo model.
+leaves open what `CREOptions` chooses; `make bench` compares the readings on the demo model (table "readings").
 """
 
 from __future__ import annotations

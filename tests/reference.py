@@ -5,7 +5,6 @@ Nothing here may use the code under test.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -61,12 +60,12 @@ def share(q: Tensor, k: Tensor, k_own: Tensor, heads: int, pieces: int) -> Tenso
     """What part of one softmax over one copy of the prompt and a concept's own tokens the latter get: [N, heads]."""
     out = torch.zeros(len(q), heads, dtype=torch.double)
     d = q.shape[-1] // heads
-    q, k, k_own = (x.detach() for x in (q, k, k_own))
+    q, k, k_own = (x.detach().double() for x in (q, k, k_own))
     for position in range(len(q)):
         for head in range(heads):
             part = slice(head * d, (head + 1) * d)
-            Z_prompt = sum(math.exp(q[position, part].double() @ key[part].double() / d**0.5) for key in k) / pieces
-            Z_own = sum(math.exp(q[position, part].double() @ key[part].double() / d**0.5) for key in k_own)
+            Z_prompt = torch.exp(k[:, part] @ q[position, part] / d**0.5).sum() / pieces
+            Z_own = torch.exp(k_own[:, part] @ q[position, part] / d**0.5).sum()
             out[position, head] = Z_own / (Z_own + Z_prompt)
     return out
 

@@ -195,3 +195,17 @@ def test_the_judge_answers_in_the_worlds_words() -> None:
 
 def test_icons_are_pinned() -> None:
     assert set(world.STYLES.values()) == set(glyphs.VERSIONS)
+
+
+def test_training_can_go_on_from_the_shipped_weights() -> None:
+    """The UNet and the words' rows arrive where the trainer keeps them."""
+    tensors = load.read(load.MODEL_FILE)
+    token = int(tensors["used"][5])
+    rng = random.Random(0)
+    trainer = train_unet.Trainer([world.one_object(rng, "cat")], torch.zeros(1, 4, 16, 16),
+                                 torch.zeros(0, 3, 64, 64, dtype=torch.uint8), lambda t: [token] * len(t.split()))
+    trainer.start_from(tensors)
+    assert torch.equal(trainer.text.rows[trainer.text.used.index(token)], tensors["rows"][5])
+    name = "input_blocks.0.0.weight"
+    assert torch.equal(trainer.unet.get_parameter(name), tensors[f"unet.{name}"])
+    assert torch.equal(trainer.average[f"unet.{name}"], tensors[f"unet.{name}"])

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lora
 import pytest
 
 from conceptguard.tools.host import Host, HostError
@@ -21,6 +22,12 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 # The same graph with another loader: its checkpoint is the user's.
 TWINS = {"erase-a-concept-checkpoint": "erase-a-concept"}
 RUNNABLE = [path for path in EXAMPLES if path.stem not in TWINS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def demo_lora(host: Host) -> None:
+    """The LoRA that two-concepts-with-lora names: a user chooses one of theirs, a server without a browser has none."""
+    lora.write(host.base / "models" / "loras")
 
 
 def workflow(name: str) -> dict[str, Any]:

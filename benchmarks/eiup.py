@@ -1,0 +1,72 @@
+"""What EIUP leaves of concepts that a prompt implies or names, and of everything else: its readings, and beside CRE."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..demo import world
+from ..editing.adapter import load
+from ..editing.binding import add_edit
+from ..editing.eiup import DEFAULTS
+from ..editing.spec import Concept, EditSpec
+from ..nodes.files import DEMO_WEIGHT_FILE
+from .sampling import Demo, Rate, object_prompts
+
+Edit = Callable[[Demo, Any, Concept], Any]
+
+
+def eiup(**options: Any) -> Edit:
+    """With the node's window."""
+    def edit(demo: Demo, model: Any, concept: Concept) -> Any:
+        chosen = replace(DEFAULTS, **options)
+        return add_edit(model, EditSpec("erasure", concept, end_percent=0.8, options=chosen, node="bench"))
+
+    return edit
+
+
+def cre(demo: Demo, model: Any, concept: Concept) -> Any:
+    return demo.erase(concept, model=model)
+
+
+def both(demo: Demo, model: Any, concept: Concept) -> Any:
+    return cre(demo, eiup()(demo, model, concept), concept)
+
+
+def settings() -> dict[str, Edit]:
+    found: dict[str, Edit] = {"unedited": lambda demo, model, concept: model}
+    found |= {f"separate, weight {w:g}": eiup(weights=(w,), evidence="none") for w in (-1.0, -2.0, -4.0)}
+    found |= {f"separate with evidence, weight {w:g}": eiup(weights=(w,), evidence="share")
+              for w in (-1.0, -2.0, -4.0, -8.0, -16.0)}
+    found |= {f"joint, weight {w:g}": eiup(weights=(w,), form="joint") for w in (0.0, -1.0, -2.0)}
+    if DEMO_WEIGHT_FILE.is_file():
+        adapter = load(DEMO_WEIGHT_FILE)
+        found["automatic weight"] = eiup(evidence=adapter.evidence, auto=adapter)
+    return found | {"EIUP, default": eiup(), "CRE, default": cre, "CRE and EIUP, default": both}
+
+
+def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others: int = 64, seed: int = 9) -> list[dict]:
+    """For each setting: the concept's share of the scenes that imply it and the prompts that name it, and how many of
+    the other prompts' objects are found. `count` pictures of each kind for each of the scenes' concepts."""
+    rng, rows = random.Random(seed), []
+    held = [(word, name) for word, (_, name) in list(world.SCENES.items())[:scenes]]
+    implied = {name: [world.scene(rng, word).caption for _ in range(count)] for word, name in held}
+    named = {name: [p.caption for p in object_prompts([name], count, seed + i)] for i, (_, name) in enumerate(held)}
+    each = max(1, others // len(held))
+    rest = {name: object_prompts(rng.sample([n for n in world.OBJECTS if n != name], each), each, seed)
+            for _, name in held}
+    for label, edit in settings().items():
+        left, told, kept = [], [], []
+        for _, name in held:
+            edited = edit(demo, demo.model, demo.concept(name))
+            texts = [*implied[name], *named[name], *(p.caption for p in rest[name])]
+            seen = demo.verdicts(edited, texts, seed)
+            left += [v.found(name) for v in seen[:count]]
+            told += [v.found(name) for v in seen[count:2 * count]]
+            kept += [v.found(p.objects[0]) for v, p in zip(seen[2 * count:], rest[name], strict=True)]
+        rows.append({"edit": label, "implied and shown": Rate.of(left), "named and shown": Rate.of(told),
+                     "others found": Rate.of(kept)})
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows

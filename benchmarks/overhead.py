@@ -1,0 +1,213 @@
+"""What an edit costs: time of a model call, memory of the concepts, time to import the pack.
+
+Time is taken of whole model calls at the shape of SD1.5, 512x512 pixels, the positive and the negative in one batch, as
+every step of a sampler makes them; edited and unedited ones take turns in one process, and each edited call is compared
+with the unedited ones before and after it.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..editing.binding import RUN, WRAPPERS, start_run
+from ..editing.cre import DEFAULTS as CRE
+from ..editing.eiup import EIUPOptions
+from ..editing.plan import Plan
+from ..editing.run import EDITS, Run
+from ..editing.spec import Concept, EditSpec, Phrase
+from ..tools.environment import ROOT, comfyui_path
+from .shapes import SHAPES, build, conditioning
+
+SHAPE = "SD1.5"
+Row = dict[str, Any]
+
+
+def concept(shape: str, i: int) -> Concept:
+    """One phrase of two words."""
+    tokens, _ = conditioning(shape, 1, 1000 + i)
+    return Concept(f"c{i}", (Phrase(f"c{i}", tokens, (1, 2)),), conditioning(shape, 1, 999)[0])
+
+
+def cre(shape: str, count: int, **inputs: Any) -> list[EditSpec]:
+    return [EditSpec("projection", concept(shape, i), options=CRE, **inputs) for i in range(count)]
+
+
+def eiup(shape: str, **options: Any) -> list[EditSpec]:
+    return [EditSpec("erasure", concept(shape, 0), options=EIUPOptions(**options))]
+
+
+# Edits of one MODEL and how many times an unedited call's time they may take, on a CPU in fp32 and a GPU in bf16.
+EDITED: dict[str, tuple[list[EditSpec], float, float | None]] = {
+    "CRE, 1 concept": (cre(SHAPE, 1), 1.02, 1.05),
+    "CRE, 10 concepts": (cre(SHAPE, 10), 1.10, None),
+    "EIUP, 1 concept": (eiup(SHAPE), 1.02, 1.05),
+    "EIUP, 1 concept, evidence": (eiup(SHAPE, evidence="share"), 1.02, 1.05),
+    "EIUP joint, 1 concept": (eiup(SHAPE, form="joint"), 1.02, 1.05),
+    "CRE, inactive": (cre(SHAPE, 1, end_percent=0.0), 1.00, 1.00),
+}
+
+
+@dataclass
+class Call:
+    """A model call of [negative, positive] with some edits, as the host makes it."""
+
+    model: Any
+    specs: Sequence[EditSpec]
+    x: Tensor
+    t: Tensor
+    tokens: Tensor
+
+    def __post_init__(self) -> None:
+        base = self.model.model
+        self.run: Run | None = None
+        if self.specs:
+            self.run = start_run(base.diffusion_model, base.model_sampling, type(base).__name__, self.specs)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        wrappers = {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}
+        options = {EDITS: list(self.specs), RUN: self.run, "cond_or_uncond": [1, 0], "sigmas": self.t[:1],
+                   "wrappers": wrappers}
+        return self.model.model.apply_model(self.x, self.t, c_crossattn=self.tokens, transformer_options=options)
+
+    def seconds(self) -> float:
+        self._wait()
+        start = time.perf_counter()
+        self()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def calls(model: Any, side: int, device: str, dtype: torch.dtype) -> dict[str, Call]:
+    """The unedited call under "", and every edited one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, side, side, generator=generator).repeat(2, 1, 1, 1).to(device)
+    sigma = model.model.model_sampling.percent_to_sigma(0.4)
+    tokens, _ = conditioning(SHAPE, 2, 1, dtype, device)
+    place = x, torch.full((2,), sigma, device=device), tokens
+    return {"": Call(model, [], *place), **{name: Call(model, specs, *place) for name, (specs, _, _) in EDITED.items()}}
+
+
+def times(side: int = 64, pairs: int = 10, gpu: bool = False) -> list[Row]:
+    """A row for each edit: the median ratio of its calls to the unedited ones beside them."""
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    every = calls(build(SHAPE, dtype, device), side, device, dtype)
+    plain = every.pop("")
+    unedited = plain()
+    setup = {name: -plain.seconds() + call.seconds() for name, call in every.items()}  # warms up, makes keys and values
+    ratios: dict[str, list[float]] = {name: [] for name in every}
+    before, all_plain = plain.seconds(), []
+    for _ in range(pairs):
+        for name, call in every.items():
+            edited, after = call.seconds(), plain.seconds()
+            ratios[name].append(2 * edited / (before + after))
+            all_plain.append(after)
+            before = after
+    rows = []
+    for name, values in ratios.items():
+        goal = EDITED[name][2 if gpu else 1]
+        low, middle, high = statistics.quantiles(values, n=4)
+        same = torch.equal(every[name](), unedited)
+        assert same == name.endswith("inactive"), f"{name}: the same bits as unedited: {same}"
+        rows.append({"edit": name, "device": f"{device} {str(dtype).removeprefix('torch.')}", "times unedited": middle,
+                     "quartiles": f"{low:.3f}-{high:.3f}", "pairs": len(values), "goal": goal or "",
+                     "unedited s": statistics.median(all_plain), "first call, extra s": max(0.0, setup[name])})
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
+def held(plan: Plan) -> int:
+    """Bytes of all keys and values of a plan."""
+    sets = [kv for block in plan.blocks.values()
+            for kv in (*block.joined, *block.separate, *(kv for steering in block.steering for kv in steering.prompts))]
+    return sum(tensor.nbytes for kv in sets for tensor in (kv.K, kv.V, *kv.own))
+
+
+def memory() -> list[Row]:
+    """MB of fp16 keys and values above the unedited run; worked out on torch's meta device."""
+    rows = []
+    for shape, goal in (("SD1.5", 4.0), ("SD2.1", None), ("SDXL", 26.0), ("SDXL refiner", None)):
+        model = build(shape, torch.float16, "meta").model
+        run = start_run(model.diffusion_model, model.model_sampling, shape, cre(shape, 1))
+
+        def size(specs: list[EditSpec], blocks: Any = run.backbone.blocks) -> float:
+            return held(Plan(specs, blocks, torch.device("meta"), torch.float16)) / 1e6
+
+        one, two = size(cre(shape, 1)), size(cre(shape, 2))
+        rows.append({"shape": shape, "cross-attentions": SHAPES[shape].attentions, "CRE, a concept, MB": two - one,
+                     "the empty prompt, once, MB": 2 * one - two, "EIUP, a concept, MB": size(eiup(shape)),
+                     "EIUP joint, a concept, MB": size(eiup(shape, form="joint")), "goal MB": goal or ""})
+    return rows
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python knows."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if type(each) in (Tensor, torch.nn.Parameter) and each.device.type != "meta":
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def kept(side: int = 8) -> int:
+    """Bytes that are still there after an edited sampling run."""
+    import comfy.sample
+
+    from ..editing.binding import add_edit
+
+    model = build(SHAPE, torch.float32)
+    edited = model
+    for spec in (*cre(SHAPE, 2), *eiup(SHAPE)):
+        edited = add_edit(edited, spec)
+    cond = [[conditioning(SHAPE, 1, 1)[0], {}]]
+    x = torch.zeros(1, 4, side, side)
+
+    def sample() -> None:
+        comfy.sample.sample(edited, torch.ones_like(x), 1, 4.0, "euler", "normal", cond, cond, x, disable_pbar=True)
+
+    sample()  # the host keeps what it made at the first run
+    before = live_bytes()
+    sample()
+    return live_bytes() - before
+
+
+IMPORT = """
+import runpy, sys, time
+run = runpy.run_path("tools/run.py")
+from pathlib import Path
+run["register"]()
+run["use_comfyui"](Path(sys.argv[1]), cpu=True)
+import comfy.samplers, comfy.sd, comfy.utils, comfy_api.latest, folder_paths, nodes
+start = time.perf_counter()
+import asyncio, conceptguard
+async def load(): return await (await conceptguard.comfy_entrypoint()).get_node_list()
+asyncio.run(load())
+print(time.perf_counter() - start)
+"""
+
+
+def import_seconds(times: int = 5) -> float:
+    """The pack's part of the host's start."""
+    command = [sys.executable, "-c", IMPORT, str(comfyui_path())]
+    runs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(times)]
+    return statistics.median(float(run.stdout.splitlines()[-1]) for run in runs)
+
+
+def other() -> list[Row]:
+    return [{"figure": "bytes kept after a run", "value": kept(), "goal": 0},
+            {"figure": "import of the pack, s", "value": import_seconds(), "goal": 0.3}]
