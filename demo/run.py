@@ -61,7 +61,7 @@ def tile(rows: list[list[Image.Image]], captions: tuple[str, ...] = ()) -> Image
 
 
 def seen(images: list[Image.Image]) -> list[dict[str, Any]]:
-    x = torch.stack([torch.from_numpy(np.asarray(image)).movedim(-1, 0).float() / 255 for image in images])
+    x = torch.stack([torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255 for image in images])
 
     def row(v: Verdict) -> dict[str, Any]:
         return {"object": v.objects[0], f"{CONCEPT} top-1": v.found(CONCEPT),

@@ -55,7 +55,10 @@ def edits_of(model: ModelPatcher) -> tuple[EditSpec, ...]:
 
 
 def hook_options(spec: EditSpec) -> dict[str, Any]:
-    """The same edit for one conditioning only: what a TransformerOptionsHook takes."""
+    """The same edit for one conditioning only: what a TransformerOptionsHook takes.
+
+    Where no MODEL brings an edit as well there is no run around it, and an automatic weight is found at every call.
+    """
     return {EDITS: [spec], "wrappers": {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}}
 
 
@@ -140,8 +143,13 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
             executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
 
         active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
-        active = run.decide(active, len(x) // len(chunks_of(options)), window_of(options), look)
-        holder[key] = run.install(options, run.plan(active, *place), watch) if active or watch else options
+        chunks, window = chunks_of(options), window_of(options)
+        active = run.decide(active, len(x) // len(chunks), window, look)
+        holder[key] = options
+        if active or watch:
+            plan = run.plan(active, *place)
+            plan.rows(chunks, len(x), window)  # found now: what torch.compile finds new at a later step, it compiles
+            holder[key] = run.install(options, plan, watch)
         return executor(x, t, *arguments, **kwargs)
 
 

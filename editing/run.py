@@ -68,8 +68,9 @@ class Backbone:
         auto = spec.options.auto if isinstance(spec.options, EIUPOptions) else None
         if auto is not None and auto.blocks != self.block_names:
             raise spec.error(
-                f'auto: "{auto.name}" was trained on a model with cross-attentions {", ".join(auto.blocks)}, and '
-                f"{self.name} has {', '.join(self.block_names)}; choose weights trained on this model, or off"
+                f'auto: "{auto.name}" was trained on another model, of {len(auto.blocks)} cross-attentions from '
+                f"{auto.blocks[0]} to {auto.blocks[-1]}; {self.name} has {len(self.blocks)}. Choose a file that was "
+                "trained on this model, or set auto to off"
             )
         try:
             select_blocks(spec.blocks, self.blocks)
