@@ -19,7 +19,7 @@ from .glyphs import VERSIONS, Painter
 from .load import MODEL_FILE, part, read
 
 FOLDER = ROOT / "output" / "train-demo"
-PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 16000, 3200, 6000, 4500, 0
+PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 40000, 3200, 6000, 4500, 0
 
 
 def tokenizer() -> Any:
@@ -40,13 +40,13 @@ def painted(painter: Painter, count: int, go_on: bool) -> dict[str, Any]:
     rng = random.Random(SEED)
     pictures = [world.any_picture(rng) for _ in range(count)]
     pixels = autoencoder.paint_set(painter, pictures)
-    p, mean = autoencoder.principal_components(pixels[:2000])
     if go_on:
         vae = autoencoder.build().requires_grad_(False)
         vae.load_state_dict(part(read(MODEL_FILE), "vae."))
-        latents = torch.cat([vae.encode(x.float() / 127.5 - 1) for x in pixels.split(50)]) * autoencoder.SD_SCALE
+        p, mean = autoencoder.read_encoder(vae)
     else:
-        latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
+        p, mean = autoencoder.principal_components(pixels[:2000])
+    latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
     shown = torch.stack([painter(picture.reference) for picture in pictures if picture.reference])
     shown = torch.nn.functional.interpolate(shown, size=64, mode="area")
     return {"pictures": pictures, "pixels": pixels, "latents": latents, "p": p, "mean": mean,

@@ -176,7 +176,7 @@ def by_reference(rng: random.Random, name: str, style: str, named: str | None = 
 
 def any_picture(rng: random.Random) -> Picture:
     """A picture of the training mix."""
-    kind = rng.choices(("one", "two", "scene", "person", "reference"), (46, 20, 10, 12, 12))[0]
+    kind = rng.choices(("one", "two", "scene", "person", "reference"), (40, 24, 10, 10, 16))[0]
     style, background = maybe(rng, 0.7, NAMED_STYLES), maybe(rng, 0.6, BACKGROUNDS)
     names = rng.sample(list(OBJECTS), 2)
     if kind == "one":
