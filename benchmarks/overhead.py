@@ -149,7 +149,7 @@ def memory() -> list[Row]:
 
         one, two = size(cre(shape, 1)), size(cre(shape, 2))
         rows.append({"shape": shape, "cross-attentions": SHAPES[shape].attentions, "CRE, a concept, MB": two - one,
-                     "the empty prompt, once, MB": 2 * one - two, "EIUP, a concept, MB": size(eiup(shape)),
+                     "the neutral encoding, once, MB": 2 * one - two, "EIUP, a concept, MB": size(eiup(shape)),
                      "EIUP joint, a concept, MB": size(eiup(shape, form="joint")), "goal MB": goal or ""})
     return rows
 

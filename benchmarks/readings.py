@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,59 +12,71 @@ import torch
 
 from ..demo import world
 from ..editing.cre import DEFAULTS, CREOptions
+from ..editing.encode import NEUTRAL
 from ..editing.run import OBSERVER
-from .erasure import named
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")  # eq. 4 as it stands
-READINGS: dict[str, tuple[CREOptions, float]] = {
-    "as printed": (PRINTED, 1.0),
-    "per head": (replace(PRINTED, width="head"), 1.0),
-    "own tokens": (replace(PRINTED, tokens="own"), 1.0),
-    "empty prompt subtracted": (replace(PRINTED, baseline="empty"), 1.0),
-    "empty, clipped": (replace(PRINTED, baseline="empty", negative="clip"), 1.0),
-    "empty, clipped, per head": (replace(PRINTED, baseline="empty", negative="clip", width="head"), 1.0),
-    "empty, clipped, own tokens": (replace(PRINTED, baseline="empty", negative="clip", tokens="own"), 1.0),
-    "as printed, strength 2": (PRINTED, 2.0),
-    "own tokens, strength 2": (replace(PRINTED, tokens="own"), 2.0),
-    "empty, clipped, strength 1.5": (replace(PRINTED, baseline="empty", negative="clip"), 1.5),
-    "empty, clipped, strength 2": (replace(PRINTED, baseline="empty", negative="clip"), 2.0),
-    "empty, clipped, per head, strength 2": (replace(PRINTED, baseline="empty", negative="clip", width="head"), 2.0),
+EMPTY = replace(PRINTED, baseline="neutral", negative="clip")
+ORDINARY = replace(DEFAULTS, floor=0.0)
+# Name -> options, strength, and the prompts that the concept is compared with ("" is the empty prompt).
+READINGS: dict[str, tuple[CREOptions, float, str]] = {
+    "as printed": (PRINTED, 1.0, ""),
+    "per head": (replace(PRINTED, width="head"), 1.0, ""),
+    "own tokens": (replace(PRINTED, tokens="own"), 1.0, ""),
+    "as printed, strength 0.7": (PRINTED, 0.7, ""),
+    "empty prompt subtracted": (replace(EMPTY, negative="keep"), 1.0, ""),
+    "empty, clipped": (EMPTY, 1.0, ""),
+    "empty, clipped, floor 0.7": (replace(EMPTY, floor=0.7), 1.0, ""),
+    "ordinary prompts subtracted, clipped": (ORDINARY, 1.0, NEUTRAL),
+    "ordinary, floor 0.5": (replace(ORDINARY, floor=0.5), 1.0, NEUTRAL),
+    "ordinary, floor 0.6": (replace(ORDINARY, floor=0.6), 1.0, NEUTRAL),
+    "ordinary, floor 0.7": (replace(ORDINARY, floor=0.7), 1.0, NEUTRAL),
+    "ordinary, floor 0.8": (replace(ORDINARY, floor=0.8), 1.0, NEUTRAL),
+    "ordinary, floor 0.7, strength 1.5": (replace(ORDINARY, floor=0.7), 1.5, NEUTRAL),
+    "ordinary, floor 0.7, own tokens": (replace(ORDINARY, floor=0.7, tokens="own"), 1.0, NEUTRAL),
+    "ordinary, floor 0.7, per head": (replace(ORDINARY, floor=0.7, width="head"), 1.0, NEUTRAL),
 }
 
 
 def compare(demo: Demo, concepts: Sequence[str] = ("beer mug", "kitchen knife", "skull"), style: str = "noto",
-            count: int = 16, seed: int = 5) -> list[dict[str, Any]]:
-    """For each reading: what is left of three objects and a style, and what is left of everything else."""
+            count: int = 12, seed: int = 5) -> list[dict[str, Any]]:
+    """For each reading: what is left of three objects, named and implied by a scene, and of a style, and what is left
+    of the objects' neighbours and of everything else."""
+    rng = random.Random(seed)
     others = object_prompts([n for n in world.OBJECTS if n not in concepts], 32, seed)
-    rows = []
-    for name, (options, strength) in READINGS.items():
-        left, kept, styled = [], [], []
-        for text in concepts:
-            edited = demo.erase(demo.concept(text), strength, options)
-            own = object_prompts([text], count, seed)
-            found = demo.verdicts(edited, [p.caption for p in own + others], seed)
-            left += [v.found(text) for v in found[:count]]
-            kept += [v.found(p.objects[0]) for p, v in zip(others, found[count:], strict=True)]
-        own = style_prompts(style, count, seed)
-        edited = demo.erase(demo.concept(f"in the style of {style}"), strength, options)
-        styled = [v.style == style for v in demo.verdicts(edited, [p.caption for p in own], seed)]
-        rows.append({"reading": name, "strength": strength, "object left": Rate.of(left),
-                     "others found": Rate.of(kept), "style left": Rate.of(styled)})
+    scenes = {held: word for word, (_, held) in world.SCENES.items()}
+    sets = {name: {"object left": (object_prompts([name], count, seed), name),
+                   "implied left": ([world.scene(rng, scenes[name]) for _ in range(count // 2)], name),
+                   "neighbour found": (object_prompts([world.NEIGHBOURS[name]], count, seed), world.NEIGHBOURS[name]),
+                   "others found": (others, None)} for name in concepts}
+    own, rows = style_prompts(style, count, seed), []
+    unedited: tuple[CREOptions | None, float, str] = (None, 0.0, "")
+    for reading, (options, strength, neutral) in {"unedited": unedited, **READINGS}.items():
+        def erase(text: str, o: Any = options, s: float = strength, n: str = neutral) -> Any:
+            return demo.erase(demo.concept(text, n), s, o) if o else demo.model
+
+        found: dict[str, list[bool]] = defaultdict(list)
+        for name, parts in sets.items():
+            verdicts = iter(demo.verdicts(erase(name), [p.caption for ps, _ in parts.values() for p in ps], seed))
+            for column, (pictures, sought) in parts.items():
+                found[column] += [next(verdicts).found(sought or p.objects[0]) for p in pictures]
+        seen = demo.verdicts(erase(f"in the style of {style}"), [p.caption for p in own], seed)
+        rates = {column: Rate.of(hits) for column, hits in found.items()}
+        rows.append({"reading": reading, "strength": strength, **rates,
+                     "style left": Rate.of([v.style == style for v in seen])})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    unedited = named(others, demo.verdicts(demo.model, [p.caption for p in others], seed))
-    return [{"reading": "unedited", "strength": 0.0, "object left": "", "others found": unedited, "style left": ""},
-            *rows]
+    return rows
 
 
 def cosines(demo: Demo, concept: str, count: int = 8, seed: int = 6) -> dict[str, dict[str, float]]:
     """Mean cosine between A and A-tilde per block, over positions and steps: on prompts that name the concept, on
-    others, and on the latter after the empty prompt's attention is subtracted from both."""
+    others, as they are and after the neutral prompts' attention is subtracted from both."""
     prompts = {"named": object_prompts([concept], count, seed),
                "others": object_prompts([n for n in world.OBJECTS if n != concept], count, seed)}
     out: dict[str, dict[str, float]] = defaultdict(dict)
     for label, pictures in prompts.items():
-        for baseline in ("none", "empty"):
+        for baseline in ("none", "neutral"):
             sums: dict[str, list[float]] = defaultdict(list)
 
             def observe(A: Any, At: Any, A0: Any, block: Any, sums: Any = sums, **_: Any) -> None:

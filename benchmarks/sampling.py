@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.sample
@@ -17,7 +17,7 @@ from ..demo.judge import Verdict, judge
 from ..demo.load import load, load_judge, reference_prompt
 from ..editing.binding import add_edit
 from ..editing.cre import DEFAULTS, CREOptions
-from ..editing.encode import concept_from_text
+from ..editing.encode import NEUTRAL, concept_from_text
 from ..editing.spec import Concept, EditSpec
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
@@ -32,6 +32,7 @@ class Demo:
     clip: Any
     vae: Any
     steps: int = STEPS
+    _concepts: dict[tuple[str, str], Concept] = field(default_factory=dict)
 
     @classmethod
     def ready(cls) -> Demo:
@@ -44,8 +45,11 @@ class Demo:
         """A prompt in which <image> stands for a picture [3, h, w]."""
         return reference_prompt(self.clip, picture.movedim(0, -1)[None], text)
 
-    def concept(self, text: str) -> Concept:
-        return concept_from_text(self.clip, text, text)
+    def concept(self, text: str, neutral: str = NEUTRAL) -> Concept:
+        key = text, neutral
+        if key not in self._concepts:
+            self._concepts[key] = concept_from_text(self.clip, text, text, neutral)
+        return self._concepts[key]
 
     def erase(self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None,
               **where: Any) -> Any:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 CHOICES = {
     "width": ("full", "head"),
     "tokens": ("all", "own"),
-    "baseline": ("none", "empty"),
+    "baseline": ("none", "neutral"),
     "negative": ("keep", "clip"),
     "solve": ("joint", "sum"),
 }
@@ -30,9 +31,12 @@ class CREOptions:
 
     width: "full", one coefficient per position over all heads; "head", one per head.
     tokens: "all" of the concept's prompt enter its softmax, or the concept's "own" without start, end and padding.
-    baseline: "empty" first takes the empty prompt's attention A0 from both A and At_k; "none" does not.
+    baseline: "neutral" first takes from both A and At_k what the same queries find in the concept's neutral encoding,
+        A0: what ordinary prompts find, or the empty one; "none" does not.
     negative: "clip" adds nothing back where A points away from the concept; "keep" does.
     solve: "joint" coefficients together explain A best; "sum" are each concept's own.
+    floor: a concept is edited only where the cosine between A and At_k (less A0) is at least this; 0 edits everywhere.
+        What other prompts share with the concept, "a picture of some thing", lies below it and is left alone.
     """
 
     width: str
@@ -40,14 +44,17 @@ class CREOptions:
     baseline: str
     negative: str
     solve: str
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:  # catches NaN as well
+            raise ValueError(f"floor is {self.floor}; give a cosine from 0 (edit everywhere) to 1 (nowhere)")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
 
-DEFAULTS = CREOptions(width="full", tokens="all", baseline="empty", negative="clip", solve="joint")
+DEFAULTS = CREOptions(width="full", tokens="all", baseline="neutral", negative="clip", solve="joint")
 
 
 def project(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
@@ -67,6 +74,8 @@ def projection(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor
     if options.width == "full":
         a, x = a.flatten(-2)[..., None, :], x.flatten(-2)[..., None, :]  # one "head" as wide as all
     s = s[..., None, None]  # [K, ..., 1, 1]
+    if options.floor:
+        s = s * (cosine_similarity(x, a.expand_as(x), dim=-1)[..., None] >= options.floor)
     if options.solve == "sum" or len(x) == 1:
         c = (x * a).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(TINY)
     else:

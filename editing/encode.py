@@ -10,9 +10,16 @@ from torch import Tensor
 
 from .spec import Concept, Phrase
 
+# Ordinary things: their mean encoding says "a picture of something", which is no part of any concept.
+NEUTRAL = (
+    "a cat\na dog\na fish\na car\na bicycle\nan apple\na pizza\na book\n"
+    "a key\nan umbrella\na guitar\na camera\na shoe\na sunflower\na man\na woman"
+)
 
-def concept_from_text(clip: Any, text: str, name: str = "") -> Concept:
-    """One phrase per line of `text`, encoded by the host's `clip`."""
+
+def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTRAL) -> Concept:
+    """One phrase per line of `text`, encoded by the host's `clip`; the neutral encoding is the mean of `neutral`'s
+    lines, or the empty prompt's if it has none."""
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -24,23 +31,36 @@ def concept_from_text(clip: Any, text: str, name: str = "") -> Concept:
         if not own:
             raise ValueError(f'text: the text encoder finds no word in "{line}"; write what to erase, or drop the line')
         phrases.append(Phrase(line, encode(clip, line), own))
-    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""))
+    ordinary = [line.strip() for line in neutral.splitlines() if line.strip()] or [""]
+    return Concept(name.strip() or lines[0], tuple(phrases), mean([encode(clip, line) for line in ordinary], "neutral"))
 
 
 def concept_from_conditioning(
-    conditioning: Sequence[Any], name: str = "", empty: Sequence[Any] | None = None
+    conditioning: Sequence[Any], name: str = "", neutral: Sequence[Any] | None = None
 ) -> Concept:
-    """One phrase per entry of `conditioning` (and per row of an entry); all of its tokens count as its own."""
+    """One phrase per entry of `conditioning` (and per row of an entry); all of its tokens count as its own.
+
+    The neutral encoding is the mean of the entries of `neutral`.
+    """
     rows = [row for entry in checked(conditioning, "conditioning") for row in entry.split(1)]
     name = name.strip() or "concept"
     phrases = tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
-    nothing = None if empty is None else checked(empty, "empty")[0][:1]
-    if nothing is not None and nothing.shape[-1] != rows[0].shape[-1]:
+    ordinary = None
+    if neutral is not None:
+        ordinary = mean([row for entry in checked(neutral, "neutral") for row in entry.split(1)], "neutral")
+    if ordinary is not None and ordinary.shape[-1] != rows[0].shape[-1]:
         raise ValueError(
-            f"empty was made with a text encoder of width {nothing.shape[-1]} and conditioning with one of "
+            f"neutral was made with a text encoder of width {ordinary.shape[-1]} and conditioning with one of "
             f"{rows[0].shape[-1]}; make both with the same CLIP"
         )
-    return Concept(name, phrases, nothing)
+    return Concept(name, phrases, ordinary)
+
+
+def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
+    """Of encodings [1, T, W]."""
+    if len({tokens.shape[1] for tokens in encodings}) > 1:
+        raise ValueError(f"{name} mixes prompts of several lengths; keep each of its lines under 75 tokens")
+    return torch.cat(list(encodings)).mean(0, keepdim=True)
 
 
 def encode(clip: Any, text: str) -> Tensor:

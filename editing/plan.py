@@ -58,7 +58,7 @@ class Steering:
         """The same for some positions; s: [K, R, 1], the baseline's in front."""
         found = [attend(q, kv.K, kv.V) for kv in self.prompts]
         At, A0 = found[0] if len(found) == 1 else torch.cat(found), None
-        if self.options.baseline == "empty":
+        if self.options.baseline == "neutral":
             A0, At, s = At[0], At[1:], s[1:]
         if observe is not None:
             observe(A=A, At=At, A0=A0, s=s, options=self.options)

@@ -59,11 +59,11 @@ class Backbone:
                 f'{kind} "{spec.source.name}" was made with a text encoder of width {spec.source.width}, but '
                 f"{self.name} reads one of width {self.width}; make the {kind} with the CLIP that belongs to this model"
             )
-        baseline = isinstance(spec.options, CREOptions) and spec.options.baseline == "empty"
-        if baseline and isinstance(spec.source, Concept) and spec.source.empty is None:
+        baseline = isinstance(spec.options, CREOptions) and spec.options.baseline == "neutral"
+        if baseline and isinstance(spec.source, Concept) and spec.source.neutral is None:
             raise spec.error(
-                f'concept "{spec.source.name}" comes without the empty prompt; connect a CLIPTextEncode with no text '
-                'to its `empty` input, or set baseline to "none"'
+                f'concept "{spec.source.name}" has nothing neutral to be compared with; connect a CLIPTextEncode '
+                'with ordinary words, or none, to its `neutral` input, or set baseline to "none"'
             )
         auto = spec.options.auto if isinstance(spec.options, EIUPOptions) else None
         if auto is not None and auto.blocks != self.block_names:
@@ -206,7 +206,7 @@ def with_weights(spec: EditSpec, w: Tensor, window: Window) -> Iterator[EditSpec
         found = {i: -options.weight(p) * w_i * gate for i, w_i, gate in zip(images, w[p].tolist(), gates, strict=True)}
         values = tuple(found.get(i, 0.0) for i in range(max(images) + 1))
         one = replace(options, weights=(1.0,), auto=None)
-        yield replace(spec, source=Concept(concept.name, (phrase,), concept.empty), gate=Gate(values), options=one)
+        yield replace(spec, source=Concept(concept.name, (phrase,), concept.neutral), gate=Gate(values), options=one)
 
 
 def window_of(extra: Mapping[str, Any]) -> Window:

@@ -42,14 +42,17 @@ class Phrase(Shared):
 
 @dataclass(frozen=True, eq=False)
 class Concept(Shared):
-    """What an edit removes: phrasings, each one steering vector, and the empty prompt's encoding [1, T, W] if known."""
+    """What an edit removes: phrasings, each one steering vector, and what they are compared with if known.
+
+    neutral: [1, T, W], the empty prompt's encoding or the mean of ordinary prompts'.
+    """
 
     name: str
     phrases: tuple[Phrase, ...]
-    empty: Tensor | None = None
+    neutral: Tensor | None = None
 
     def __post_init__(self) -> None:
-        encodings = [phrase.tokens for phrase in self.phrases] + ([] if self.empty is None else [self.empty])
+        encodings = [phrase.tokens for phrase in self.phrases] + ([] if self.neutral is None else [self.neutral])
         if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
             raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
 
@@ -58,12 +61,12 @@ class Concept(Shared):
         return self.phrases[0].tokens.shape[-1]
 
     @cached_property
-    def empty_key(self) -> str:
-        return "" if self.empty is None else digest((self.empty,))
+    def neutral_key(self) -> str:
+        return "" if self.neutral is None else digest((self.neutral,))
 
     @cached_property
     def key(self) -> str:
-        return digest((self.empty_key, *(phrase.key for phrase in self.phrases)))
+        return digest((self.neutral_key, *(phrase.key for phrase in self.phrases)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,8 +76,8 @@ def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device)
                     group = phrase.tokens.shape[1], options.evidence
                     separate.setdefault(group, []).append((i, phrase, options.weight(p)))
         elif isinstance(source, Concept) and isinstance(options, CREOptions):
-            empty = source.empty_key if options.baseline == "empty" else ""
-            steering.setdefault((repr(options), empty), []).append((i, source))
+            neutral = source.neutral_key if options.baseline == "neutral" else ""
+            steering.setdefault((repr(options), neutral), []).append((i, source))
     sets.separate = [weighted_set(separate[T, e], e == "share", device) for T, e in sorted(separate)]
     for alike in sorted(steering):
         options = specs[steering[alike][0][0]].options
@@ -103,12 +103,12 @@ def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], evidence: bool, d
 
 
 def steering_sets(options: CREOptions, concepts: Sequence[tuple[int, Concept]], device: torch.device) -> list[TokenSet]:
-    """Every phrase of the concepts, by length; the empty prompt is the very first where it is the baseline."""
+    """Every phrase of the concepts, by length; the neutral encoding is the very first where it is the baseline."""
     prompts: list[tuple[int, Tensor]] = []
-    if options.baseline == "empty":
+    if options.baseline == "neutral":
         i, concept = concepts[0]
-        assert concept.empty is not None  # Backbone.admit has seen to it
-        prompts.append((i, concept.empty))
+        assert concept.neutral is not None  # Backbone.admit has seen to it
+        prompts.append((i, concept.neutral))
     for i, concept in concepts:
         for phrase in concept.phrases:
             own = options.tokens == "own"

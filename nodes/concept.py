@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..editing.encode import concept_from_conditioning, concept_from_text
-from .inputs import CATEGORY, named
+from ..editing.encode import NEUTRAL, concept_from_conditioning, concept_from_text
+from .inputs import CATEGORY, folded, named
 from .types import ConceptType
 
 NAME_TOOLTIP = "What to call the concept in reports and errors; it changes no picture."
@@ -28,14 +28,24 @@ class ConceptGuardConcept(io.ComfyNode):
                     "Weights such as (knife:1.2) work as in a prompt; 0 takes the word out.",
                 ),
                 io.String.Input("name", default="", tooltip=NAME_TOOLTIP + " Empty: the first line of the text."),
+                folded(
+                    io.String.Input(
+                        "neutral",
+                        multiline=True,
+                        default=NEUTRAL,
+                        optional=True,
+                        tooltip="Ordinary prompts, one a line. What they have in common with the concept is not "
+                        "erased. Empty: only what the empty prompt has in common with it is spared.",
+                    )
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept, encoded.")],
         )
 
     @classmethod
-    def execute(cls, clip: object, text: str, name: str = "") -> io.NodeOutput:
+    def execute(cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL) -> io.NodeOutput:
         with named("ConceptGuardConcept"):
-            return io.NodeOutput(concept_from_text(clip, text, name))
+            return io.NodeOutput(concept_from_text(clip, text, name, neutral))
 
 
 class ConceptGuardConceptFromConditioning(io.ComfyNode):
@@ -53,19 +63,19 @@ class ConceptGuardConceptFromConditioning(io.ComfyNode):
                 ),
                 io.String.Input("name", default="", tooltip=NAME_TOOLTIP + ' Empty: "concept".'),
                 io.Conditioning.Input(
-                    "empty",
+                    "neutral",
                     optional=True,
-                    tooltip="The same text encoder's conditioning for no text at all, for edits whose baseline is the "
-                    "empty prompt.",
+                    tooltip="The same text encoder's conditioning of ordinary prompts (their mean is taken), or of no "
+                    "text at all: what they have in common with the concept is not erased.",
                 ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept.")],
         )
 
     @classmethod
-    def execute(cls, conditioning: list, name: str = "", empty: list | None = None) -> io.NodeOutput:
+    def execute(cls, conditioning: list, name: str = "", neutral: list | None = None) -> io.NodeOutput:
         with named("ConceptGuardConceptFromConditioning"):
-            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty))
+            return io.NodeOutput(concept_from_conditioning(conditioning, name, neutral))
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardConcept, ConceptGuardConceptFromConditioning]

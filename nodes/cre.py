@@ -16,6 +16,7 @@ from .inputs import (
     blocks_input,
     check,
     choice_input,
+    folded,
     link_inputs,
     named,
     strength_input,
@@ -29,13 +30,20 @@ TOOLTIPS = {
     "width": "One coefficient for each position of the picture (full), or one for each attention head there (head).",
     "tokens": "Which tokens of the concept's text stand for it: all, or only its own words, without start, end and "
     "padding.",
-    "baseline": "What the attention is compared with: nothing (none), or what an empty prompt finds (empty), so that "
-    "only what the concept adds is removed.",
+    "baseline": "What the attention is compared with: nothing (none), or what the concept's neutral prompts find "
+    "(neutral), so that only what the concept adds is removed.",
     "negative": "Where the picture points away from the concept, leave it (clip) or move it back towards it as the "
     "formula says (keep).",
     "solve": "Several concepts: find together what each explains (joint), or remove each on its own, as the paper "
     "prints it (sum).",
+    "floor": "Edit only where what the prompt finds is at least this similar (cosine) to the concept: higher spares "
+    "other things more, 1 edits almost nothing, 0 edits everywhere, as the paper does.",
 }
+
+
+def floor_input() -> io.Float.Input:
+    return folded(io.Float.Input("floor", default=DEFAULTS.floor, min=0.0, max=1.0, step=0.05, optional=True,
+                                 tooltip=TOOLTIPS["floor"]))
 
 
 class ConceptGuardCRE(io.ComfyNode):
@@ -55,6 +63,7 @@ class ConceptGuardCRE(io.ComfyNode):
                 blocks_input(),
                 *link_inputs(),
                 *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in CHOICES),
+                floor_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
         )
@@ -81,7 +90,7 @@ class ConceptGuardCRE(io.ComfyNode):
         blocks: str = "all",
         range: tuple[float, float] | None = None,
         gate: Gate | None = None,
-        **options: str,
+        **options: Any,
     ) -> io.NodeOutput:
         with named(NODE):
             if not isinstance(concept, Concept):

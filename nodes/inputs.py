@@ -77,10 +77,14 @@ def link_inputs() -> list[io.Input]:
 
 
 def choice_input(name: str, options: tuple[str, ...], default: str, tooltip: str) -> io.Combo.Input:
-    """One of the choices that few people need; newer frontends fold them away."""
-    choice = io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip)
-    choice.extra_dict["advanced"] = True
-    return choice
+    """One of the choices that few people need."""
+    return folded(io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip))
+
+
+def folded(each: Any) -> Any:
+    """An input that newer frontends fold away."""
+    each.extra_dict["advanced"] = True
+    return each
 
 
 @contextmanager

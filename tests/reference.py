@@ -20,7 +20,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def cre(
-    A: Tensor, At: Sequence[Tensor], s: Sequence[float], heads: int, clip: bool, joint: bool, A0: Tensor | None = None
+    A: Tensor, At: Sequence[Tensor], s: Sequence[float], heads: int, clip: bool, joint: bool, A0: Tensor | None = None,
+    floor: float = 0.0,
 ) -> Tensor:
     """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width."""
     out = A.double().clone()
@@ -31,12 +32,16 @@ def cre(
             base = torch.zeros(d, dtype=torch.double) if A0 is None else A0[position, part].double()
             a = A[position, part].double() - base
             steer = [each[position, part].double() - base for each in At]
+            near = [k for k, t in enumerate(steer) if not floor or a @ t / (a.norm() * t.norm()) >= floor]
+            steer = [steer[k] for k in near]
+            if not steer:
+                continue
             if joint:
                 c = torch.linalg.lstsq(torch.stack(steer, 1), a[:, None], driver="gelsd").solution[:, 0]
             else:
                 c = torch.stack([a @ t / (t @ t) for t in steer])
-            for k, t in enumerate(steer):
-                out[position, part] -= s[k] * (max(c[k], torch.zeros(())) if clip else c[k]) * t
+            for k, c_k, t in zip(near, c, steer, strict=True):
+                out[position, part] -= s[k] * (max(c_k, torch.zeros(())) if clip else c_k) * t
     return out
 
 

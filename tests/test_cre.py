@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import reference
@@ -41,7 +42,7 @@ def test_every_reading_equals_the_slow_reference(options: CREOptions, concepts: 
     A, At, A0 = random(N, H * D), random(concepts, N, H * D, seed=1), random(N, H * D, seed=2)
     A = A + 0.7 * At.sum(0)  # so that coefficients of both signs occur
     s = [1.0, 0.5, 1.5][:concepts]
-    baseline = A0 if options.baseline == "empty" else None
+    baseline = A0 if options.baseline == "neutral" else None
     expected = reference.cre(
         A,
         list(At),
@@ -53,6 +54,26 @@ def test_every_reading_equals_the_slow_reference(options: CREOptions, concepts: 
     )
     ridge = 3e-4 if options.solve == "joint" else 1e-5  # nearly dependent concepts feel it
     torch.testing.assert_close(ours(A, At, s, options, baseline).double(), expected, rtol=1e-4, atol=ridge)
+
+
+@pytest.mark.parametrize("solve", CHOICES["solve"])
+@pytest.mark.parametrize("width", CHOICES["width"])
+def test_below_the_floor_a_concept_is_left_alone(width: str, solve: str) -> None:
+    At, A0 = random(3, N, H * D, seed=1), random(N, H * D, seed=2)
+    A = random(N, H * D) + torch.tensor([0.0, 0.5, 2.0])[:, None, None].mul(At).sum(0)
+    options = CREOptions(width, "all", "neutral", "clip", solve, floor=0.4)
+    expected = reference.cre(A, list(At), [1.0, 0.5, 1.5], H if width == "head" else 1, True, solve == "joint", A0, 0.4)
+    result = ours(A, At, [1.0, 0.5, 1.5], options, A0)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=3e-4)
+    whole = ours(A, At, [1.0, 0.5, 1.5], replace(options, floor=0.0), A0)
+    assert (result == A).all(-1).any() or (result != whole).any(), "the floor spared nothing"
+    assert torch.equal(ours(A, At, [1.0] * 3, replace(options, floor=1.0), A0), A)
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
+def test_a_floor_that_is_no_cosine_is_refused(floor: float) -> None:
+    with pytest.raises(ValueError, match=r"floor is .*; give a cosine from 0"):
+        replace(DEFAULTS, floor=floor)
 
 
 def test_as_printed_the_result_is_orthogonal_to_the_steering_vector() -> None:

@@ -67,13 +67,13 @@ def expected_output(
     A = reference.attention(q, k, v, heads)
     phrases = [phrase for concept in concepts for phrase in concept.phrases]
     At = [found(p.tokens[0, list(p.own)] if o.tokens == "own" else p.tokens[0]) for p in phrases]
-    A0 = found(concepts[0].empty[0]) if o.baseline == "empty" else None  # type: ignore[index]
+    A0 = found(concepts[0].neutral[0]) if o.baseline == "neutral" else None  # type: ignore[index]
     width = heads if o.width == "head" else 1
-    return reference.cre(A, At, [1.0] * len(At), width, o.negative == "clip", o.solve == "joint", A0)
+    return reference.cre(A, At, [1.0] * len(At), width, o.negative == "clip", o.solve == "joint", A0, o.floor)
 
 
 @pytest.mark.parametrize("make", [tiny.sd1, tiny.sdxl])
-@pytest.mark.parametrize("options", [PRINTED, DEFAULTS, CREOptions("head", "own", "empty", "clip", "joint")], ids=str)
+@pytest.mark.parametrize("options", [PRINTED, DEFAULTS, CREOptions("head", "own", "neutral", "clip", "joint")], ids=str)
 def test_the_conditional_rows_of_every_block_follow_equation_4(make: Any, options: CREOptions) -> None:
     model = make()
     concepts = [tiny.concept("knife", 100, phrases=2), tiny.concept("gun", 200, own=(1, 2, 5))]

@@ -40,8 +40,8 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 INPUTS = {
-    "ConceptGuardConcept": ["clip", "text", "name"],
-    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "empty"],
+    "ConceptGuardConcept": ["clip", "text", "name", "neutral"],
+    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "neutral"],
     "ConceptGuardCRE": [
         *("model", "concept", "strength", "start_percent", "end_percent", "blocks", "range", "gate"),
         *("width", "tokens", "baseline", "negative", "solve"),
@@ -79,7 +79,8 @@ def test_every_input_explains_itself(node: Any) -> None:
 
 def test_what_is_optional_has_the_defaults_of_the_method() -> None:
     optional = {each.id: each for each in schema("ConceptGuardCRE").inputs if each.optional}
-    assert set(optional) == {"range", "gate", *CHOICES}
+    assert set(optional) == {"range", "gate", *CHOICES, "floor"}
+    assert optional["floor"].default == DEFAULTS.floor
     info = ConceptGuardCRE.GET_NODE_INFO_V1()["input"]["optional"]
     for name, choices in CHOICES.items():
         assert optional[name].options == list(choices) and optional[name].default == getattr(DEFAULTS, name)
@@ -93,9 +94,9 @@ def test_a_concept_has_a_phrase_for_each_line(clip: Any) -> None:
     concept = make(ConceptGuardConcept, clip, "  kitchen knife \n\n a blade\n")
     assert concept.name == "kitchen knife" and concept.width == tiny.WIDTH
     assert [phrase.text for phrase in concept.phrases] == ["kitchen knife", "a blade"]
-    for text, tokens in [("kitchen knife", concept.phrases[0].tokens), ("", concept.empty)]:
-        assert tokens.dtype == torch.float32 and tokens.shape == (1, 77, tiny.WIDTH)
-        assert torch.equal(tokens, clip.encode_from_tokens(clip.tokenize(text)))
+    tokens = concept.phrases[0].tokens
+    assert tokens.dtype == torch.float32 and tokens.shape == (1, 77, tiny.WIDTH)
+    assert torch.equal(tokens, clip.encode_from_tokens(clip.tokenize("kitchen knife")))
     assert make(ConceptGuardConcept, clip, "kitchen knife", "sharp things").name == "sharp things"
 
 
@@ -113,6 +114,15 @@ def test_its_own_tokens_are_neither_start_nor_end_nor_padding(clip: Any, text: s
     (phrase,) = make(ConceptGuardConcept, clip, text).phrases
     assert phrase.own == own
     assert phrase.tokens.shape[1] == (154 if max(own) > 77 else 77)
+
+
+def test_neutral_is_the_mean_of_ordinary_prompts_or_the_empty_one(clip: Any) -> None:
+    cat, dog, nothing = (clip.encode_from_tokens(clip.tokenize(text)) for text in ("a cat", "a dog", ""))
+    torch.testing.assert_close(make(ConceptGuardConcept, clip, "knife", "", " a cat\n\na dog").neutral, (cat + dog) / 2)
+    assert torch.equal(make(ConceptGuardConcept, clip, "knife", "", " \n").neutral, nothing)
+    assert make(ConceptGuardConcept, clip, "knife").neutral.shape == (1, 77, tiny.WIDTH)
+    with pytest.raises(ValueError, match="neutral mixes prompts of several lengths; keep each of its lines under 75"):
+        make(ConceptGuardConcept, clip, "knife", "", "a cat\n" + "cat " * 100)
 
 
 def test_weights_count(clip: Any) -> None:
@@ -144,7 +154,7 @@ def test_a_concept_from_conditioning() -> None:
     assert [phrase.tokens.shape[1] for phrase in concept.phrases] == [77, 12, 77, 77]
     assert concept.phrases[1].own == tuple(range(12))
     assert torch.equal(concept.phrases[3].tokens, tiny.tokens(4, 77, batch=2)[1:])
-    assert torch.equal(concept.empty, tiny.tokens(7)) and concept.name == "picture"
+    assert torch.equal(concept.neutral, tiny.tokens(7)) and concept.name == "picture"
     conditioning[0][0].zero_()  # another node may write into its own tensor
     assert concept.phrases[0].tokens.any()
 
@@ -265,10 +275,10 @@ def test_a_backbone_that_arrives_at_sampling() -> None:
         tiny.sample(flux)
 
 
-def test_a_concept_without_the_empty_prompt(model: Any) -> None:
+def test_a_concept_with_nothing_neutral(model: Any) -> None:
     concept = make(ConceptGuardConceptFromConditioning, tiny.cond(3), "picture")
-    with pytest.raises(ValueError, match='concept "picture" comes without the empty prompt; connect a CLIPTextEncode'):
-        ConceptGuardCRE.execute(model, concept, baseline="empty")
+    with pytest.raises(ValueError, match='concept "picture" has nothing neutral to be compared with; connect a CLIP'):
+        ConceptGuardCRE.execute(model, concept, baseline="neutral")
     assert len(edits_of(make(ConceptGuardCRE, model, concept, baseline="none"))) == 1
 
 
@@ -300,8 +310,8 @@ def test_a_checkpoint_without_text_encoder() -> None:
             "conditioning mixes the encodings of several",
         ),
         ([[torch.full((1, 77, 16), NAN), {}]], None, "conditioning holds NaN"),
-        (tiny.cond(1), [], "empty has no entries"),
-        (tiny.cond(1), [[torch.zeros(1, 77, 8), {}]], "empty was made with a text encoder of width 8"),
+        (tiny.cond(1), [], "neutral has no entries"),
+        (tiny.cond(1), [[torch.zeros(1, 77, 8), {}]], "neutral was made with a text encoder of width 8"),
     ],
 )
 def test_conditionings_that_are_none(conditioning: Any, empty: Any, message: str) -> None:
