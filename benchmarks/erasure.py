@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..demo import world
 from ..demo.judge import Verdict
+from ..editing.cre import DEFAULTS
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 Row = dict[str, Any]
@@ -58,11 +60,11 @@ def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
 
 
 class Table:
-    """The rows of the erasure table. `erase(text)` gives the MODEL without the concept that the text names; unedited
-    pictures that rows share are drawn once."""
+    """The rows of CRE's erasure table: the MODEL without one object or style at a time. Unedited pictures that rows
+    share are drawn once."""
 
-    def __init__(self, demo: Demo, erase: Callable[[str], Any], count: int = 50, seed: int = 3) -> None:
-        self.demo, self.erase, self.count, self.seed = demo, erase, count, seed
+    def __init__(self, demo: Demo, count: int = 50, seed: int = 3) -> None:
+        self.demo, self.count, self.seed = demo, count, seed
         self.others = object_prompts(list(world.OBJECTS), 64, seed)
         self._seen: dict[tuple[str, ...], list[Verdict]] = {}
 
@@ -84,7 +86,7 @@ class Table:
 
     def object(self, name: str) -> Row:
         """What is left of an object, by word and by example, and what survives."""
-        edited, near = self.erase(name), world.NEIGHBOURS[name]
+        edited, near = self.demo.erase(self.demo.concept(name)), world.NEIGHBOURS[name]
         rows = {"named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
                 "neighbours": self.compare(named, object_prompts([near], self.count, self.seed), edited),
                 "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects})}
@@ -99,9 +101,15 @@ class Table:
         conds = [self.demo.encode_with(p.caption, examples[i % len(examples)]) for i, p in enumerate(prompts)]
         return named(prompts, self.demo.verdicts(edited, conds, self.seed))
 
+    def erase_style(self, style: str) -> Any:
+        """A style is part of everything in the picture, so no floor holds; it is compared with other styles."""
+        others = "\n".join(f"in the style of {s}" for s in world.NAMED_STYLES if s != style)
+        concept = self.demo.concept(f"in the style of {style}", others)
+        return self.demo.erase(concept, 2.0, replace(DEFAULTS, floor=0.0))
+
     def style(self, style: str) -> Row:
         """What is left of a style in its prompts, and whether its objects and the other styles keep theirs."""
-        edited = self.erase(f"in the style of {style}")
+        edited = self.erase_style(style)
         own = style_prompts(style, self.count, self.seed)
         near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, self.count // 2, self.seed)]
         rows = {"named": self.compare(in_style, own, edited), "neighbours": self.compare(in_style, near, edited),

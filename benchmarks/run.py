@@ -95,13 +95,14 @@ def main() -> None:
         rows = [{"block": block, **values} for block, values in readings.cosines(demo, "beer mug").items()]
         write("cosines", rows, "Mean cosine between A and A-tilde ('beer mug'), over positions and steps.")
     if "erasure" in wanted:
-        table = erasure.Table(demo, lambda text: demo.erase(demo.concept(text)), 8 if quick else 50)
+        table = erasure.Table(demo, 8 if quick else 50)
         rows = []
         for make, names in ((table.object, world.ERASED), (table.style, world.NAMED_STYLES)):
             for name in names[:1] if quick else names:
                 rows.append(make(name))
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        write("erasure", rows, f"CRE, one concept at a time, default settings. {settings}")
+        write("erasure", rows, f"CRE, one concept at a time: objects at default settings; styles "
+                  f"beside the other styles as neutral prompts, floor 0, strength 2. {settings}")
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
