@@ -18,8 +18,7 @@ NEUTRAL = (
 
 
 def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTRAL) -> Concept:
-    """One phrase per line of `text`, encoded by the host's `clip`; the neutral encoding is the mean of `neutral`'s
-    lines, or the empty prompt's if it has none."""
+    """One phrase per line of `text`, encoded by the host's `clip`, and the mean of `neutral`'s lines."""
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -31,33 +30,37 @@ def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTR
         if not own:
             raise ValueError(f'text: the text encoder finds no word in "{line}"; write what to erase, or drop the line')
         phrases.append(Phrase(line, encode(clip, line), own))
-    ordinary = [line.strip() for line in neutral.splitlines() if line.strip()] or [""]
-    return Concept(name.strip() or lines[0], tuple(phrases), mean([encode(clip, line) for line in ordinary], "neutral"))
+    ordinary = [encode(clip, line.strip()) for line in neutral.splitlines() if line.strip()]
+    neutral_mean = mean(ordinary, "neutral") if ordinary else None
+    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""), neutral_mean)
 
 
 def concept_from_conditioning(
-    conditioning: Sequence[Any], name: str = "", neutral: Sequence[Any] | None = None
+    conditioning: Sequence[Any],
+    name: str = "",
+    empty: Sequence[Any] | None = None,
+    neutral: Sequence[Any] | None = None,
 ) -> Concept:
     """One phrase per entry of `conditioning` (and per row of an entry); all of its tokens count as its own.
 
-    The neutral encoding is the mean of the entries of `neutral`.
+    The mean of `neutral`'s entries is the neutral encoding.
     """
     rows = [row for entry in checked(conditioning, "conditioning") for row in entry.split(1)]
     name = name.strip() or "concept"
     phrases = tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
-    ordinary = None
-    if neutral is not None:
-        ordinary = mean([row for entry in checked(neutral, "neutral") for row in entry.split(1)], "neutral")
-    if ordinary is not None and ordinary.shape[-1] != rows[0].shape[-1]:
-        raise ValueError(
-            f"neutral was made with a text encoder of width {ordinary.shape[-1]} and conditioning with one of "
-            f"{rows[0].shape[-1]}; make both with the same CLIP"
-        )
-    return Concept(name, phrases, ordinary)
+    given = {"empty": empty, "neutral": neutral}
+    means = {what: mean(checked(entries, what), what) for what, entries in given.items() if entries is not None}
+    for what, tokens in means.items():
+        if tokens.shape[-1] != rows[0].shape[-1]:
+            raise ValueError(
+                f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
+                f"{rows[0].shape[-1]}; make both with the same CLIP"
+            )
+    return Concept(name, phrases, **means)
 
 
 def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
-    """Of encodings [1, T, W]."""
+    """Of encodings [b, T, W]: [1, T, W]."""
     if len({tokens.shape[1] for tokens in encodings}) > 1:
         raise ValueError(f"{name} mixes prompts of several lengths; keep each of its lines under 75 tokens")
     return torch.cat(list(encodings)).mean(0, keepdim=True)

@@ -60,7 +60,7 @@ class Backbone:
                 f"{self.name} reads one of width {self.width}; make the {kind} with the CLIP that belongs to this model"
             )
         baseline = isinstance(spec.options, CREOptions) and spec.options.baseline == "neutral"
-        if baseline and isinstance(spec.source, Concept) and spec.source.neutral is None:
+        if baseline and isinstance(spec.source, Concept) and spec.source.baseline is None:
             raise spec.error(
                 f'concept "{spec.source.name}" has nothing neutral to be compared with; connect a CLIPTextEncode '
                 'with ordinary words, or none, to its `neutral` input, or set baseline to "none"'
@@ -206,7 +206,7 @@ def with_weights(spec: EditSpec, w: Tensor, window: Window) -> Iterator[EditSpec
         found = {i: -options.weight(p) * w_i * gate for i, w_i, gate in zip(images, w[p].tolist(), gates, strict=True)}
         values = tuple(found.get(i, 0.0) for i in range(max(images) + 1))
         one = replace(options, weights=(1.0,), auto=None)
-        yield replace(spec, source=Concept(concept.name, (phrase,), concept.neutral), gate=Gate(values), options=one)
+        yield replace(spec, source=replace(concept, phrases=(phrase,)), gate=Gate(values), options=one)
 
 
 def window_of(extra: Mapping[str, Any]) -> Window:

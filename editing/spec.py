@@ -42,17 +42,19 @@ class Phrase(Shared):
 
 @dataclass(frozen=True, eq=False)
 class Concept(Shared):
-    """What an edit removes: phrasings, each one steering vector, and what they are compared with if known.
+    """What an edit removes: phrasings, each one steering vector, and encodings [1, T, W] they are compared with.
 
-    neutral: [1, T, W], the empty prompt's encoding or the mean of ordinary prompts'.
+    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that.
     """
 
     name: str
     phrases: tuple[Phrase, ...]
+    empty: Tensor | None = None
     neutral: Tensor | None = None
 
     def __post_init__(self) -> None:
-        encodings = [phrase.tokens for phrase in self.phrases] + ([] if self.neutral is None else [self.neutral])
+        encodings = [phrase.tokens for phrase in self.phrases]
+        encodings += [tokens for tokens in (self.empty, self.neutral) if tokens is not None]
         if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
             raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
 
@@ -60,13 +62,17 @@ class Concept(Shared):
     def width(self) -> int:
         return self.phrases[0].tokens.shape[-1]
 
+    @property
+    def baseline(self) -> Tensor | None:
+        return self.empty if self.neutral is None else self.neutral
+
     @cached_property
-    def neutral_key(self) -> str:
-        return "" if self.neutral is None else digest((self.neutral,))
+    def baseline_key(self) -> str:
+        return "" if self.baseline is None else digest((self.baseline,))
 
     @cached_property
     def key(self) -> str:
-        return digest((self.neutral_key, *(phrase.key for phrase in self.phrases)))
+        return digest((self.baseline_key, *(phrase.key for phrase in self.phrases)))
 
 
 @dataclass(frozen=True, eq=False)

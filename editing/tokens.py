@@ -76,7 +76,7 @@ def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device)
                     group = phrase.tokens.shape[1], options.evidence
                     separate.setdefault(group, []).append((i, phrase, options.weight(p)))
         elif isinstance(source, Concept) and isinstance(options, CREOptions):
-            neutral = source.neutral_key if options.baseline == "neutral" else ""
+            neutral = source.baseline_key if options.baseline == "neutral" else ""
             steering.setdefault((repr(options), neutral), []).append((i, source))
     sets.separate = [weighted_set(separate[T, e], e == "share", device) for T, e in sorted(separate)]
     for alike in sorted(steering):
@@ -107,8 +107,8 @@ def steering_sets(options: CREOptions, concepts: Sequence[tuple[int, Concept]], 
     prompts: list[tuple[int, Tensor]] = []
     if options.baseline == "neutral":
         i, concept = concepts[0]
-        assert concept.neutral is not None  # Backbone.admit has seen to it
-        prompts.append((i, concept.neutral))
+        assert concept.baseline is not None  # Backbone.admit has seen to it
+        prompts.append((i, concept.baseline))
     for i, concept in concepts:
         for phrase in concept.phrases:
             own = options.tokens == "own"

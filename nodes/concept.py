@@ -63,19 +63,27 @@ class ConceptGuardConceptFromConditioning(io.ComfyNode):
                 ),
                 io.String.Input("name", default="", tooltip=NAME_TOOLTIP + ' Empty: "concept".'),
                 io.Conditioning.Input(
+                    "empty",
+                    optional=True,
+                    tooltip="The same text encoder's conditioning for no text at all, for edits that need the empty "
+                    "prompt.",
+                ),
+                io.Conditioning.Input(
                     "neutral",
                     optional=True,
-                    tooltip="The same text encoder's conditioning of ordinary prompts (their mean is taken), or of no "
-                    "text at all: what they have in common with the concept is not erased.",
+                    tooltip="The same text encoder's conditioning of ordinary prompts (their mean is taken): what "
+                    "they have in common with the concept is not erased. Not connected: `empty` stands for it.",
                 ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept.")],
         )
 
     @classmethod
-    def execute(cls, conditioning: list, name: str = "", neutral: list | None = None) -> io.NodeOutput:
+    def execute(
+        cls, conditioning: list, name: str = "", empty: list | None = None, neutral: list | None = None
+    ) -> io.NodeOutput:
         with named("ConceptGuardConceptFromConditioning"):
-            return io.NodeOutput(concept_from_conditioning(conditioning, name, neutral))
+            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty, neutral))
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardConcept, ConceptGuardConceptFromConditioning]

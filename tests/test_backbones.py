@@ -103,7 +103,7 @@ def expected(seen: tiny.Recorder, key: Any, call: dict[str, Tensor], specs: list
     assert isinstance(source, Concept)
     if isinstance(options, CREOptions):
         At = [found(spec.source.phrases[0].tokens[0]) for spec in specs]  # type: ignore[union-attr]
-        return reference.cre(A, At, [1.0] * len(At), 1, True, True, found(source.neutral[0]))  # type: ignore[index]
+        return reference.cre(A, At, [1.0] * len(At), 1, True, True, found(source.baseline[0]))  # type: ignore[index]
     assert isinstance(options, EIUPOptions)
     ks, vs = [], []
     for phrase, weight in zip(source.phrases, options.weights, strict=True):

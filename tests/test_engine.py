@@ -67,7 +67,7 @@ def expected_output(
     A = reference.attention(q, k, v, heads)
     phrases = [phrase for concept in concepts for phrase in concept.phrases]
     At = [found(p.tokens[0, list(p.own)] if o.tokens == "own" else p.tokens[0]) for p in phrases]
-    A0 = found(concepts[0].neutral[0]) if o.baseline == "neutral" else None  # type: ignore[index]
+    A0 = found(concepts[0].baseline[0]) if o.baseline == "neutral" else None  # type: ignore[index]
     width = heads if o.width == "head" else 1
     return reference.cre(A, At, [1.0] * len(At), width, o.negative == "clip", o.solve == "joint", A0, o.floor)
 

@@ -41,7 +41,7 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 
 INPUTS = {
     "ConceptGuardConcept": ["clip", "text", "name", "neutral"],
-    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "neutral"],
+    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "empty", "neutral"],
     "ConceptGuardCRE": [
         *("model", "concept", "strength", "start_percent", "end_percent", "blocks", "range", "gate"),
         *("width", "tokens", "baseline", "negative", "solve"),
@@ -119,7 +119,7 @@ def test_its_own_tokens_are_neither_start_nor_end_nor_padding(clip: Any, text: s
 def test_neutral_is_the_mean_of_ordinary_prompts_or_the_empty_one(clip: Any) -> None:
     cat, dog, nothing = (clip.encode_from_tokens(clip.tokenize(text)) for text in ("a cat", "a dog", ""))
     torch.testing.assert_close(make(ConceptGuardConcept, clip, "knife", "", " a cat\n\na dog").neutral, (cat + dog) / 2)
-    assert torch.equal(make(ConceptGuardConcept, clip, "knife", "", " \n").neutral, nothing)
+    assert torch.equal(make(ConceptGuardConcept, clip, "knife", "", " \n").baseline, nothing)
     assert make(ConceptGuardConcept, clip, "knife").neutral.shape == (1, 77, tiny.WIDTH)
     with pytest.raises(ValueError, match="neutral mixes prompts of several lengths; keep each of its lines under 75"):
         make(ConceptGuardConcept, clip, "knife", "", "a cat\n" + "cat " * 100)
@@ -154,7 +154,7 @@ def test_a_concept_from_conditioning() -> None:
     assert [phrase.tokens.shape[1] for phrase in concept.phrases] == [77, 12, 77, 77]
     assert concept.phrases[1].own == tuple(range(12))
     assert torch.equal(concept.phrases[3].tokens, tiny.tokens(4, 77, batch=2)[1:])
-    assert torch.equal(concept.neutral, tiny.tokens(7)) and concept.name == "picture"
+    assert torch.equal(concept.baseline, tiny.tokens(7)) and concept.name == "picture"
     conditioning[0][0].zero_()  # another node may write into its own tensor
     assert concept.phrases[0].tokens.any()
 
@@ -310,8 +310,8 @@ def test_a_checkpoint_without_text_encoder() -> None:
             "conditioning mixes the encodings of several",
         ),
         ([[torch.full((1, 77, 16), NAN), {}]], None, "conditioning holds NaN"),
-        (tiny.cond(1), [], "neutral has no entries"),
-        (tiny.cond(1), [[torch.zeros(1, 77, 8), {}]], "neutral was made with a text encoder of width 8"),
+        (tiny.cond(1), [], "empty has no entries"),
+        (tiny.cond(1), [[torch.zeros(1, 77, 8), {}]], "empty was made with a text encoder of width 8"),
     ],
 )
 def test_conditionings_that_are_none(conditioning: Any, empty: Any, message: str) -> None:
