@@ -23,6 +23,7 @@ from torch import Tensor
 from .data import Shared
 
 FORMAT, SCHEMA = "concept-guard", 1
+DTYPES = {torch.float32: "F32", torch.float16: "F16"}  # that we write; ours are all fp32, the host's LoRAs fp16
 HEADER = 2**20  # bytes of names, shapes and metadata that a file may have
 TEXT = ("method", "name", "backbone", "mechanism", "blocks", "version")
 Shape = tuple[int | str, ...]
@@ -43,6 +44,16 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "direction": Kind({"b": ("T", 1), "a": (1, "W"), "adam.b?": (2, "T", 1), "adam.a?": (2, 1, "W"),
                        "z?": ("B", "C", "H", "X"), "losses?": ("steps",)}),
+    "eiup-weight": Kind({"mean": ("B",), "spread": ("B",), "0.weight": (64, "B"), "0.bias": (64,),
+                         "2.weight": (32, 64), "2.bias": (32,), "4.weight": (1, 32), "4.bias": (1,)}),
+    "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
+    "kpop-checkpoint": Kind({
+        "weights": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "prompt.k": ("P",), "prompt.v?": ("P",),
+        "prompt.adam.m": ("M",), "prompt.adam.v": ("M",), "prompt.adam.t": (1,), "z": ("Z",), "losses": ("steps",),
+    }, limit=2**35),
+    "concept": Kind({"learned": ("T", "W"), "empty": ("L", "W")}),
+    "concept-checkpoint": Kind({"learned": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,),
+                                "losses": ("steps",)}),
 }  # fmt: skip
 
 
@@ -75,6 +86,11 @@ def write(artefact: Artefact, path: Path) -> Path:
     }  # fmt: skip
     data = packed(tensors, metadata)
     parse(data, artefact.kind)
+    return put(data, path)
+
+
+def put(data: bytes, path: Path) -> Path:
+    """A file with these bytes, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     try:
@@ -90,14 +106,15 @@ def write(artefact: Artefact, path: Path) -> Path:
 
 def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The safetensors format, but the same bytes every time: the library's own writer shuffles the metadata."""
-    header, body = {"__metadata__": dict(sorted(metadata.items()))}, b""
-    entries: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, end = [], 0
     for name, tensor in sorted(tensors.items()):
-        start, body = len(body), body + tensor.numpy().tobytes()
-        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, len(body)]}
-    text = json.dumps({**header, **entries}).encode()
+        parts.append(tensor.contiguous().numpy().tobytes())
+        start, end = end, end + len(parts[-1])
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text + body
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def read(path: Path, kind: str) -> Artefact:
