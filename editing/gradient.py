@@ -114,7 +114,7 @@ def differentiable(unet: nn.Module, checkpointing: bool) -> Iterator[None]:
                         setattr(module, name, [*getattr(module, name), unchanged])
             if checkpointing and isinstance(module, ResBlock | SpatialTransformer) and "forward" not in vars(module):
                 stack.callback(delattr, module, "forward")
-                module.forward = partial(forgetful, module.forward)  # type: ignore[method-assign]
+                module.forward = partial(forgetful, module.forward)
         yield
 
 
