@@ -1,0 +1,39 @@
+"""The direction and fairness tables, as short as they can be: that they run, and what their figures mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conceptguard.benchmarks import direction
+from conceptguard.demo import world
+
+
+def test_total_variation_is_the_distance_from_uniform() -> None:
+    assert direction.total_variation(["man"] * 8, ("man", "woman")) == 0.5
+    assert direction.total_variation(["man", "woman"] * 4, ("man", "woman")) == 0
+    assert direction.total_variation(["light"] * 5, tuple(world.TONES)) == pytest.approx(0.8)
+    assert 0.1 < direction.floor(8, 2) < 0.2 < direction.floor(8, 5) < 0.4
+
+
+def test_what_is_measured_was_not_trained() -> None:
+    for members, unseen in direction.FAMILIES.values():
+        assert not set(members) & set(unseen) and {*members, *unseen} <= set(world.OBJECTS)
+    assert set(direction.BIASED) < set(world.ROLES)
+    assert [p.objects for p in direction.scenes_with(("beer mug",), 2, 0)] == [("beer mug",)] * 2
+    assert direction.scenes_with(("scissors",), 2, 0) == []
+
+
+@pytest.mark.slow
+def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conceptguard.benchmarks.sampling import Demo
+
+    demo = Demo.ready()
+    demo.steps = 2
+    with torch.no_grad():
+        rows = direction.compare(demo, 1, 1, 1, (1.0,), singles=(), families=("drinks",))
+        assert [row["edit"] for row in rows] == ["unedited", "direction, strength 1", "random, strength 1"]
+        assert all({"named", "implied", "never trained", "others"} <= row.keys() for row in rows)
+        monkeypatch.setattr(direction, "ATTRIBUTES", {"gender": tuple(world.GENDERS)})
+        rows = direction.fairness(demo, 1, 1, 1, strengths=(1.0,))
+        assert len(rows) == 4 and all(0 <= row["gender, from uniform"] <= 0.5 for row in rows)
