@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import causal, eiup, erasure, gates, overhead, readings
+from . import causal, direction, eiup, erasure, gates, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -92,7 +92,8 @@ def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
 
 
 def main() -> None:
-    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "gates", "causal", "governed")
+    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
+              "causal", "governed")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -135,6 +136,19 @@ def main() -> None:
         rows = gates.governed(demo, (4,), 2) if quick else gates.governed(demo, (4, 16), 25)
         write("governed", rows, "Concepts governed at once by CRE, each behind its gate; four are looked at. "
               f"{settings}")
+    if "direction" in wanted:
+        rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",)) if quick else \
+            direction.compare(demo)
+        write("direction", rows, "Safe-region directions: how often the concept is found in pictures whose prompt "
+              "names or implies it, or names a member of its family that training never saw; how often others are. "
+              f"The random direction is as long at every token. {settings}")
+    if "fair" in wanted:
+        count = 2 if quick else 8
+        rows = direction.fairness(demo, count, 4, 2, strengths=(1.0,)) if quick else direction.fairness(demo)
+        floors = ", ".join(f"{name} {direction.floor(count, len(kinds)):.2f}"
+                           for name, kinds in direction.ATTRIBUTES.items())
+        write("fair", rows, f"Total variation from uniform, a role at a time, {count} pictures of each of eight biased "
+              f"roles, and over all of them (pooled). As few uniform draws show {floors} a role. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
 
 

@@ -25,6 +25,7 @@ from .data import Shared
 from .features import TRUNK
 
 FORMAT, SCHEMA = "concept-guard", 1
+DTYPES = {torch.float32: "F32", torch.float16: "F16"}  # that we write; ours are all fp32, the host's LoRAs fp16
 HEADER = 2**20  # bytes of names, shapes and metadata that a file may have
 TEXT = ("method", "name", "backbone", "mechanism", "blocks", "version")
 Shape = tuple[int | str, ...]
@@ -50,6 +51,14 @@ KINDS: dict[str, Kind] = {
     "discriminator": Kind({"mean": ("F",), "spread": ("F",), "w": ("F",), "b": (1,), "probe": ("F",)}),
     "features": Kind({f"layers.{i}.{name}": shape for i, (a, b) in enumerate(pairwise(TRUNK)) for name, shape in
                       (("0.weight", (b, a, 3, 3)), ("0.bias", (b,)), ("1.weight", (b,)), ("1.bias", (b,)))}),
+    "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
+    "kpop-checkpoint": Kind({
+        "weights": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "prompt.k": ("P",), "prompt.v?": ("P",),
+        "prompt.adam.m": ("M",), "prompt.adam.v": ("M",), "prompt.adam.t": (1,), "z": ("Z",), "losses": ("steps",),
+    }, limit=2**35),
+    "concept": Kind({"learned": ("T", "W"), "empty": ("L", "W")}),
+    "concept-checkpoint": Kind({"learned": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,),
+                                "losses": ("steps",)}),
 }  # fmt: skip
 
 
@@ -82,6 +91,11 @@ def write(artefact: Artefact, path: Path) -> Path:
     }  # fmt: skip
     data = packed(tensors, metadata)
     parse(data, artefact.kind)
+    return put(data, path)
+
+
+def put(data: bytes, path: Path) -> Path:
+    """A file with these bytes, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     try:
@@ -97,14 +111,15 @@ def write(artefact: Artefact, path: Path) -> Path:
 
 def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The safetensors format, but the same bytes every time: the library's own writer shuffles the metadata."""
-    header, body = {"__metadata__": dict(sorted(metadata.items()))}, b""
-    entries: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, end = [], 0
     for name, tensor in sorted(tensors.items()):
-        start, body = len(body), body + tensor.numpy().tobytes()
-        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, len(body)]}
-    text = json.dumps({**header, **entries}).encode()
+        parts.append(tensor.contiguous().numpy().tobytes())
+        start, end = end, end + len(parts[-1])
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text + body
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def read(path: Path, kind: str) -> Artefact:

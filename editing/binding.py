@@ -6,7 +6,7 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -18,11 +18,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .blocks import BlockKey
-from .features import fingerprint
+from .data import digest
+from .features import weights_digest
 from .maps import Watch
 from .run import EDITS, OBSERVER, WATCH, Backbone, Run, chunks_of, window_of
-from .spec import EditSpec, InFlight
+from .spec import Direction, EditSpec, InFlight
 
+FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
+NOTHING = Direction("nothing", torch.zeros(1, 1))
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
 
 
@@ -72,7 +75,7 @@ def settled(model: ModelPatcher) -> str | None:
     held = (model.object_patches, model.callbacks, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
     if foreign or model.patches or any(map(holds, held)):
         return None
-    return fingerprint(model.model.state_dict())
+    return weights_digest(model.model.state_dict())
 
 
 def holds(held: Any) -> bool:
@@ -98,7 +101,19 @@ def backbone_of(unet: torch.nn.Module, model_name: str, spec: EditSpec) -> Backb
             "and SDXL models; connect one of these"
         )
     width = next(iter(blocks.values())).attn2.to_k.in_features
-    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks)
+    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks, fingerprint(width, blocks))
+
+
+def fingerprint(width: int, blocks: Mapping[BlockKey, BasicTransformerBlock]) -> str:
+    """Of the family and the shapes of all that reads the text: the same for models that differ in weights alone."""
+    shapes = [(key, block.attn2.to_k.in_features, block.attn2.to_k.out_features) for key, block in blocks.items()]
+    return f"{FAMILIES.get(width, f'width-{width}')} {digest(shapes)[:12]}"
+
+
+def fingerprint_of(model: ModelPatcher, node: str) -> str:
+    """Of a MODEL; raises, in the name of `node`, for one that the engine does not know."""
+    unet, probe = model.get_model_object("diffusion_model"), EditSpec("direction", NOTHING, node=node)
+    return backbone_of(unet, type(model.model).__name__, probe).fingerprint
 
 
 def cross_attentions(unet: UNetModel) -> dict[BlockKey, BasicTransformerBlock]:

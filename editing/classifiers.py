@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Shared
-from .features import fingerprint
+from .features import weights_digest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and spread of torchvision's weights
 TORCHVISION = ("resnet18", "resnet50", "vit_b_16")
@@ -39,7 +39,7 @@ class Classifier(Shared):
 
     @cached_property
     def key(self) -> str:
-        return f"{fingerprint(self.weights)} {self.chosen}"
+        return f"{weights_digest(self.weights)} {self.chosen}"
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .discriminator import Judge
-from .features import fingerprint
+from .features import weights_digest
 
 Look = Callable[[Tensor, Any], list[float]]  # latents as a VAE decodes them, the model's latent format
 
@@ -24,7 +24,7 @@ def decoder(judge: Judge, vae: Any = None) -> tuple[Look, str, tuple[Any, ...]]:
         return look, f"{judge.key} preview", judge.models
     weights = getattr(vae, "first_stage_model", None)
     patcher = getattr(vae, "patcher", None)
-    key = "" if weights is None else fingerprint(weights.state_dict())
+    key = "" if weights is None else weights_digest(weights.state_dict())
     return look, f"{judge.key} vae {key}", (*judge.models, *([] if patcher is None else [patcher]))
 
 

@@ -108,7 +108,7 @@ class Trunk(torch.nn.Module):
         return torch.cat([last(x).flatten(1), x.mean((2, 3)), x.amax((2, 3))], 1)
 
 
-def fingerprint(tensors: Mapping[str, Any]) -> str:
+def weights_digest(tensors: Mapping[str, Any]) -> str:
     """The same text for the same weights, from a few numbers of each tensor: names no file, and takes no minute."""
     parts: list[object] = []
     for name in sorted(tensors):

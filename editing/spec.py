@@ -7,13 +7,15 @@ depends on the model, its weights or its device is worked out while sampling (pl
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from .artefacts import Artefact
 from .blocks import parse_blocks
 from .cre import CREOptions
 from .data import Shared, digest
@@ -91,10 +93,16 @@ class Direction(Shared):
 
     name: str
     d: Tensor
+    artefact: Artefact | None = None  # what a file of it holds
 
     @property
     def width(self) -> int:
         return self.d.shape[-1]
+
+    @property
+    def backbone(self) -> str:
+        """The fingerprint of the model that it was learned on; empty for any."""
+        return "" if self.artefact is None else self.artefact.backbone
 
     @cached_property
     def key(self) -> str:
@@ -174,6 +182,30 @@ class Gate(Shared):
     def decided(self, verdict: tuple[float, ...]) -> Gate:
         """The gate once its `inflight` has found a verdict for each image."""
         return Gate(tuple(a * b for a, b in zip(self.per_image(len(verdict)), verdict, strict=True)))
+
+
+@dataclass(frozen=True)
+class Draw(Gate):
+    """Open for the images that draw `index` of `of`, each image on its own: image i of a seed always draws the same."""
+
+    gate: Gate = Gate()  # decides as well
+    seed: str = ""
+    index: int = 0
+    of: int = 1
+
+    def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        gates = self.gate.per_image(images, window)
+        shown = window if window is not None and len(window) == images else tuple(range(images))
+        return tuple(gate * (draw(self.seed, i, self.of) == self.index) for i, gate in zip(shown, gates, strict=True))
+
+    def decided(self, verdict: tuple[float, ...]) -> Draw:
+        gate = self.gate.decided(verdict)
+        return replace(self, values=gate.values, inflight=None, gate=gate)
+
+
+def draw(seed: str, image: int, of: int) -> int:
+    """One of `of` numbers, all of them as likely."""
+    return random.Random(f"{seed} {image}").randrange(of)
 
 
 @dataclass(frozen=True, eq=False)

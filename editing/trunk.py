@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .artefacts import Artefact, read, write
 from .data import Shared
-from .features import SIDE, Trunk, fingerprint, pattern
+from .features import SIDE, Trunk, pattern, weights_digest
 
 KIND = "features"
 
@@ -43,7 +43,7 @@ class Drawings(Shared):
 
     @cached_property
     def key(self) -> str:
-        return fingerprint(self.trunk.state_dict())
+        return weights_digest(self.trunk.state_dict())
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

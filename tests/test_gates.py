@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conceptguard.editing.binding import add_edit, edits_of, hook_options
 from conceptguard.editing.cre import DEFAULTS
-from conceptguard.editing.spec import EditSpec, Gate, InFlight, opened
+from conceptguard.editing.spec import Draw, EditSpec, Gate, InFlight, opened
 from conceptguard.nodes import NODES
 
 STEPS = 6
@@ -215,6 +215,16 @@ def test_a_conditioning_cannot_bring_it(model: Any) -> None:
     for base in (model, cre(model, Gate(), strength=0.5)):
         with pytest.raises(ValueError, match="Test: a gate that decides in flight needs the edit on the MODEL"):
             sampled(base, positive=tiny.cond(1, hooks=group))
+
+
+def test_a_fair_draw_behind_a_gate_in_flight() -> None:
+    """The image that draws the direction gets it only if it is flagged."""
+    gate = Gate(inflight=InFlight("told", Look([1.0, 0.0, 1.0, 0.0]), 0.0))
+    verdict = (1.0, 0.0, 1.0, 0.0)
+    draws = [Draw(gate.values, gate.inflight, Gate(gate.values), "seed", i, 2) for i in range(2)]
+    shares = [draw.decided(verdict).per_image(4) for draw in draws]
+    assert [sum(each) for each in zip(*shares, strict=True)] == list(verdict)
+    assert all(draw.decided(verdict).inflight is None for draw in draws)
 
 
 # --- the nodes' contract ---------------------------------------------------------------------------------------------
