@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import comfy.samplers
@@ -61,12 +62,16 @@ def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float = 0.02
         found, calls = every.found(lambda *_: None, all_windows)
         length = found.end - found.start
         best = min((w for w in table if w[1] - w[0] <= length), key=lambda w: table[w])
-        causal = is_causal(lambda a, b, t=table: t[a, b], found.start, found.end, steps, -delta)
+        causal = is_causal(partial(confidence_in, table), found.start, found.end, steps, -delta)
         rows.append({"concept": name, "found": f"{found.start}-{found.end - 1}",
                      "confidence": table[found.start, found.end], "best window as short": f"{best[0]}-{best[1] - 1}",
                      "its confidence": table[best], "causal within delta": causal, "windows": len(table),
                      "model calls": calls})
     return rows
+
+
+def confidence_in(table: dict[tuple[int, int], float], a: int, b: int) -> float:
+    return table[a, b]
 
 
 def editing_in(demo: Demo, names: Sequence[str], steps: int, seeds: int, count: int, delta: float = 0.02) -> list[Row]:

@@ -40,8 +40,8 @@ def first() -> Trunk:
     """The convolutions of the demo model's reference encoder, which learned to say objects and styles."""
     trunk, layers = Trunk(), list(load_reference())
     for i, own in enumerate(trunk.layers):
-        for theirs, mine in zip(layers[3 * i : 3 * i + 2], own, strict=False):
-            mine.load_state_dict(theirs.state_dict())
+        for k in range(2):  # convolution and norm
+            own[k].load_state_dict(layers[3 * i + k].state_dict())
     return trunk
 
 
@@ -125,9 +125,8 @@ def examples(painter: Painter, name: str, concept: int, others: int, seed: int) 
     def held() -> world.Picture:
         if rng.random() < 0.6:
             return world.one_object(rng, name, *look())
-        pair = [name, rng.choice([each for each in NAMES if each != name])]
-        rng.shuffle(pair)
-        return world.two_objects(rng, *pair, *look())
+        left, right = rng.sample([name, rng.choice([each for each in NAMES if each != name])], 2)
+        return world.two_objects(rng, left, right, *look())
 
     x = [torch.stack([interpolate(painter(make())[None], size=SIDE, mode="area")[0] for _ in range(n)])
          for make, n in ((held, concept), (other, others))]

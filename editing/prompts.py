@@ -83,8 +83,8 @@ def train_prompts(
                 progress()
     data = {part: (torch.stack(x), torch.tensor(y)) for part, (x, y) in parts.items()}
     head = calibrate(fit(*data["fit"]), *data["calibrate"])
-    x, y = data["calibrate"]
-    threshold = threshold_for(torch.sigmoid(head.logits(x[y == 0])).tolist(), rate)
+    held, there = data["calibrate"]
+    threshold = threshold_for(torch.sigmoid(head.logits(held[there == 0])).tolist(), rate)
     found = Discriminator(name, features, head, threshold)
     return found, measured(found, data["measure"], data["measure"])
 

@@ -203,14 +203,14 @@ class ConceptGuardTrainPromptDiscriminator(io.ComfyNode):
         false_positive_rate: float = 0.01,
         seed: int = 0,
     ) -> io.NodeOutput:
-        classes = [
+        concept, others = (
             [line.strip() for line in text.splitlines() if line.strip()] for text in (concept_prompts, other_prompts)
-        ]
+        )
         with named(TRAIN_PROMPT):
-            tick = ticking(sum(map(len, classes)))
             found, report = prompts.train_prompts(
-                *classes, clip, name.strip() or "concept", false_positive_rate, seed, tick
-            )
+                concept, others, clip, name.strip() or "concept", false_positive_rate, seed,
+                ticking(len(concept) + len(others)),
+            )  # fmt: skip
         found = described(found, report, false_positive_rate, 0, seed)
         chart = calibration(report, found.name, found.threshold)
         return told(cls, report.text(found.threshold), found, found.threshold, report.accuracy, chart)
