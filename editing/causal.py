@@ -27,11 +27,6 @@ class Period:
     steps: int
     probes: tuple[Probe, ...] = ()
 
-    @property
-    def unedited(self) -> tuple[Probe, ...]:
-        """Probes that leave out steps at the start."""
-        return tuple(p for p in self.probes if p[1] == self.steps)
-
 
 def assess_with_exclusion(f: Confidence, steps: int, delta: float = 0.0) -> Period:
     """Algorithm 1: leave out steps from the start while that raises f by no more than delta, then from the end.
