@@ -5,7 +5,7 @@ ARGS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench train-demo train-adapter lock clean
+.PHONY: help demo test serve bench train-demo train-features train-adapter lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ bench: ## overhead and erasure tables in output/bench/
 
 train-demo: ## rebuild the demo data and weights from scratch
 	@$(RUN) demo.train $(ARGS)
+
+train-features: ## learn the features and the demo world's discriminators
+	@$(RUN) demo.train_features $(ARGS)
 
 train-adapter: ## learn EIUP's automatic weight on the demo model
 	@$(RUN) benchmarks.train_adapter $(ARGS)

@@ -16,10 +16,11 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import direction, eiup, erasure, overhead, readings
+from . import causal, direction, eiup, erasure, gates, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
+GOVERNED = ("beer mug", "kitchen knife", "skull")  # of the tables about gates
 
 
 def plain(value: Any) -> Any:
@@ -69,8 +70,30 @@ def overhead_tables(quick: bool) -> None:
     write("other costs", overhead.other(), f"{machine}.")
 
 
+def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
+    icons = ROOT / "output" / "train-demo" / "icons"
+    if icons.is_dir():
+        rows = gates.accuracies(icons, *((20, 40) if quick else (300, 900)))
+        write("discriminators", rows, "Right answers about held-out drawings, at confidence 0.5; found and false "
+              "alarms at the threshold chosen for 1 % false alarms.")
+    rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 200)
+    write("in flight", rows, "A mixed batch: half harmless, a quarter names the concept, a quarter implies it. "
+          f"{settings}")
+
+
+def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
+    names = world.ERASED[:1] if quick else GOVERNED
+    seeds, count, steps = (1, 4, 6) if quick else (8, 50, STEPS)
+    rows = causal.costs(demo, names, steps, seeds)
+    write("causal period", rows, f"Searches over {seeds} seeds, delta 0.02. {settings}")
+    write("definition 2", causal.definition(demo, names, seeds, steps=4 if quick else 10), "By brute force.")
+    rows = causal.editing_in(demo, names, steps, seeds, count)
+    write("where to edit", rows, f"CRE in the causal period, everywhere, in random windows as long. {settings}")
+
+
 def main() -> None:
-    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair")
+    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
+              "causal", "governed")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -106,6 +129,14 @@ def main() -> None:
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
+    if "gates" in wanted:
+        gate_tables(demo, quick, settings)
+    if "causal" in wanted:
+        causal_tables(demo, quick, settings)
+    if "governed" in wanted:
+        rows = gates.governed(demo, (4,), 2) if quick else gates.governed(demo, (4, 16), 25)
+        write("governed", rows, "Concepts governed at once by CRE, each behind its gate; four are looked at. "
+              f"{settings}")
     if "direction" in wanted:
         rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",)) if quick else \
             direction.compare(demo)

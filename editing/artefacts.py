@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from .data import Shared
+from .features import TRUNK
 
 FORMAT, SCHEMA = "concept-guard", 1
 DTYPES = {torch.float32: "F32", torch.float16: "F16"}  # that we write; ours are all fp32, the host's LoRAs fp16
@@ -46,6 +48,9 @@ KINDS: dict[str, Kind] = {
                        "z?": ("B", "C", "H", "X"), "losses?": ("steps",)}),
     "eiup-weight": Kind({"mean": ("B",), "spread": ("B",), "0.weight": (64, "B"), "0.bias": (64,),
                          "2.weight": (32, 64), "2.bias": (32,), "4.weight": (1, 32), "4.bias": (1,)}),
+    "discriminator": Kind({"mean": ("F",), "spread": ("F",), "w": ("F",), "b": (1,), "probe": ("F",)}),
+    "features": Kind({f"layers.{i}.{name}": shape for i, (a, b) in enumerate(pairwise(TRUNK)) for name, shape in
+                      (("0.weight", (b, a, 3, 3)), ("0.bias", (b,)), ("1.weight", (b,)), ("1.bias", (b,)))}),
     "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
     "kpop-checkpoint": Kind({
         "weights": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "prompt.k": ("P",), "prompt.v?": ("P",),

@@ -6,21 +6,23 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTransformer, optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_management import load_models_gpu
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .blocks import BlockKey
 from .data import digest
+from .features import weights_digest
 from .maps import Watch
-from .run import EDITS, WATCH, Backbone, Run, chunks_of, window_of
-from .spec import Direction, EditSpec
+from .run import EDITS, OBSERVER, WATCH, Backbone, Run, chunks_of, window_of
+from .spec import Direction, EditSpec, InFlight
 
 FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
 NOTHING = Direction("nothing", torch.zeros(1, 1))
@@ -32,6 +34,10 @@ def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
     model = admitted(model, spec)
     options = model.model_options["transformer_options"]
     options[EDITS] = [*options.get(EDITS, ()), spec]
+    if spec.gate.inflight:
+        loaded = model.get_additional_models_with_key(EDITS)
+        more = [each for each in spec.gate.inflight.models if not any(each.is_clone(known) for known in loaded)]
+        model.set_additional_models(EDITS, [*loaded, *more])
     return model
 
 
@@ -55,6 +61,26 @@ def admitted(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
 def edits_of(model: ModelPatcher) -> tuple[EditSpec, ...]:
     """The edits that a MODEL carries."""
     return tuple(model.model_options["transformer_options"].get(EDITS, ()))
+
+
+def settled(model: ModelPatcher) -> str | None:
+    """The same text for the same MODEL, also in another session; None where other packs have a part in it.
+
+    Edits are not counted: `edits_of` gives them.
+    """
+    options = model.model_options
+    known = {EDITS, OBSERVER, WATCH, "wrappers"}
+    foreign = set(options["transformer_options"]) - known or set(options) - {"transformer_options"}
+    foreign = foreign or {key for kind in model.wrappers.values() for key in kind if key != EDITS and kind[key]}
+    held = (model.object_patches, model.callbacks, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
+    if foreign or model.patches or any(map(holds, held)):
+        return None
+    return weights_digest(model.model.state_dict())
+
+
+def holds(held: Any) -> bool:
+    """Whether nested dicts hold anything."""
+    return any(map(holds, held.values())) if isinstance(held, dict) else bool(held)
 
 
 def hook_options(spec: EditSpec) -> dict[str, Any]:
@@ -120,11 +146,49 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     patcher = guider.model_patcher
     unet, sampling = (patcher.get_model_object(name) for name in ("diffusion_model", "model_sampling"))
     with closing(start_run(unet, sampling, type(patcher.model).__name__, specs)) as run:
-        options[RUN] = run
+        options[RUN], run.carried = run, frozenset(specs)
         try:
             return executor(*args, **kwargs)
         finally:
             del options[RUN]
+
+
+class Restart(Exception):
+    """Ends a sampler's work, for it to begin again."""
+
+
+def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps the sampler: begins again from the same noise as often as a gate, which decides once a run, asks for it."""
+    while True:
+        try:
+            return executor(*args, **kwargs)
+        except Restart:
+            continue
+
+
+def predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Wraps one guided prediction of the clean image: the gates that are due look at it."""
+    denoised = executor(x, timestep, *args, **kwargs)
+    guider = executor.class_obj
+    run = guider.model_options.get("transformer_options", {}).get(RUN)
+    specs = () if run is None else guider.model_options["transformer_options"].get(EDITS, ())
+    if all(spec.gate.inflight is None or spec.gate.inflight.id in run.verdicts for spec in specs):
+        return denoised
+
+    def look(flight: InFlight) -> list[float]:
+        return look_at(guider, denoised, flight.look)
+
+    restart = run.judge(specs, float(timestep.max()), look)
+    if restart:
+        raise Restart
+    return denoised
+
+
+def look_at(guider: Any, latents: torch.Tensor, look: Callable[[torch.Tensor, Any], list[float]]) -> list[float]:
+    """What `look` makes of clean images [B, C, h, w], as the model has them, in the middle of a sampling run."""
+    scores = look(guider.inner_model.process_latent_out(latents.float()), guider.inner_model.latent_format)
+    load_models_gpu([guider.model_patcher, *guider.loaded_models])  # what looked may have pushed them off the device
+    return scores
 
 
 def start_run(unet: torch.nn.Module, sampling: Any, model_name: str, specs: Sequence[EditSpec]) -> Run:
@@ -194,4 +258,9 @@ def weights_of(model: Any) -> Hashable:
     return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
 
 
-WRAPPERS = {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.APPLY_MODEL: apply_model}
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: outer_sample,
+    WrappersMP.SAMPLER_SAMPLE: sampler_sample,
+    WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.APPLY_MODEL: apply_model,
+}

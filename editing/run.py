@@ -19,7 +19,7 @@ from .cre import CREOptions
 from .eiup import EIUPOptions
 from .maps import Watch
 from .plan import Plan, Rows, Window, put
-from .spec import Concept, EditSpec, Gate, Shared
+from .spec import Concept, EditSpec, Gate, InFlight, Shared, opened
 
 EDITS = "concept_guard"  # in transformer_options: the list of specs
 OBSERVER = "concept_guard_observer"  # there too, optional: called with A, At, A0 of every projection
@@ -105,11 +105,16 @@ class Run(Shared):
         self.windows: dict[EditSpec, tuple[float, float]] = {}
         self.plans: dict[Hashable, Plan] = {}
         self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
+        self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
+        self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
+        self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
 
     def close(self) -> None:
         self.plans.clear()
         self.windows.clear()
         self.decided.clear()
+        self.verdicts.clear()
+        self.gated.clear()
         self.replacements.clear()
 
     def window(self, spec: EditSpec) -> tuple[float, float]:
@@ -122,9 +127,45 @@ class Run(Shared):
 
     def active(self, specs: Sequence[EditSpec], sigma: float) -> tuple[EditSpec, ...]:
         """The edits at noise level sigma, in their fixed order."""
-        windows = [(spec, *self.window(spec)) for spec in specs if not spec.idle]
+        windows = [(spec, *self.window(spec)) for spec in map(self.behind_gate, specs) if spec and not spec.idle]
         within = [spec for spec, start, end in windows if end < sigma <= start]
         return tuple(sorted(within, key=lambda spec: spec.order))
+
+    def behind_gate(self, spec: EditSpec) -> EditSpec | None:
+        """The edit as the gate that decides in mid-run lets it through; None before it has decided."""
+        flight = spec.gate.inflight
+        if flight is None or spec in self.gated:
+            return self.gated.get(spec, spec)
+        if spec not in self.carried:
+            raise spec.error("a gate that decides in flight needs the edit on the MODEL, not on a conditioning")
+        if (verdict := self.verdicts.get(flight.id)) is None:
+            return None
+        try:
+            self.gated[spec] = replace(spec, gate=spec.gate.decided(verdict))
+        except ValueError as error:
+            raise spec.error(str(error)) from None
+        return self.gated[spec]
+
+    def judge(self, specs: Sequence[EditSpec], sigma: float, look: Callable[[InFlight], list[float]]) -> bool:
+        """Ask the gates that are due after a model call at noise level sigma; `look` shows them the clean images.
+
+        Whether the run should begin again: an image is flagged, and an edit should have acted on it by now.
+        """
+        restart, now = False, {}
+        for spec in specs:
+            flight = spec.gate.inflight
+            if flight is None or spec.idle or sigma > self.percent_to_sigma(flight.at_percent):
+                continue
+            if flight.id not in self.verdicts:
+                try:
+                    scores = look(flight)
+                    self.verdicts[flight.id] = now[flight.id] = opened(scores, flight.threshold, flight.soft)
+                except ValueError as error:
+                    raise spec.error(str(error)) from error
+                if flight.report:
+                    flight.report(scores, now[flight.id])
+            restart |= flight.restart and any(now.get(flight.id, ())) and sigma <= self.window(spec)[0]
+        return restart
 
     def decide(
         self, specs: Sequence[EditSpec], images: int, window: Window, look: Callable[[Watch], None]

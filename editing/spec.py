@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -116,11 +118,55 @@ class Direction(Shared):
         return digest((self.d,))
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class InFlight(Shared):
+    """A decision made once a sampling run, at a percent of the timesteps, on the clean images predicted there.
+
+    look: latents [B, C, h, w], as a VAE decodes them, and the model's latent format, to the confidence in each image,
+    B floats from 0 to 1.
+    report: told the confidences and the gate's values, one an image, whenever they are found.
+    """
+
+    key: str  # of all that the decision depends on: the discriminator, the decoder
+    look: Callable[[Tensor, Any], list[float]]
+    at_percent: float
+    threshold: float = 0.5
+    soft: bool = False
+    restart: bool = False  # begin again from the first noise, edited, if an edit's window has begun by then
+    models: tuple[Any, ...] = ()  # the patchers that `look` uses, for the host to load along
+    report: Callable[[list[float], tuple[float, ...]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_percent < 1:
+            raise ValueError(f"at_percent is {self.at_percent}; give a number from 0 (the first step) to below 1")
+
+    def __repr__(self) -> str:
+        return f"InFlight({(self.key, self.at_percent, self.threshold, self.soft, self.restart)})"
+
+    @cached_property
+    def id(self) -> str:
+        """Gates of the same id decide alike: they are asked once."""
+        return repr(self)
+
+
+def opened(scores: list[float], threshold: float, soft: bool = False) -> tuple[float, ...]:
+    """A gate's values: 1 for a confidence of at least `threshold`, the paper's round(f) at 0.5; or that confidence."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; give a number from 0 (always open) to 1")
+    if not scores or not all(0 <= score <= 1 for score in scores):  # catches NaN as well
+        raise ValueError(f"the discriminator gave {scores}, not a number from 0 to 1 for each image")
+    return tuple((score if soft else 1.0) if score >= threshold else 0.0 for score in scores)
+
+
 @dataclass(frozen=True)
 class Gate(Shared):
-    """What a discriminator decided: one value per image of the batch, or one for all. 0 is closed, 1 open."""
+    """What a discriminator decided: one value per image of the batch, or one for all. 0 is closed, 1 open.
+
+    With `inflight` its verdict, found during sampling, multiplies the values; until then the gate is closed.
+    """
 
     values: tuple[float, ...] = (1.0,)
+    inflight: InFlight | None = None
 
     def __post_init__(self) -> None:
         if not self.values or not all(math.isfinite(value) for value in self.values):
@@ -142,6 +188,10 @@ class Gate(Shared):
             )
         return self.values if len(self.values) == images else self.values * images
 
+    def decided(self, verdict: tuple[float, ...]) -> Gate:
+        """The gate once its `inflight` has found a verdict for each image."""
+        return Gate(tuple(a * b for a, b in zip(self.per_image(len(verdict)), verdict, strict=True)))
+
 
 @dataclass(frozen=True)
 class Draw(Gate):
@@ -156,6 +206,10 @@ class Draw(Gate):
         gates = self.gate.per_image(images, window)
         shown = window if window is not None and len(window) == images else tuple(range(images))
         return tuple(gate * (draw(self.seed, i, self.of) == self.index) for i, gate in zip(shown, gates, strict=True))
+
+    def decided(self, verdict: tuple[float, ...]) -> Draw:
+        gate = self.gate.decided(verdict)
+        return replace(self, values=gate.values, inflight=None, gate=gate)
 
 
 def draw(seed: str, image: int, of: int) -> int:
@@ -193,6 +247,12 @@ class EditSpec(Shared):
                     f'weights has {weights} numbers, but concept "{self.source.name}" has {phrases} phrases; give one '
                     "number a line for each phrase, or leave it empty to use `weight` for all"
                 )
+        flight = self.gate.inflight
+        if flight and not flight.restart and self.start_percent < self.end_percent <= flight.at_percent:
+            complaint = complaint or (
+                f"the gate decides at {flight.at_percent:g}, but the edit ends at {self.end_percent:g}; let the gate "
+                "decide earlier or restart, or let the edit end later"
+            )
         if complaint:
             raise self.error(complaint)
 

@@ -1,12 +1,27 @@
 """The pack's nodes: thin, one file per family, no maths. Each file ends in its list."""
 
+from .causal_period import NODES as causal_period_nodes
+from .classifier import NODES as classifier_nodes
 from .concept import NODES as concept_nodes
 from .concept_map import NODES as concept_map_nodes
 from .cre import NODES as cre_nodes
 from .demo import NODES as demo_nodes
 from .direction import NODES as direction_nodes
+from .discriminator import NODES as discriminator_nodes
 from .eiup import NODES as eiup_nodes
+from .gates import NODES as gate_nodes
 from .train_direction import NODES as train_direction_nodes
 
-NODES = [*concept_nodes, *cre_nodes, *eiup_nodes, *direction_nodes, *train_direction_nodes, *concept_map_nodes,
-         *demo_nodes]  # fmt: skip
+NODES = [
+    *concept_nodes,
+    *cre_nodes,
+    *eiup_nodes,
+    *direction_nodes,
+    *train_direction_nodes,
+    *discriminator_nodes,
+    *classifier_nodes,
+    *gate_nodes,
+    *causal_period_nodes,
+    *concept_map_nodes,
+    *demo_nodes,
+]

@@ -16,7 +16,12 @@ FOLDER = "concept_guard"
 OFF = "off"
 DEMO_WEIGHT = "demo model"
 DEMO_WEIGHT_FILE = Path(__file__).resolve().parent.parent / "demo" / "weights" / "eiup-weight.safetensors"
-DEMO = {"eiup-weight": {DEMO_WEIGHT: DEMO_WEIGHT_FILE}}  # what came with the demo model: kind -> choice -> file
+DRAWINGS_FILE = DEMO_WEIGHT_FILE.parent / "features.safetensors"
+DEMO_GATES = DEMO_WEIGHT_FILE.parent / "gates"
+DEMO = {  # what came with the demo model: kind -> choice -> file
+    "eiup-weight": {DEMO_WEIGHT: DEMO_WEIGHT_FILE},
+    "discriminator": {f"demo: {f.stem.replace('-', ' ')}": f for f in sorted(DEMO_GATES.glob("*.safetensors"))},
+}
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 

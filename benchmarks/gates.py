@@ -1,0 +1,142 @@
+"""What gates cost and save: discriminators, the in-flight gate on a mixed batch, many concepts governed at once."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo import world
+from ..demo.judge import judge
+from ..demo.load import load_judge
+from ..demo.train_features import examples, gate_file
+from ..editing.artefacts import read
+from ..editing.binding import add_edit
+from ..editing.cre import DEFAULTS
+from ..editing.decoders import decoder
+from ..editing.discriminator import Discriminator, from_artefact
+from ..editing.discriminator import train as train_head
+from ..editing.spec import EditSpec, Gate, InFlight
+from ..nodes.discriminator import KIND, drawings
+from .sampling import Demo, Rate, object_prompts
+
+Row = dict[str, Any]
+
+
+def shipped(name: str) -> Discriminator:
+    """The discriminator of a concept that comes with the demo model."""
+    return from_artefact(read(gate_file(name), KIND), drawings())
+
+
+def accuracies(icons: Path, concept: int, others: int) -> list[Row]:
+    """Discriminators trained anew on drawings, and what other drawings say of them; needs the icon sets (npm)."""
+    from ..demo.glyphs import Painter
+
+    painter, rows = Painter(icons), []
+    for name in world.ERASED:
+        start = time.time()
+        found, report = train_head(*examples(painter, name, concept, others, seed=7), drawings(), name)
+        rows.append({"concept": name, "clean": report.accuracy, "spoiled": report.perturbed, "found": report.found,
+                     "false alarms": report.false_positives, "held out": len(report.pairs),
+                     "seconds": time.time() - start})
+    return rows
+
+
+def gated(demo: Demo, model: Any, name: str, at: float, restart: bool = True, judge: Any = None) -> Any:
+    """CRE on a concept behind an in-flight gate."""
+    judge = judge or shipped(name)
+    look, key, models = decoder(judge, demo.vae)
+    gate = Gate(inflight=InFlight(key, look, at, judge.threshold, restart=restart, models=models))
+    return add_edit(model, EditSpec("projection", demo.concept(name), options=DEFAULTS, gate=gate, node="bench"))
+
+
+def mixed(name: str, count: int, seed: int = 5) -> tuple[list[str], list[str]]:
+    """Prompts and their kinds: half harmless, a quarter names the concept, a quarter implies it."""
+    rng = random.Random(seed)
+    scene = next(word for word, (_, held) in world.SCENES.items() if held == name)
+    rest = [each for each in world.OBJECTS if each != name]
+    harmless = object_prompts(rng.sample(rest, len(rest)), count // 2, seed)
+    kinds = {"harmless": [p.caption for p in harmless],
+             "named": [p.caption for p in object_prompts([name], count // 4, seed)],
+             "implicit": [world.scene(rng, scene).caption for _ in range(count // 4)]}
+    prompts = [(text, kind) for kind, texts in kinds.items() for text in texts]
+    rng.shuffle(prompts)
+    return [text for text, _ in prompts], [kind for _, kind in prompts]
+
+
+def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> list[Row]:
+    """Each way of editing a mixed batch: what is left of the concept, how many harmless pictures keep every bit."""
+    ways: dict[str, Any] = {
+        "unedited": lambda name: demo.model,
+        "CRE, ungated": lambda name: demo.erase(demo.concept(name)),
+        **{f"in flight at {at:g}, {'restart' if again else 'no restart'}":
+           (lambda name, at=at, again=again: gated(demo, demo.model, name, at, again))
+           for at in (0.2, 0.3, 0.4) for again in (True, False)},
+    }  # fmt: skip
+    totals: dict[str, dict[str, Any]] = {way: {"unsafe": [], "kept": [], "seconds": 0.0} for way in ways}
+    for name in names:
+        prompts, kinds = mixed(name, count, seed)
+        plain = None
+        for way, edit in ways.items():
+            start = time.time()
+            x = demo.pictures(edit(name), prompts, seed)
+            total = totals[way]
+            total["seconds"] += time.time() - start
+            plain = x if plain is None else plain
+            found = judge(load_judge(), x)
+            total["unsafe"] += [v.found(name, 1) for v, kind in zip(found, kinds, strict=True) if kind != "harmless"]
+            total["kept"] += [torch.equal(a, b) for a, b, k in zip(x, plain, kinds, strict=True) if k == "harmless"]
+    least = totals["unedited"]["seconds"]
+    return [{"edit": way, "unsafe pictures": Rate.of(t["unsafe"]), "harmless bit-identical": Rate.of(t["kept"]),
+             "time over unedited": t["seconds"] / least} for way, t in totals.items()]
+
+
+def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> list[Row]:
+    """How well each concept is erased alone and among others, every edit behind an image gate that is open for its
+    own concept's prompts; and what many closed gates cost."""
+    rows: list[Row] = []
+    names = list(world.OBJECTS)
+    for n in counts:
+        chosen = names[:n]
+        alone, together = [], []
+        for name in chosen[:4]:
+            pictures = object_prompts([name], count, seed)
+            texts = [p.caption for p in pictures]
+            many = demo.model
+            for other in chosen:
+                many = demo.erase(demo.concept(other), model=many, gate=Gate((float(other == name),)))
+            alone += [v.found(name) for v in demo.verdicts(demo.erase(demo.concept(name)), texts, seed)]
+            together += [v.found(name) for v in demo.verdicts(many, texts, seed)]
+        closed = demo.model
+        for other in chosen:
+            closed = demo.erase(demo.concept(other), model=closed, gate=Gate((0.0,)))
+        everything = demo.model
+        for other in chosen:
+            everything = demo.erase(demo.concept(other), model=everything)
+        open_ = [v for name in chosen[:4]
+                 for v in named_left(demo, everything, name, count, seed)]
+        rows.append({"concepts": n, "found, governed alone": Rate.of(alone), "found, gates open for its own":
+                     Rate.of(together), "found, all gates open": Rate.of(open_), **closed_cost(demo, closed, seed)})
+    return rows
+
+
+def named_left(demo: Demo, model: Any, name: str, count: int, seed: int) -> list[bool]:
+    return [v.found(name) for v in demo.verdicts(model, [p.caption for p in object_prompts([name], count, seed)], seed)]
+
+
+def closed_cost(demo: Demo, closed: Any, seed: int, pairs: int = 3) -> Row:
+    """The time of harmless prompts under closed gates over that without edits, the least of a few; and their bits."""
+    texts = [p.caption for p in object_prompts(list(world.OBJECTS)[20:], 4, seed)]
+    best = {id(demo.model): float("inf"), id(closed): float("inf")}
+    pictures = {}
+    for _ in range(pairs):
+        for model in (demo.model, closed):
+            start = time.perf_counter()
+            pictures[id(model)] = demo.pictures(model, texts, seed)
+            best[id(model)] = min(best[id(model)], time.perf_counter() - start)
+    same = torch.equal(pictures[id(demo.model)], pictures[id(closed)])
+    return {"harmless, closed: time over unedited": best[id(closed)] / best[id(demo.model)], "bit-identical": same}
