@@ -68,11 +68,16 @@ class Concept(Shared):
 
 @dataclass(frozen=True, eq=False)
 class Prompt(Shared):
-    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU."""
+    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU.
+
+    mechanism and blocks: how and where they were learned (kpop.py). An edit appends; what is to be added is a Direction.
+    """
 
     name: str
     k: Tensor
     v: Tensor
+    mechanism: str = "concat"
+    blocks: str = "middle"
 
     @property
     def width(self) -> int:
