@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import eiup, erasure, overhead, readings
+from . import eiup, erasure, kpop, learned_concept, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -69,8 +69,21 @@ def overhead_tables(quick: bool) -> None:
     write("other costs", overhead.other(), f"{machine}.")
 
 
+def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
+    """Erasure from the weights: the methods, then the ablations; each row is a training."""
+    few: dict[str, Any] = {"count": 1, "steps": 4, "path_steps": 2} if quick else {}
+    steps = few.get("steps", kpop.SETTINGS["steps"])
+    about = f"{', '.join(kpop.ERASED)} erased at once, {steps} steps; {', '.join(kpop.KEPT)} preserved. {settings}"
+    for name, which in (("kpop", kpop.METHODS), ("kpop-ablations", kpop.ABLATIONS)):
+        done = []
+        for row in kpop.rows(demo, dict(list(which.items())[:1]) if quick else which, **few):
+            done.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        write(name, done, about)
+
+
 def main() -> None:
-    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup")
+    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "kpop", "learned-concept")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -105,6 +118,12 @@ def main() -> None:
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
+    if "kpop" in wanted:
+        kpop_tables(demo, quick, settings)
+    if "learned-concept" in wanted:
+        few = {"count": 4, "pictures": 2, "steps": 4} if quick else {}
+        write("learned-concept", learned_concept.rows(demo, **few),
+              f"Concepts learned from pictures, without a word for them, and erased. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
 
 

@@ -8,7 +8,6 @@ one weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import artefacts
+from .artefacts import Artefact
 from .data import Shared, digest
 
 EVIDENCE = ("none", "share")  # what A_e is multiplied with before it is averaged (eiup.py)
-FORMAT = "concept-guard-eiup-weight 1"
+KIND = "eiup-weight"
 MEND = "choose a file that `make train-adapter` wrote, or set auto to off"
 
 
@@ -94,43 +93,30 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def save(adapter: Adapter, path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Whole or not at all; `about` says how it was trained."""
-    metadata = {"format": FORMAT, "blocks": json.dumps(adapter.blocks), "evidence": adapter.evidence,
-                "low": repr(adapter.low), "high": repr(adapter.high)}  # fmt: skip
-    part = path.with_suffix(".part")
-    save_file(tensors_of(adapter), part, metadata={**(about or {}), **metadata})
-    part.replace(path)
+    """`about` says how it was trained."""
+    training = {**(about or {}), "blocks": adapter.blocks, "evidence": adapter.evidence, "low": adapter.low,
+                "high": adapter.high}  # fmt: skip
+    artefacts.write(Artefact(KIND, path.stem, tensors_of(adapter), method="EIUP", training=training), path)
 
 
 def load(path: Path) -> Adapter:
     """Raises ValueError, with the mend, for whatever is not a whole file of this kind."""
-    name = path.name
+    found = artefacts.read(path, KIND)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f'auto: cannot read "{name}" ({error}); {MEND}') from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f'auto: "{name}" does not hold EIUP weights; {MEND}')
-    try:
-        return _assembled(name, metadata, tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split())  # torch lists missing weights on lines of their own
-        raise ValueError(f'auto: "{name}" is damaged ({why}); {MEND}') from error
+        return _assembled(path.name, found.training, dict(found.tensors))
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f'cannot use "{path.name}": {why}; {MEND}') from error
 
 
-def _assembled(name: str, metadata: Mapping[str, str], tensors: dict[str, Any]) -> Adapter:
-    blocks, evidence = tuple(json.loads(metadata["blocks"])), metadata["evidence"]
-    low, high = float(metadata["low"]), float(metadata["high"])
+def _assembled(name: str, training: Mapping[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+    blocks, evidence = tuple(map(str, training["blocks"])), str(training["evidence"])
+    low, high = float(training["low"]), float(training["high"])
     if evidence not in EVIDENCE or not -1e6 < low <= high < 1e6:
-        raise ValueError(f"evidence {evidence}, weights from {low} to {high}")
-    for key, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds no finite fp32 numbers")
+        raise ValueError(f"its evidence is {evidence[:20]}, its weights from {low} to {high}")
     mean, spread = tensors.pop("mean"), tensors.pop("spread")
-    if mean.shape != (len(blocks),) or spread.shape != mean.shape or not (spread > 0).all():
-        raise ValueError("mean and spread do not suit its blocks")
+    if mean.shape != (len(blocks),) or not (spread > 0).all():
+        raise ValueError("its mean and spread do not suit its blocks")
     network = mlp(len(blocks))
     network.load_state_dict(tensors)
     return Adapter(name, blocks, evidence, mean, spread, low, high, network.eval().requires_grad_(False))

@@ -6,7 +6,7 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -17,10 +17,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from .blocks import BlockKey
+from .data import digest
 from .maps import Watch
 from .run import EDITS, WATCH, Backbone, Run, chunks_of, window_of
-from .spec import EditSpec
+from .spec import Direction, EditSpec
 
+FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
+NOTHING = Direction("nothing", torch.zeros(1, 1))
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
 
 
@@ -72,7 +75,19 @@ def backbone_of(unet: torch.nn.Module, model_name: str, spec: EditSpec) -> Backb
             "and SDXL models; connect one of these"
         )
     width = next(iter(blocks.values())).attn2.to_k.in_features
-    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks)
+    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks, fingerprint(width, blocks))
+
+
+def fingerprint(width: int, blocks: Mapping[BlockKey, BasicTransformerBlock]) -> str:
+    """Of the family and the shapes of all that reads the text: the same for models that differ in weights alone."""
+    shapes = [(key, block.attn2.to_k.in_features, block.attn2.to_k.out_features) for key, block in blocks.items()]
+    return f"{FAMILIES.get(width, f'width-{width}')} {digest(shapes)[:12]}"
+
+
+def fingerprint_of(model: ModelPatcher, node: str) -> str:
+    """Of a MODEL; raises, in the name of `node`, for one that the engine does not know."""
+    unet, probe = model.get_model_object("diffusion_model"), EditSpec("direction", NOTHING, node=node)
+    return backbone_of(unet, type(model.model).__name__, probe).fingerprint
 
 
 def cross_attentions(unet: UNetModel) -> dict[BlockKey, BasicTransformerBlock]:

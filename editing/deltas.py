@@ -6,7 +6,7 @@ own training does it. The network's weights themselves are never written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,4 +84,20 @@ class Deltas:
         out = {name: p.detach().to("cpu", torch.float16) for name, p in self.tensors.items()}
         for name in [name for name in out if name.endswith(".lora_down.weight")]:
             out[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(len(out[name])))
+        return out
+
+
+class LoRA(dict[str, Tensor]):
+    """A LoRA as the host's nodes pass it on, with what its file says about it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.about = about
+
+    def checked(self) -> dict[str, Tensor]:
+        """Its tensors, fp16 on the CPU; raises ValueError if one of them is not to be used."""
+        out = {name: t.detach().to("cpu", torch.float16) for name, t in self.items()}
+        for name, tensor in out.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"weights: {name} holds NaN or infinity; train again with a lower learning rate")
         return out

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from .artefacts import Artefact
+from .spec import Direction
 
 
 def shift(c: Tensor, d: Tensor, beta: Tensor) -> Tensor:
@@ -15,3 +23,27 @@ def shift(c: Tensor, d: Tensor, beta: Tensor) -> Tensor:
     if T > 1:
         d = d.repeat(-(-L // T), 1)[:L]
     return (c.float() + beta[:, None, None] * d.float()).to(c.dtype)
+
+
+def direction_of(artefact: Artefact) -> Direction:
+    """d = b a, with what its file says about it."""
+    return Direction(artefact.name, artefact.tensors["b"] @ artefact.tensors["a"], artefact)
+
+
+def offset(conditioning: Sequence[Any], direction: Direction, beta: float, pooled: Tensor | None = None) -> list[Any]:
+    """A CONDITIONING with the direction added to every entry, and its pooled output replaced if one is given."""
+    if not math.isfinite(beta):
+        raise ValueError(f"strength is {beta}; give a finite number (0 changes nothing)")
+    if beta == 0:
+        return list(conditioning)
+    out = []
+    for c, extra in conditioning:
+        if c.shape[-1] != direction.width:
+            raise ValueError(
+                f'direction "{direction.name}" was learned for text of width {direction.width}, and conditioning has '
+                f"width {c.shape[-1]}; use a direction that was learned with this model's text encoder"
+            )
+        moved = shift(c, direction.d.to(c.device), torch.full((len(c),), beta, device=c.device))
+        changed = {} if pooled is None or extra.get("pooled_output") is None else {"pooled_output": pooled}
+        out.append([moved, {**extra, **changed}])
+    return out

@@ -3,11 +3,11 @@
 theta is the original network, theta' the sanitised one, p the prompt, c_e a concept to erase and c_n a neutral text.
 Each iteration makes one step of eq. 6 (knowledge transfer, into p) and one of eq. 7 (knowledge removal, from theta').
 
-Read from the authors' later code, where the paper is silent: one concept drawn at random at a time; z_t from theta' with
-c_e and guidance 3, at a random one of 50 DDIM steps. `chain` walks such a path and makes an iteration at each of its
-steps, which costs one network call an iteration where a `fresh` path each time costs 50 on average; the noise levels are
-distributed alike. `overshoot` is the same code's `negative_guidance`: 0 is eq. 7, 1 pushes past the neutral output as
-ESD does.
+Read from the authors' later code, where the paper is silent: one concept drawn at random at a time; z_t from theta'
+with c_e and guidance 3, at a random one of 50 DDIM steps. `chain` walks such a path and makes an iteration at each of
+its steps, which costs one network call an iteration where a `fresh` path each time costs 50 on average; the noise
+levels are distributed alike. `overshoot` is the same code's `negative_guidance`: 0 is eq. 7, 1 pushes past the neutral
+output as ESD does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .artefacts import Artefact
 from .blocks import parse_blocks
 from .deltas import Deltas
-from .learning import Predict, Sampling, Text, adam_state, descend, draws, fill, restore_adam, sigma_at
-from .spec import Prompt
+from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
+from .spec import Direction, Prompt
 
+METHOD = "KPOP"
+MECHANISMS = ("concat", "additive")
 PATHS = ("chain", "fresh")
 STARTS = ("noise", "concept")
 KEYS_AND_VALUES = ("one", "two")  # one p for both, as the paper writes it, or one each, as the code has it
@@ -80,9 +83,29 @@ class LearnedPrompt:
             return n, context + k, value + v
         return n, torch.cat([context, k], 1), torch.cat([value, v], 1)
 
-    def result(self, name: str) -> Prompt:
-        k, v = (x.detach().to("cpu", torch.float32, copy=True) for x in (self.k, self.v))
-        return Prompt(name, k, v, self.mechanism, self.blocks)
+    def result(self, name: str, **about: Any) -> Prompt:
+        """about: more of an Artefact's fields."""
+        k, v = (x.detach()[0].to("cpu", torch.float32, copy=True) for x in (self.k, self.v))
+        n, width = k.shape
+        return prompt_of(Artefact("prompt", name, {"k": k, "v": v}, METHOD, text_width=width, tokens=n,
+                                  mechanism=self.mechanism, blocks=self.blocks, **about))  # fmt: skip
+
+
+def prompt_of(found: Artefact) -> Prompt:
+    """The prompt that a file holds. Raises ValueError if no edit can use it."""
+    if found.mechanism not in MECHANISMS:
+        raise ValueError(f'"{found.name}" has the mechanism {found.mechanism[:40]!r}, which this ConceptGuard does not '
+                         f"know; it knows {' and '.join(MECHANISMS)}")  # fmt: skip
+    parse_blocks(found.blocks)
+    k, v = found.tensors["k"][None], found.tensors["v"][None]
+    if found.mechanism == "additive" and not torch.equal(k, v):
+        raise ValueError(f'"{found.name}" is additive, but adds other things to keys than to values')
+    return Prompt(found.name, k, v, found.mechanism, found.blocks, found)
+
+
+def edit_of(prompt: Prompt) -> tuple[str, Prompt | Direction]:
+    """The engine's method and source for it: tokens that are appended, or a shift of the text encoding."""
+    return ("prompt", prompt) if prompt.mechanism == "concat" else ("direction", Direction(prompt.name, prompt.k[0]))
 
 
 def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: int) -> Tensor:
@@ -119,12 +142,12 @@ class Path:
         self.z = self.sampling.noise_scaling(s, noise, torch.zeros_like(noise))
 
     @torch.no_grad()
-    def advance(self, output: Tensor, sigma: float, towards: float) -> None:
-        """One DDIM step. output: theta' for c_e at z."""
-        s = torch.full((self.o.batch,), sigma, device=self.z.device)
-        e = self.predict(self.z, s, self.empty)
-        self.clean = self.sampling.calculate_denoised(s, e + self.o.guidance * (output - e), self.z)
-        self.z = self.clean + (self.z - self.clean) * (towards / sigma)
+    def onward(self, z: Tensor, output: Tensor, sigma: float, towards: float) -> Tensor:
+        """z after one DDIM step. output: theta' for c_e at z."""
+        s = torch.full((self.o.batch,), sigma, device=z.device)
+        e = self.predict(z, s, self.empty)
+        self.clean = self.sampling.calculate_denoised(s, e + self.o.guidance * (output - e), z)
+        return self.clean + (z - self.clean) * (towards / sigma)
 
 
 class KPOP:
@@ -155,11 +178,20 @@ class KPOP:
             outputs.append(self.predict(z, s, c))
             return difference(outputs[0], target)
 
-        descend(self.prompt_adam, with_prompt)  # eq. 5, 6
-        losses = [removal] if self.options.lam == 0 else [removal, lambda: self.options.lam * with_prompt()]
-        loss = descend(self.adam, *losses)  # eq. 7
-        if self.options.path == "chain":
-            self.path.advance(outputs[0].detach(), sigma, self.towards)
+        kept = self.prompt_state()
+        try:
+            slope(self.prompt_adam, with_prompt)  # eq. 5
+            self.prompt_adam.step()  # eq. 6
+            losses = [removal] if self.options.lam == 0 else [removal, lambda: self.options.lam * with_prompt()]
+            loss = slope(self.adam, *losses)  # eq. 7
+            onward = z
+            if self.options.path == "chain":
+                onward = self.path.onward(z, outputs[0].detach(), sigma, self.towards)
+        except BaseException:  # the host interrupts in the middle of a network's call
+            self.restore_prompt(kept)
+            raise
+        self.adam.step()
+        self.path.z = onward
         return loss
 
     def noisy(self, i: int) -> tuple[Tensor, float, Text]:
@@ -176,27 +208,35 @@ class KPOP:
             for k in range(j):
                 s = torch.full((self.options.batch,), levels[k], device=self.path.z.device)
                 with torch.no_grad():
-                    self.path.advance(self.predict(self.path.z, s, c), levels[k], levels[k + 1])
+                    e = self.predict(self.path.z, s, c)
+                self.path.z = self.path.onward(self.path.z, e, levels[k], levels[k + 1])
         elif j == 0:
             self.path.begin(levels[0], generator)
         self.towards = levels[j + 1]
         return self.path.z, levels[j], c
 
+    def prompt_state(self) -> dict[str, Tensor]:
+        tensors = self.prompt.tensors.items()
+        tokens = {f"prompt.{name}": p.detach().flatten().to("cpu", copy=True) for name, p in tensors}
+        return {**tokens, **adam_state("prompt.adam", self.prompt_adam)}
+
     def state(self) -> dict[str, Tensor]:
         weights = torch.cat([p.detach().flatten() for p in self.deltas.tensors.values()]).cpu()
-        tokens = {f"prompt.{name}": p.detach().flatten().cpu() for name, p in self.prompt.tensors.items()}
-        return {"weights": weights, **tokens, "z": self.path.z.flatten().cpu(), **adam_state("adam", self.adam),
-                **adam_state("prompt.adam", self.prompt_adam)}  # fmt: skip
+        return {"weights": weights, "z": self.path.z.flatten().to("cpu", copy=True), **adam_state("adam", self.adam),
+                **self.prompt_state()}  # fmt: skip
+
+    def restore_prompt(self, state: Mapping[str, Tensor]) -> None:
+        for name, p in self.prompt.tensors.items():
+            fill(p, state[f"prompt.{name}"])
+        restore_adam("prompt.adam", self.prompt_adam, state)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         parts = list(self.deltas.tensors.values())
         for p, values in zip(parts, state["weights"].split([p.numel() for p in parts]), strict=True):
             fill(p, values)
-        for name, p in self.prompt.tensors.items():
-            fill(p, state[f"prompt.{name}"])
         self.path.z = state["z"].reshape(self.path.shape).to(self.path.z, copy=True)
         restore_adam("adam", self.adam, state)
-        restore_adam("prompt.adam", self.prompt_adam, state)
+        self.restore_prompt(state)
 
     def preview(self) -> Tensor | None:
         return self.path.clean[0]

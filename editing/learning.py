@@ -6,7 +6,8 @@ what an uninterrupted one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Training(Protocol):
     """Something that learns step by step, and can be put away and taken up again."""
 
     def step(self, i: int) -> float:
-        """Step i; returns its loss."""
+        """Step i; returns its loss. A step that is interrupted has not been made."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
@@ -96,19 +97,35 @@ def parameters(adam: torch.optim.Adam) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def descend(adam: torch.optim.Adam, *losses: Any) -> float:
-    """One step down the sum of the losses, each a function, so that only one graph is in memory at a time."""
+def slope(adam: torch.optim.Adam, *losses: Callable[[], Tensor]) -> float:
+    """Leave the gradient of the sum of the losses with Adam's parameters; only one graph is in memory at a time."""
     adam.zero_grad(set_to_none=True)
     total, inputs = 0.0, list(parameters(adam))
     for loss in losses:
         value = loss()
         value.backward(inputs=inputs)
         total += value.item()
-    adam.step()
-    adam.zero_grad(set_to_none=True)
     return total
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values.reshape(tensor.shape))
+
+
+def carry_on(training: Training, steps: int, losses: list[float], report: Callable[[int], None]) -> None:
+    """From step len(losses) on; each step's loss goes to `losses` before `report` hears of it."""
+    for i in range(len(losses), steps):
+        loss = training.step(i)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is no number after {i + 1} steps; lower the learning rates, or compute in fp32")
+        losses.append(loss)
+        report(i + 1)
+
+
+def take_up(training: Training, state: Mapping[str, Tensor], name: str) -> None:
+    """`restore`, after a look at the shapes."""
+    wanted = {key: tuple(x.shape) for key, x in training.state().items()}
+    if {key: tuple(x.shape) for key, x in state.items()} != wanted:
+        raise ValueError(f'the checkpoint "{name}" belongs to another training; delete it, or set resume to off')
+    training.restore(state)

@@ -5,6 +5,7 @@ Pure torch: what it needs of the host comes in as functions and modules (binding
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +47,7 @@ class Backbone:
     name: str
     width: int
     blocks: Mapping[BlockKey, Any]
+    fingerprint: str = ""  # the same for models that differ in their weights alone
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -53,8 +55,15 @@ class Backbone:
 
     def admit(self, spec: EditSpec) -> None:
         """Raise, naming the node and the mend, if `spec` cannot edit this model."""
+        learned_on = getattr(spec.source, "backbone", "")
         if spec.source.width != self.width:
             kind = type(spec.source).__name__.lower()
+            if learned_on:
+                raise spec.error(
+                    f'{kind} "{spec.source.name}" was learned for {learned_on.split()[0]}, text width '
+                    f"{spec.source.width}; {self.name} has text width {self.width}. Choose one that was learned on "
+                    "this kind of model"
+                )
             raise spec.error(
                 f'{kind} "{spec.source.name}" was made with a text encoder of width {spec.source.width}, but '
                 f"{self.name} reads one of width {self.width}; make the {kind} with the CLIP that belongs to this model"
@@ -72,6 +81,11 @@ class Backbone:
                 f"{auto.blocks[0]} to {auto.blocks[-1]}; {self.name} has {len(self.blocks)}. Choose a file that was "
                 "trained on this model, or set auto to off"
             )
+        if learned_on and self.fingerprint and learned_on != self.fingerprint:
+            logging.warning(
+                '%s: "%s" was learned on another kind of model (%s) than %s (%s); look at what it does',
+                spec.node, spec.source.name, learned_on, self.name, self.fingerprint,
+            )  # fmt: skip
         try:
             select_blocks(spec.blocks, self.blocks)
         except ValueError as error:

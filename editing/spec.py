@@ -7,11 +7,13 @@ depends on the model, its weights or its device is worked out while sampling (pl
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
+from .artefacts import Artefact
 from .blocks import parse_blocks
 from .cre import CREOptions
 from .data import Shared, digest
@@ -47,6 +49,7 @@ class Concept(Shared):
     name: str
     phrases: tuple[Phrase, ...]
     empty: Tensor | None = None
+    artefact: Artefact | None = None  # what a file of it holds, if it was learned
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in self.phrases] + ([] if self.empty is None else [self.empty])
@@ -70,7 +73,8 @@ class Concept(Shared):
 class Prompt(Shared):
     """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU.
 
-    mechanism and blocks: how and where they were learned (kpop.py). An edit appends; what is to be added is a Direction.
+    mechanism and blocks: how and where they were learned (kpop.py). An edit appends them; what is to be added is a
+    Direction.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Prompt(Shared):
     v: Tensor
     mechanism: str = "concat"
     blocks: str = "middle"
+    artefact: Artefact | None = None  # what a file of it holds
 
     @property
     def width(self) -> int:
@@ -94,10 +99,16 @@ class Direction(Shared):
 
     name: str
     d: Tensor
+    artefact: Artefact | None = None  # what a file of it holds
 
     @property
     def width(self) -> int:
         return self.d.shape[-1]
+
+    @property
+    def backbone(self) -> str:
+        """The fingerprint of the model that it was learned on; empty for any."""
+        return "" if self.artefact is None else self.artefact.backbone
 
     @cached_property
     def key(self) -> str:
@@ -129,6 +140,26 @@ class Gate(Shared):
                 "give it as many images as the batch has, or one that decides for all"
             )
         return self.values if len(self.values) == images else self.values * images
+
+
+@dataclass(frozen=True)
+class Draw(Gate):
+    """Open for the images that draw `index` of `of`, each image on its own: image i of a seed always draws the same."""
+
+    gate: Gate = Gate()  # decides as well
+    seed: str = ""
+    index: int = 0
+    of: int = 1
+
+    def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        gates = self.gate.per_image(images, window)
+        shown = window if window is not None and len(window) == images else tuple(range(images))
+        return tuple(gate * (draw(self.seed, i, self.of) == self.index) for i, gate in zip(shown, gates, strict=True))
+
+
+def draw(seed: str, image: int, of: int) -> int:
+    """One of `of` numbers, all of them as likely."""
+    return random.Random(f"{seed} {image}").randrange(of)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,5 +5,9 @@ from .concept_map import NODES as concept_map_nodes
 from .cre import NODES as cre_nodes
 from .demo import NODES as demo_nodes
 from .eiup import NODES as eiup_nodes
+from .kpop import NODES as kpop_nodes
+from .learn_concept import NODES as learn_concept_nodes
+from .train_kpop import NODES as train_kpop_nodes
 
-NODES = [*concept_nodes, *cre_nodes, *eiup_nodes, *concept_map_nodes, *demo_nodes]
+NODES = [*concept_nodes, *cre_nodes, *eiup_nodes, *train_kpop_nodes, *kpop_nodes,
+         *learn_concept_nodes, *concept_map_nodes, *demo_nodes]  # fmt: skip

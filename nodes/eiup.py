@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.adapter import load
+from ..editing.adapter import KIND, load
 from ..editing.binding import add_edit
 from ..editing.eiup import CHOICES, DEFAULTS, EIUPOptions
 from ..editing.spec import Concept, EditSpec, Gate
-from .files import OFF, fingerprint, weight_choices, weight_file
+from .files import OFF, changed, choices, file_of
 from .inputs import CATEGORY, UNLINKED, blocks_input, check, choice_input, link_inputs, named, where, window_inputs
 from .types import ConceptType
 
@@ -70,7 +70,7 @@ class ConceptGuardEIUP(io.ComfyNode):
                 choice_input("form", CHOICES["form"], DEFAULTS.form, TOOLTIPS["form"]),
                 io.String.Input("weights", default="", multiline=True, optional=True, tooltip=TOOLTIPS["weights"]),
                 choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
-                choice_input("auto", tuple(weight_choices()), OFF, TOOLTIPS["auto"]),
+                choice_input("auto", (OFF, *choices(KIND)), OFF, TOOLTIPS["auto"]),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
         )
@@ -95,10 +95,7 @@ class ConceptGuardEIUP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, auto: str | None = OFF, **_: Any) -> Any:
         """Load again when the file of the automatic weight has changed."""
-        try:
-            return None if auto in (OFF, None) else fingerprint(weight_file(auto))
-        except (OSError, ValueError):
-            return None  # `execute` will say what is wrong
+        return changed(auto, KIND)
 
     @classmethod
     def execute(
@@ -120,7 +117,7 @@ class ConceptGuardEIUP(io.ComfyNode):
             if not isinstance(concept, Concept):
                 raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
             place = where(start_percent, end_percent, blocks, range, gate)
-            adapter = None if auto == OFF else load(weight_file(auto))
+            adapter = None if auto == OFF else load(file_of(auto, KIND, "auto"))
             evidence = evidence if adapter is None else adapter.evidence
             options = EIUPOptions(form, parse_weights(weights, weight), evidence, adapter)
         return io.NodeOutput(add_edit(model, EditSpec("erasure", concept, **place, options=options, node=NODE)))

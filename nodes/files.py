@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 
+from ..editing import artefacts
+from ..editing.artefacts import Artefact
+
 FOLDER = "concept_guard"
 OFF = "off"
 DEMO_WEIGHT = "demo model"
 DEMO_WEIGHT_FILE = Path(__file__).resolve().parent.parent / "demo" / "weights" / "eiup-weight.safetensors"
+DEMO = {"eiup-weight": {DEMO_WEIGHT: DEMO_WEIGHT_FILE}}  # what came with the demo model: kind -> choice -> file
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
-def weight_choices() -> list[str]:
-    """What the `auto` input offers."""
-    found = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
-    return [OFF, *([DEMO_WEIGHT] if DEMO_WEIGHT_FILE.is_file() else []), *found]
+def choices(kind: str) -> list[str]:
+    """What an input for files of this kind offers: also those that cannot be told, so that an error can say why."""
+    ours = []
+    for name in folder_paths.get_filename_list(FOLDER):
+        path = folder_paths.get_full_path(FOLDER, name)
+        if name.endswith(".safetensors") and path and told(Path(path)) in (kind, None):
+            ours.append(name.replace(os.sep, "/"))
+    return [choice for choice, path in DEMO.get(kind, {}).items() if path.is_file()] + ours
 
 
-def weight_file(choice: str) -> Path:
-    if choice == DEMO_WEIGHT:
-        return DEMO_WEIGHT_FILE
-    path = folder_paths.get_full_path(FOLDER, choice)
-    if path is None:
-        raise ValueError(f'auto: "{choice}" is not in the models folder {FOLDER}/; put it there, or choose another')
-    return Path(path)
+def told(path: Path) -> str | None:
+    try:
+        return _told(path, fingerprint(path))
+    except OSError:
+        return None
+
+
+@lru_cache(4096)
+def _told(path: Path, fingerprint: Any) -> str | None:
+    return artefacts.kind_of(path)
+
+
+def file_of(choice: str, kind: str, input: str = "file") -> Path:
+    """The file that a choice names. Raises ValueError if there is none, or none here."""
+    if choice in DEMO.get(kind, {}):
+        return DEMO[kind][choice]
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        path = artefacts.file_in(Path(folder), choice)
+        if path.is_file():
+            return path
+    raise ValueError(f'{input}: "{choice}" is not in the models folder {FOLDER}/; put it there, or choose another')
+
+
+def new_file(prefix: str) -> Path:
+    """Where to save under this name: always a new file, the prefix and the next number."""
+    return artefacts.unused(artefacts.file_in(Path(folder_paths.get_folder_paths(FOLDER)[0]), prefix))
+
+
+def saved(artefact: Artefact, prefix: str) -> str:
+    """Write it; returns its name as `choices` gives it."""
+    path = artefacts.write(artefact, new_file(prefix))
+    return path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]).as_posix()
+
+
+def changed(choice: str | None, kind: str) -> Any:
+    """For `fingerprint_inputs`: another value when the file is another; `execute` will say what is wrong with it."""
+    try:
+        return None if choice in (OFF, None) else fingerprint(file_of(choice, kind))
+    except (OSError, ValueError):
+        return None
 
 
 def fingerprint(path: Path) -> Any:

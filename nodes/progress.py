@@ -1,0 +1,56 @@
+"""What a node that works for long shows: a progress bar with a line of text and a preview, and where it can be stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from torch import Tensor
+
+EVERY = 5  # steps between two previews
+
+
+class Progress:
+    """Called after each step of a training with the steps done, their loss and the predicted clean picture."""
+
+    def __init__(self, model: Any, node_id: str | None, steps: int) -> None:
+        import latent_preview  # brings the host's preview models
+
+        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self.node_id = node_id
+        self.steps = steps
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def __call__(self, done: int, loss: float, x0: Tensor | None = None) -> None:
+        preview = None
+        if self.previewer is not None and x0 is not None and done % EVERY == 0:
+            preview = self.previewer.decode_latent_to_preview_image("JPEG", x0.detach())
+        self.bar.update_absolute(done, self.steps, preview)
+        self.say(f"step {done} of {self.steps}, loss {loss:.4g}")
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def say(self, text: str) -> None:
+        """Under the node, if somebody watches."""
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and self.node_id is not None and server.client_id is not None:
+            server.send_progress_text(text, self.node_id, server.client_id)
+
+
+@contextmanager
+def kept(save: Callable[[], str], mend: str) -> Any:
+    """What was learned is saved if the work is stopped or fails; the error says where it is."""
+    import logging
+
+    try:
+        yield
+    except BaseException as error:
+        try:
+            name = save()
+        except ValueError:  # nothing yet
+            raise error from None
+        logging.warning('ConceptGuard: stopped; what was learned so far is in "%s". %s', name, mend)
+        raise
