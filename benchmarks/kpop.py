@@ -23,7 +23,7 @@ ERASED, KEPT = tuple(world.HAZARDS)[:5], tuple(world.HAZARDS)[5:]
 
 # What suits a model this small: SD1.4's learning rates are 1e-5 both. The neutral text is no text, since the demo model
 # has learned no word for "anything".
-SETTINGS: dict[str, Any] = {"neutral": "", "width": 128, "height": 128, "steps": 1000, "learning_rate": 1e-4,
+SETTINGS: dict[str, Any] = {"neutral": "", "width": 128, "height": 128, "steps": 400, "learning_rate": 1e-4,
                             "prompt_learning_rate": 1e-2, "checkpointing": False, "resume": False,
                             "checkpoint_every": 0}
 METHODS: dict[str, dict[str, Any]] = {

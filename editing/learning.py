@@ -81,7 +81,7 @@ def adam_state(name: str, adam: torch.optim.Adam) -> dict[str, Tensor]:
         numbers = sum(p.numel() for p in parameters(adam))
         return {f"{name}.m": torch.zeros(numbers), f"{name}.v": torch.zeros(numbers), f"{name}.t": torch.zeros(1)}
     m, v = (torch.cat([s[key].flatten() for s in states]).cpu() for key in ("exp_avg", "exp_avg_sq"))
-    return {f"{name}.m": m, f"{name}.v": v, f"{name}.t": states[0]["step"].reshape(1).float().cpu()}
+    return {f"{name}.m": m, f"{name}.v": v, f"{name}.t": states[0]["step"].reshape(1).float().cpu().clone()}
 
 
 def restore_adam(name: str, adam: torch.optim.Adam, state: Mapping[str, Tensor]) -> None:

@@ -88,19 +88,19 @@ def learn(
     backbone, pixels = fingerprint_of(model, LEARN), checked(images)
     lines = captions_of(captions, len(pixels))
     options = ConceptOptions(tokens, learning_rate, batch_size, seed)
-    latents = vae.encode(pixels)
-    network = network_of(model, precision, checkpointing)
+    with torch.no_grad():
+        latents = vae.encode(pixels)
+    start_from = start_from.strip()
+    encoded = {line: encode(clip, line) for line in ("", start_from, *lines)}
+    network = network_of(model, precision, checkpointing)  # last, while the card has room for the encoders
     latents = network.latents(latents)
-    h, w = latents.shape[-2:]
-    empty = network.text(encode(clip, ""), h, w)
-    texts = {line: network.text(encode(clip, line), h, w) for line in dict.fromkeys(lines)}
+    texts = {line: network.text(conditioning, *latents.shape[-2:]) for line, conditioning in encoded.items()}
+    empty = texts[""]
     places = [place(clip, line, texts[line].c.shape[1], tokens) for line in lines]
-    like = None
-    if start_from.strip():
-        like = network.text(encode(clip, start_from), h, w).c[0, list(own_tokens(clip, start_from))]
+    like = texts[start_from].c[0, list(own_tokens(clip, start_from))]
     training = LearnedTokens(network, network.sampling, latents, [texts[line] for line in lines], places,
                              tokens_start(options, empty.c, like), options)  # fmt: skip
-    settings = {**asdict(options), "captions": lines, "start_from": start_from.strip(), "precision": precision,
+    settings = {**asdict(options), "captions": lines, "start_from": start_from, "precision": precision,
                 "pictures": digest([latents.cpu()])[:20], "model": weights_key(network)}  # fmt: skip
     losses = conduct("concept-checkpoint", training, steps, settings, node_id, model, checkpoint_every, resume)
     return training.artefact(name, empty.c, concepts=(name,), backbone=backbone,

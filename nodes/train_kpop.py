@@ -181,8 +181,9 @@ def learn(
     if not lines:
         raise ValueError("text is empty; write what to erase, one concept a line")
     backbone = fingerprint_of(model, NODE)
+    encoded = [encode(clip, line) for line in (*lines, recipe.neutral, "")]  # while the card has room for the encoder
     network = network_of(model, recipe.precision, recipe.checkpointing)
-    training, texts = training_of(network, clip, lines, recipe)
+    training, texts = training_of(network, encoded, recipe)
     settings = {**recipe.about, "concepts": lines, "texts": digest(t.c.cpu() for t in texts)[:20],
                 "model": weights_key(network)}  # fmt: skip
     losses = conduct("kpop-checkpoint", training, recipe.steps, settings, node_id, model, recipe.checkpoint_every,
@@ -195,10 +196,10 @@ def learn(
     return LoRA(training.deltas.lora(), about), prompt, losses
 
 
-def training_of(network: Network, clip: Any, lines: Sequence[str], recipe: Recipe) -> tuple[KPOP, list[Text]]:
-    """The training, and all the texts that it reads."""
+def training_of(network: Network, encoded: Sequence[Any], recipe: Recipe) -> tuple[KPOP, list[Text]]:
+    """The training, and all the texts that it reads. encoded: the concepts, the neutral text and the empty one."""
     h, w = recipe.height // 8, recipe.width // 8
-    texts = [network.text(encode(clip, line), h, w) for line in (*lines, recipe.neutral, "")]
+    texts = [network.text(conditioning, h, w) for conditioning in encoded]
     if len({each.c.shape[1] for each in texts}) > 1:
         raise ValueError("text: every concept must fit into one piece of prompt (75 tokens); shorten the longest line")
     *concepts, neutral, empty = texts

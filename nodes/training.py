@@ -101,6 +101,7 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return digest([json.dumps(settings, sort_keys=True)])[:20]
 
 
+@torch.no_grad()
 def encode(clip: Any, text: str) -> Any:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 

@@ -238,7 +238,10 @@ def test_training_and_edit_put_the_prompt_in_alike(make: Any, mechanism: str, bl
     assert (e - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("weights", "rank"), [("cross-attention", 0), ("cross-attention", 2), ("others", 2), ("all", 0)])
+KINDS = [("cross-attention", 0), ("cross-attention", 2), ("others", 2), ("all", 0)]
+
+
+@pytest.mark.parametrize(("weights", "rank"), KINDS)
 def test_the_hosts_lora_loader_gives_the_sanitised_network(weights: str, rank: int) -> None:
     model = tiny.sd1()
     z, sigma = z_and_sigma()
