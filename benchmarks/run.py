@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import eiup, erasure, kpop, learned_concept, overhead, readings
+from . import direction, eiup, erasure, kpop, learned_concept, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -83,7 +83,8 @@ def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
 
 
 def main() -> None:
-    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "kpop", "learned-concept")
+    tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "kpop",
+              "learned-concept")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -118,6 +119,19 @@ def main() -> None:
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
+    if "direction" in wanted:
+        rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",)) if quick else \
+            direction.compare(demo)
+        write("direction", rows, "Safe-region directions: how often the concept is found in pictures whose prompt "
+              "names or implies it, or names a member of its family that training never saw; how often others are. "
+              f"The random direction is as long at every token. {settings}")
+    if "fair" in wanted:
+        count = 2 if quick else 8
+        rows = direction.fairness(demo, count, 4, 2, strengths=(1.0,)) if quick else direction.fairness(demo)
+        floors = ", ".join(f"{name} {direction.floor(count, len(kinds)):.2f}"
+                           for name, kinds in direction.ATTRIBUTES.items())
+        write("fair", rows, f"Total variation from uniform, a role at a time, {count} pictures of each of eight biased "
+              f"roles, and over all of them (pooled). As few uniform draws show {floors} a role. {settings}")
     if "kpop" in wanted:
         kpop_tables(demo, quick, settings)
     if "learned-concept" in wanted:

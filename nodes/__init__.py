@@ -4,10 +4,12 @@ from .concept import NODES as concept_nodes
 from .concept_map import NODES as concept_map_nodes
 from .cre import NODES as cre_nodes
 from .demo import NODES as demo_nodes
+from .direction import NODES as direction_nodes
 from .eiup import NODES as eiup_nodes
 from .kpop import NODES as kpop_nodes
 from .learn_concept import NODES as learn_concept_nodes
+from .train_direction import NODES as train_direction_nodes
 from .train_kpop import NODES as train_kpop_nodes
 
-NODES = [*concept_nodes, *cre_nodes, *eiup_nodes, *train_kpop_nodes, *kpop_nodes,
-         *learn_concept_nodes, *concept_map_nodes, *demo_nodes]  # fmt: skip
+NODES = [*concept_nodes, *cre_nodes, *eiup_nodes, *direction_nodes, *train_direction_nodes, *train_kpop_nodes,
+         *kpop_nodes, *learn_concept_nodes, *concept_map_nodes, *demo_nodes]  # fmt: skip

@@ -89,6 +89,8 @@ def named(node: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if str(error).startswith(f"{node}: "):
+            raise
         raise ValueError(f"{node}: {error}") from error
 
 

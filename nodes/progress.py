@@ -1,9 +1,10 @@
-"""What a node that works for long shows: a progress bar with a line of text and a preview, and where it can be stopped."""
+"""What a node that works for long shows, a bar with a line of text and a preview, and what it keeps when stopped."""
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,16 +42,11 @@ class Progress:
 
 
 @contextmanager
-def kept(save: Callable[[], str], mend: str) -> Any:
-    """What was learned is saved if the work is stopped or fails; the error says where it is."""
-    import logging
-
+def kept(save: Callable[[], str | None], mend: str) -> Iterator[None]:
+    """What was learned is saved if the work is stopped or fails, and the log says where; `save` gives its name."""
     try:
         yield
-    except BaseException as error:
-        try:
-            name = save()
-        except ValueError:  # nothing yet
-            raise error from None
-        logging.warning('ConceptGuard: stopped; what was learned so far is in "%s". %s', name, mend)
+    except BaseException:
+        if (name := save()) is not None:
+            logging.warning('ConceptGuard: stopped; what was learned so far is in "%s". %s', name, mend)
         raise

@@ -22,8 +22,8 @@ ALLOWED = {
 # The one node that loads the demo model has to know it.
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 
-# Modules of editing/ that may import the host: the binding, and the network that trainings differentiate.
-HOST_USERS = {"editing/binding.py", "editing/network.py"}
+# Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
+HOST_USERS = {"editing/binding.py", "editing/gradient.py", "editing/network.py"}
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 

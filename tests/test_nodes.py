@@ -50,6 +50,20 @@ INPUTS = {
         *("model", "concept", "weight", "start_percent", "end_percent", "blocks", "range", "gate"),
         *("form", "weights", "evidence", "auto"),
     ],
+    "ConceptGuardLoadDirection": ["file"],
+    "ConceptGuardSaveDirection": ["direction", "filename_prefix"],
+    "ConceptGuardSafeDirection": [
+        *("model", "direction", "strength", "start_percent", "end_percent", "range", "gate", "blocks"),
+    ],
+    "ConceptGuardOffsetConditioning": ["conditioning", "direction", "strength", "pooled_from"],
+    "ConceptGuardFairDirection": [
+        *("model", "direction_1", "direction_2", "seed", "strength", "start_percent", "end_percent", "range", "gate"),
+        *(f"direction_{i}" for i in range(3, 9)),
+    ],
+    "ConceptGuardTrainDirection": [
+        *("model", "clip", "concept", "prompts", "latent", "goal", "steps", "learning_rate", "guidance", "seed"),
+        *("sampling_steps", "cfg", "start_percent", "end_percent", "resume", "precision", "checkpointing"),
+    ],
     "ConceptGuardTrainKPOP": [
         *("model", "clip", "text", "neutral", "name", "width", "height", "steps", "learning_rate"),
         *("prompt_learning_rate", "lam", "prompt_size", "mechanism", "blocks", "weights", "rank", "guidance"),

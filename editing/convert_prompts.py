@@ -1,6 +1,6 @@
 """Turn learned prompts as KPOP's authors save them (.pt, .pth) into our files, once and by hand.
 
-    sh tools/start.sh environment.py editing.published prompt_dict.pt models/concept_guard
+    sh tools/start.sh environment.py editing.convert_prompts prompt_dict.pt models/concept_guard
 
 Their files are pickles. They are read with `weights_only=True`, which builds tensors, lists and dicts and runs nothing
 else; what is in them is then checked as any file of ours. Known forms: a prompt is a tensor [k, W] or [1, k, W], or a
@@ -71,7 +71,7 @@ def rows(part: Any, name: str) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="editing.published", description=__doc__)
+    parser = argparse.ArgumentParser(prog="editing.convert_prompts", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path, help="where the prompts go: ComfyUI's models/concept_guard")
     parser.add_argument("--mechanism", choices=("concat", "additive"), default="concat")

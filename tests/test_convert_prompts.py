@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from conceptguard.editing import published
+from conceptguard.editing import convert_prompts
 from conceptguard.editing.artefacts import read
+from conceptguard.editing.convert_prompts import main, prompts_in
 from conceptguard.editing.kpop import prompt_of
-from conceptguard.editing.published import main, prompts_in
 
 K, V = torch.arange(6.0).reshape(2, 3), -torch.arange(6.0).reshape(2, 3)
 
@@ -52,7 +52,7 @@ class Bomb:
 )
 def test_anything_else_is_refused(tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(form, tmp_path / "p.pt")
-    monkeypatch.setattr(sys, "argv", ["published", str(tmp_path / "p.pt"), str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["convert_prompts", str(tmp_path / "p.pt"), str(tmp_path / "out")])
     with pytest.raises(ValueError):
         main()
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -70,7 +70,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(published, "LIMIT", 10)
+    monkeypatch.setattr(convert_prompts, "LIMIT", 10)
     torch.save(K, tmp_path / "p.pt")
     with pytest.raises(ValueError, match="more than 10 bytes"):
         prompts_in(tmp_path / "p.pt")
@@ -80,7 +80,8 @@ def test_the_command_writes_files_that_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"a church/..": [K, V]}, tmp_path / "p.pt")
-    monkeypatch.setattr(sys, "argv", ["published", str(tmp_path / "p.pt"), str(tmp_path / "out"), "--blocks", "all"])
+    arguments = ["convert_prompts", str(tmp_path / "p.pt"), str(tmp_path / "out"), "--blocks", "all"]
+    monkeypatch.setattr(sys, "argv", arguments)
     main()
     (file,) = (tmp_path / "out").iterdir()
     assert str(file) in capsys.readouterr().out

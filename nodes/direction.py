@@ -1,0 +1,260 @@
+"""Nodes that use a learned direction: on a MODEL, on a CONDITIONING, or drawn for each image; and its files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..editing.artefacts import read
+from ..editing.binding import add_edit
+from ..editing.direction import direction_of, offset
+from ..editing.spec import Direction, Draw, EditSpec, Gate
+from .files import changed, choices, file_of, saved
+from .inputs import CATEGORY, UNLINKED, blocks_input, check, link_inputs, named, strength_input, where, window_inputs
+from .types import DirectionType
+
+KIND = "direction"
+DIRECTIONS = 8  # that ConceptGuardFairDirection draws from
+
+
+def of_type(direction: Any, name: str = "direction") -> Direction:
+    if not isinstance(direction, Direction):
+        raise ValueError(
+            f"{name} is a {type(direction).__name__}; connect the output of a Load Direction or Train Direction node"
+        )
+    return direction
+
+
+class ConceptGuardLoadDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptGuardLoadDirection",
+            display_name="Load Direction",
+            category=f"{CATEGORY}/directions",
+            description="A learned direction from the models folder concept_guard/. Files are checked before use.",
+            inputs=[
+                io.Combo.Input("file", options=choices(KIND), tooltip="A file that Save Direction wrote."),
+            ],
+            outputs=[DirectionType.Output(display_name="direction", tooltip="The direction.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> Any:
+        return changed(file, KIND)
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        with named("ConceptGuardLoadDirection"):
+            return io.NodeOutput(direction_of(read(file_of(file, KIND), KIND)))
+
+
+class ConceptGuardSaveDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptGuardSaveDirection",
+            display_name="Save Direction",
+            category=f"{CATEGORY}/directions",
+            description="Writes a learned direction into the models folder concept_guard/, always as a new file. "
+            "Press R to see it in Load Direction.",
+            inputs=[
+                DirectionType.Input("direction", tooltip="The direction that Train Direction learned."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="direction",
+                    tooltip="The file's name, to which a number is added; / makes a folder inside concept_guard/.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name in the models folder.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, direction: Direction, filename_prefix: str = "direction") -> io.NodeOutput:
+        with named("ConceptGuardSaveDirection"):
+            artefact = of_type(direction).artefact
+            if artefact is None:
+                raise ValueError("direction was not learned, and there is nothing to save; connect Train Direction")
+            name = saved(artefact, filename_prefix)
+        return io.NodeOutput(name, ui={"text": (name,)})
+
+
+class ConceptGuardSafeDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptGuardSafeDirection",
+            display_name="Safe Direction",
+            category=f"{CATEGORY}/edits",
+            description="Adds a learned direction to the positive prompt's encoding while sampling, which keeps the "
+            "picture within the safe region (or draws it towards an attribute). May stand anywhere between the model "
+            "loader and the sampler. SD1.x, SD2.x, SDXL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                DirectionType.Input("direction", tooltip="The learned direction."),
+                strength_input("How much of the direction is added: 1 as learned, 0 nothing (the edit is off)."),
+                *window_inputs(start=0.18),
+                *link_inputs(),
+                blocks_input(),
+            ],
+            outputs=[io.Model.Output(tooltip="The model whose prompts are moved.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        strength: float | None = 1.0,
+        start_percent: float | None = 0.18,
+        end_percent: float | None = 1.0,
+        blocks: str | None = "all",
+        range: Any = UNLINKED,
+    ) -> bool | str:
+        return check("ConceptGuardSafeDirection", strength, start_percent, end_percent, blocks, range)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        direction: Direction,
+        strength: float = 1.0,
+        start_percent: float = 0.18,
+        end_percent: float = 1.0,
+        range: tuple[float, float] | None = None,
+        gate: Gate | None = None,
+        blocks: str = "all",
+    ) -> io.NodeOutput:
+        node = "ConceptGuardSafeDirection"
+        with named(node):
+            place = where(start_percent, end_percent, blocks, range, gate)
+            of_type(direction)
+        return io.NodeOutput(add_edit(model, EditSpec("direction", direction, strength, **place, node=node)))
+
+
+class ConceptGuardOffsetConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptGuardOffsetConditioning",
+            display_name="Offset Conditioning",
+            category=f"{CATEGORY}/edits",
+            description="Adds a learned direction to a conditioning, before any sampler or ControlNet sees it; for any "
+            "model whose text encoder the direction was learned for. Without a window: use Safe Direction for that.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="What to move; connect the result as the positive."),
+                DirectionType.Input("direction", tooltip="The learned direction."),
+                strength_input("How much of the direction is added: 1 as learned, 0 nothing."),
+                io.Conditioning.Input(
+                    "pooled_from",
+                    optional=True,
+                    tooltip="Models such as SDXL also read a summary of the prompt, the pooled output, which a "
+                    "direction does not reach: what the prompt names can come back through it. Connect the encoding "
+                    "of a harmless prompt to use its summary instead. Not connected, or strength 0: it stays.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The conditioning, moved.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, conditioning: list, direction: Direction, strength: float = 1.0, pooled_from: list | None = None
+    ) -> io.NodeOutput:
+        with named("ConceptGuardOffsetConditioning"):
+            return io.NodeOutput(offset(conditioning, of_type(direction), strength, pooled(pooled_from)))
+
+
+def pooled(conditioning: list | None) -> Tensor | None:
+    found = None if not conditioning else conditioning[0][1].get("pooled_output")
+    if conditioning is not None and not isinstance(found, torch.Tensor):
+        raise ValueError("pooled_from has no pooled output; connect what the same CLIPTextEncode makes, or nothing")
+    return found
+
+
+class ConceptGuardFairDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptGuardFairDirection",
+            display_name="Fair Direction",
+            category=f"{CATEGORY}/edits",
+            description="Draws one of several learned directions for each image of the batch, all of them equally "
+            "likely: one direction towards each value of an attribute makes the attribute fair. Put one node behind "
+            "another for more attributes. SD1.x, SD2.x, SDXL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                DirectionType.Input("direction_1", tooltip="Towards one value of the attribute."),
+                DirectionType.Input("direction_2", tooltip="Towards another."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Which direction each image draws; 0 is a seed like any other. Change it with the "
+                    "sampler's.",
+                ),
+                strength_input("How much of the direction is added: 1 as learned, 0 nothing (the edit is off)."),
+                *window_inputs(start=0.18),
+                *link_inputs(),
+                *(
+                    DirectionType.Input(f"direction_{i}", optional=True, tooltip="One more to draw from.")
+                    for i in range(3, DIRECTIONS + 1)
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model whose images draw a direction each.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        strength: float | None = 1.0,
+        start_percent: float | None = 0.18,
+        end_percent: float | None = 1.0,
+        range: Any = UNLINKED,
+    ) -> bool | str:
+        return check("ConceptGuardFairDirection", strength, start_percent, end_percent, "all", range)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        direction_1: Direction,
+        direction_2: Direction,
+        seed: int = 0,
+        strength: float = 1.0,
+        start_percent: float = 0.18,
+        end_percent: float = 1.0,
+        range: tuple[float, float] | None = None,
+        gate: Gate | None = None,
+        **more: Direction,
+    ) -> io.NodeOutput:
+        node = "ConceptGuardFairDirection"
+        with named(node):
+            place = where(start_percent, end_percent, "all", range, gate)
+            given = {"direction_1": direction_1, "direction_2": direction_2, **more}
+            directions = [of_type(d, name) for name, d in sorted(given.items()) if d is not None]
+        place_of = {**place, "strength": strength, "node": node}
+        for spec in drawn(directions, seed, place["gate"], place_of):
+            model = add_edit(model, spec)
+        return io.NodeOutput(model)
+
+
+def drawn(directions: list[Direction], seed: int, gate: Gate, place: dict[str, Any]) -> list[EditSpec]:
+    """One edit a direction, open for the images that draw it. Nodes with other directions draw on their own."""
+    stream = f"{seed} {' '.join(sorted(direction.key for direction in directions))}"
+    return [
+        EditSpec("direction", direction, **{**place, "gate": Draw(gate.values, gate, stream, i, len(directions))})
+        for i, direction in enumerate(directions)
+    ]
+
+
+NODES: list[type[io.ComfyNode]] = [
+    ConceptGuardLoadDirection,
+    ConceptGuardSaveDirection,
+    ConceptGuardSafeDirection,
+    ConceptGuardOffsetConditioning,
+    ConceptGuardFairDirection,
+]

@@ -1,0 +1,164 @@
+"""The node that learns a direction."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+
+from ..editing.binding import add_edit, fingerprint_of
+from ..editing.gradient import DTYPES, Predictor, train_with
+from ..editing.plot import curve
+from ..editing.safe_region import GOALS, Learner, Settings
+from ..editing.spec import Concept, Direction, EditSpec
+from .files import saved
+from .inputs import CATEGORY, check, choice_input, named
+from .progress import Progress, kept
+from .types import ConceptType, DirectionType
+
+NODE = "ConceptGuardTrainDirection"
+DEFAULTS = Settings(("",))
+RESUME = "Load it and connect it to `resume` to go on."
+
+
+class ConceptGuardTrainDirection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=NODE,
+            display_name="Train Direction",
+            category=f"{CATEGORY}/train",
+            description="Learns a direction of the text encoding that leads any prompt away from a concept (a safe "
+            "region), or towards it (an attribute, for Fair Direction), from the model's own predictions: no pictures "
+            "are needed. A few hundred steps; each is three model calls and one gradient. SD1.x, SD2.x, SDXL.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to learn from; it stays as it is."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                ConceptType.Input(
+                    "concept",
+                    tooltip="What to lead away from or towards. With several phrases (the members of a family), the "
+                    "training pictures take them in turn.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="What the training pictures show, one prompt a line, taken in turn. Empty: the concept's "
+                    "own phrases. For an attribute: neutral prompts such as 'a person'.",
+                ),
+                io.Latent.Input("latent", tooltip="An empty latent: the size of the training pictures, and how many "
+                                "at once."),
+                io.Combo.Input("goal", options=list(GOALS), default=DEFAULTS.goal,
+                               tooltip="Lead away from the concept, or towards it."),
+                io.Int.Input("steps", default=400, min=1, max=100_000,
+                             tooltip="How many updates; at least 1, 0 is refused."),
+                io.Float.Input("learning_rate", default=DEFAULTS.learning_rate, min=0.0001, max=10.0, step=0.001,
+                               round=False, tooltip="How far each update goes; 0 would learn nothing and is refused."),
+                io.Float.Input("guidance", default=DEFAULTS.guidance, min=0.0, max=50.0, step=0.5,
+                               tooltip="How far away from (or towards) the concept the target lies. At 0 the target "
+                               "is the concept's own prediction (away) or the empty prompt's (towards)."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                             tooltip="Of the start and the training pictures; 0 is a seed like any other."),
+                io.Int.Input("sampling_steps", default=DEFAULTS.sampling_steps, min=1, max=1000,
+                             tooltip="Denoising steps of a training picture, one update each; at least 1, not 0."),
+                io.Float.Input("cfg", default=DEFAULTS.cfg, min=0.0, max=50.0, step=0.5,
+                               tooltip="Guidance with which the training pictures are drawn; 0 ignores the prompts."),
+                io.Float.Input("start_percent", default=DEFAULTS.start_percent, min=0.0, max=1.0, step=0.001,
+                               tooltip="From when on the direction takes part in the training pictures, as a fraction "
+                               "of the timesteps; 0 is the start of sampling."),
+                io.Float.Input("end_percent", default=DEFAULTS.end_percent, min=0.0, max=1.0, step=0.001,
+                               tooltip="Until when; 1 includes the last step, 0 leaves nothing to learn from."),
+                DirectionType.Input(
+                    "resume",
+                    optional=True,
+                    tooltip="A direction to go on with, learned with the same inputs but fewer steps. The result is "
+                    "that of a training without the break.",
+                ),
+                choice_input("precision", tuple(DTYPES), DEFAULTS.precision,
+                             "What the model computes in: its own precision (auto; bf16 for a model in fp16, whose "
+                             "gradients would vanish), bf16 or fp32."),
+                io.Boolean.Input("checkpointing", default=True, optional=True,
+                                 tooltip="Needs far less memory, and a third more time. Off is for large cards."),
+            ],
+            outputs=[
+                DirectionType.Output(display_name="direction", tooltip="What was learned; connect Save Direction."),
+                io.Model.Output(display_name="model", tooltip="The model with the direction at strength 1."),
+                io.Image.Output(display_name="loss", tooltip="The loss at each update."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(
+        cls, start_percent: float | None = DEFAULTS.start_percent, end_percent: float | None = DEFAULTS.end_percent
+    ) -> bool | str:
+        return check(NODE, 1.0, start_percent, end_percent)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        concept: Concept,
+        prompts: str,
+        latent: dict[str, Any],
+        steps: int = 400,
+        resume: Direction | None = None,
+        checkpointing: bool = True,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        with named(NODE):
+            if not isinstance(concept, Concept):
+                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            if steps < 1:
+                raise ValueError(f"steps is {steps}; give at least 1")
+            if (complaint := check(NODE, 1.0, settings.get("start_percent"), settings.get("end_percent"))) is not True:
+                raise ValueError(str(complaint).removeprefix(f"{NODE}: "))
+            lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+            lines = lines or [phrase.text for phrase in concept.phrases]
+            x = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+            chosen = Settings(tuple(lines), shape=tuple(x.shape), **settings)
+            node_id = getattr(cls.hidden, "unique_id", None)
+            learner = learn(model, clip, concept, chosen, steps, resume, checkpointing, node_id)
+            plot = curve(learner.losses, f"loss of {concept.name}")
+            direction = learner.direction()
+        place = {"start_percent": chosen.start_percent, "end_percent": chosen.end_percent}
+        return io.NodeOutput(direction, add_edit(model, EditSpec("direction", direction, **place, node=NODE)), plot)
+
+
+def learn(model: Any, clip: Any, concept: Concept, settings: Settings, steps: int, resume: Direction | None,
+          checkpointing: bool, node_id: str | None) -> Learner:  # fmt: skip
+    """The learner after `steps` updates; what it has learned by then is saved if it is stopped before."""
+    backbone = fingerprint_of(model, NODE)
+    positive = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in settings.prompts]
+    tokens = min(entry[0].shape[1] for entry in positive)
+    if positive[0][0].shape[-1] != concept.width:
+        raise ValueError("concept and clip are of different text encoders; make the concept with this clip")
+    if resume is not None and (not isinstance(resume, Direction) or resume.artefact is None):
+        raise ValueError("resume is no learned direction; connect what Load Direction or Train Direction gives")
+    with torch.inference_mode(False):  # autograd refuses tensors that are made in the host's mode
+        if resume is None or resume.artefact is None:
+            learner = Learner.start(concept, settings, tokens, backbone)
+        else:
+            learner = Learner.resume(concept, settings, resume.artefact)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.sampling_steps)
+    start, end = (float(sampling.percent_to_sigma(p)) for p in (settings.start_percent, settings.end_percent))
+    active = [end < float(sigma) <= start for sigma in sigmas[:-1]]
+    progress = Progress(model, node_id, steps)
+
+    def body(predictor: Predictor) -> None:
+        learner.learn(steps, predictor, predictor.contexts, sigmas, active, progress, predictor.device)
+
+    name = re.sub(r"[^\w ()+,=@-]+", "_", concept.name)[:60].strip() or "direction"
+    if learner.done < steps:
+        with kept(lambda: saved(learner.artefact(), f"unfinished/{name}") if learner.done else None, RESUME):
+            train_with(model, positive, torch.zeros(settings.shape), body, settings.precision, checkpointing)
+    return learner
+
+
+NODES: list[type[io.ComfyNode]] = [ConceptGuardTrainDirection]

@@ -1,0 +1,66 @@
+"""The authors' pickles: converted without running anything of theirs, or refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conceptguard.editing.artefacts import read
+from conceptguard.editing.convert import convert, main, weights
+from conceptguard.editing.direction import direction_of
+
+
+def published(path: Path, **changes: Any) -> Path:
+    """As torch.save(ptuner().state_dict()) writes it."""
+    g = torch.Generator().manual_seed(0)
+    torch.save({"b": torch.randn(1, 77, 1, generator=g), "a": torch.randn(1, 1, 768, generator=g), **changes}, path)
+    return path
+
+
+def test_a_published_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    source = published(tmp_path / "safe-direction.pth")
+    monkeypatch.setattr("sys.argv", ["convert", str(source), str(tmp_path / "x.safetensors")])
+    main()
+    direction = direction_of(read(tmp_path / "x.safetensors", "direction"))
+    found = torch.load(source, weights_only=True)
+    assert torch.equal(direction.d, (found["b"] @ found["a"])[0]) and direction.name == "safe-direction"
+    assert direction.width == 768 and "wrote" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # never over another file
+        main()
+
+
+class Exploit:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploited",)
+
+
+def test_pickles_that_would_run_code_or_hold_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(Exploit()))
+    torch.save({"a": Exploit()}, tmp_path / "b.pt")
+    (tmp_path / "c.pt").write_bytes(b"nothing")
+    with zipfile.ZipFile(tmp_path / "d.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(Exploit()))
+    torch.save([torch.zeros(1)], tmp_path / "e.pt")
+    (tmp_path / "f.pt").write_bytes(published(tmp_path / "x.pt").read_bytes()[:900])
+    with (tmp_path / "g.pt").open("wb") as big:
+        big.truncate(2**26 + 1)
+    for name in "abcdefgh":
+        with pytest.raises(ValueError, match=f'cannot convert "{name}.pt"'):
+            weights(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"b": torch.zeros(77)}, {"c": torch.zeros(1)}, {"a": torch.full((1, 1, 768), float("nan"))}]
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a direction of|NaN"):
+        convert(published(tmp_path / "x.pt", **changes), tmp_path / "x.safetensors")
+    assert os.listdir(tmp_path) == ["x.pt"]
