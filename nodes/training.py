@@ -70,6 +70,8 @@ def conduct(kind: str, training: Training, steps: int, settings: Mapping[str, An
 
     try:
         carry_on(training, steps, losses, report)
+    except ValueError:  # it diverged: there is nothing to go on from
+        raise
     except BaseException:
         if losses:
             put_away(kind, training, losses, path)

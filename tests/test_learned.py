@@ -196,7 +196,7 @@ def test_the_prompt_is_read_where_it_was_learned(model: Any, clip: Any) -> None:
         ({"text": "  \n"}, "text is empty"),
         ({"text": "a " * 80}, "75 tokens"),
         ({"steps": 0}, "steps is 0"),
-        ({"learning_rate": float("nan")}, "no number after 2 steps"),
+        ({"learning_rate": 1e30}, "no number after 2 steps"),
     ],
     ids=["nothing", "long", "steps", "nan"],
 )
@@ -206,7 +206,7 @@ def test_bad_input_names_the_node_and_leaves_nothing(
     inputs = {"text": "knife", **SMALL, **changes}
     with pytest.raises(ValueError, match=f"ConceptGuardTrainKPOP: .*{message}"):
         ConceptGuardTrainKPOP.execute(model, clip, **inputs)
-    assert not list((folders / "loras").iterdir())
+    assert not list((folders / "loras").iterdir()) and not unfinished(folders)
 
 
 def test_other_things_than_prompts_and_weights_are_refused(model: Any, folders: Path) -> None:
