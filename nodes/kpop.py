@@ -74,9 +74,9 @@ class ConceptGuardSavePrompt(io.ComfyNode):
     @classmethod
     def execute(cls, prompt: Prompt, filename_prefix: str = "prompt") -> io.NodeOutput:
         with named("ConceptGuardSavePrompt"):
-            if of_type(prompt).artefact is None:
+            if (artefact := of_type(prompt).artefact) is None:
                 raise ValueError("prompt was not learned, and there is nothing to save; connect Train KPOP")
-            name = saved(prompt.artefact, filename_prefix)  # type: ignore[arg-type]
+            name = saved(artefact, filename_prefix)
         return io.NodeOutput(name, ui={"text": (name,)})
 
 
