@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import causal, direction, eiup, erasure, gates, overhead, readings
+from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -91,9 +91,22 @@ def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
     write("where to edit", rows, f"CRE in the causal period, everywhere, in random windows as long. {settings}")
 
 
+def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
+    """Erasure from the weights: the methods, then the ablations; each row is a training."""
+    few: dict[str, Any] = {"count": 1, "steps": 4, "path_steps": 2} if quick else {}
+    steps = few.get("steps", kpop.SETTINGS["steps"])
+    about = f"{', '.join(kpop.ERASED)} erased at once, {steps} steps; {', '.join(kpop.KEPT)} preserved. {settings}"
+    for name, which in (("kpop", kpop.METHODS), ("kpop-ablations", kpop.ABLATIONS)):
+        done = []
+        for row in kpop.rows(demo, dict(list(which.items())[:1]) if quick else which, **few):
+            done.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        write(name, done, about)
+
+
 def main() -> None:
     tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
-              "causal", "governed")
+              "causal", "governed", "kpop", "learned-concept")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -150,6 +163,12 @@ def main() -> None:
                            for name, kinds in direction.ATTRIBUTES.items())
         write("fair", rows, f"Total variation from uniform, a role at a time, {count} pictures of each of eight biased "
               f"roles, and over all of them (pooled). As few uniform draws show {floors} a role. {settings}")
+    if "kpop" in wanted:
+        kpop_tables(demo, quick, settings)
+    if "learned-concept" in wanted:
+        few = {"count": 4, "pictures": 2, "steps": 4} if quick else {}
+        write("learned-concept", learned_concept.rows(demo, **few),
+              f"Concepts learned from pictures, without a word for them, and erased. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")
 
 

@@ -55,6 +55,7 @@ class Concept(Shared):
     phrases: tuple[Phrase, ...]
     empty: Tensor | None = None
     neutral: Tensor | None = None
+    artefact: Artefact | None = None  # what a file of it holds, if it was learned
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in self.phrases]
@@ -81,11 +82,18 @@ class Concept(Shared):
 
 @dataclass(frozen=True, eq=False)
 class Prompt(Shared):
-    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU."""
+    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU.
+
+    mechanism and blocks: how and where they were learned (kpop.py). An edit appends them; what is to be added is a
+    Direction.
+    """
 
     name: str
     k: Tensor
     v: Tensor
+    mechanism: str = "concat"
+    blocks: str = "middle"
+    artefact: Artefact | None = None  # what a file of it holds
 
     @property
     def width(self) -> int:

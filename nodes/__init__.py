@@ -10,7 +10,10 @@ from .direction import NODES as direction_nodes
 from .discriminator import NODES as discriminator_nodes
 from .eiup import NODES as eiup_nodes
 from .gates import NODES as gate_nodes
+from .kpop import NODES as kpop_nodes
+from .learn_concept import NODES as learn_concept_nodes
 from .train_direction import NODES as train_direction_nodes
+from .train_kpop import NODES as train_kpop_nodes
 
 NODES = [
     *concept_nodes,
@@ -18,6 +21,9 @@ NODES = [
     *eiup_nodes,
     *direction_nodes,
     *train_direction_nodes,
+    *train_kpop_nodes,
+    *kpop_nodes,
+    *learn_concept_nodes,
     *discriminator_nodes,
     *classifier_nodes,
     *gate_nodes,

@@ -23,7 +23,7 @@ ALLOWED = {
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 
 # Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
-HOST_USERS = {"editing/binding.py", "editing/gradient.py"}
+HOST_USERS = {"editing/binding.py", "editing/gradient.py", "editing/network.py"}
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 

@@ -64,6 +64,22 @@ INPUTS = {
         *("model", "clip", "concept", "prompts", "latent", "goal", "steps", "learning_rate", "guidance", "seed"),
         *("sampling_steps", "cfg", "start_percent", "end_percent", "resume", "precision", "checkpointing"),
     ],
+    "ConceptGuardTrainKPOP": [
+        *("model", "clip", "text", "neutral", "name", "width", "height", "steps", "learning_rate"),
+        *("prompt_learning_rate", "lam", "prompt_size", "mechanism", "blocks", "weights", "rank", "guidance"),
+        *("overshoot", "path_steps", "batch_size", "seed", "precision", "checkpointing", "checkpoint_every", "resume"),
+        *("path", "keys_and_values", "prompt_start"),
+    ],
+    "ConceptGuardSaveWeights": ["weights", "filename_prefix"],
+    "ConceptGuardSavePrompt": ["prompt", "filename_prefix"],
+    "ConceptGuardLoadPrompt": ["file"],
+    "ConceptGuardKPOP": ["model", "prompt", "strength", "start_percent", "end_percent", "range", "gate"],
+    "ConceptGuardLearnConcept": [
+        *("model", "clip", "vae", "images", "name", "tokens", "captions", "start_from", "steps", "learning_rate"),
+        *("batch_size", "seed", "precision", "checkpointing", "checkpoint_every", "resume"),
+    ],
+    "ConceptGuardSaveConcept": ["concept", "filename_prefix"],
+    "ConceptGuardLoadConcept": ["file"],
     "ConceptGuardConceptMap": [
         *("model", "concept", "positive", "latent", "seed", "steps", "start_percent", "end_percent", "blocks"),
         *("image", "evidence", "scale"),

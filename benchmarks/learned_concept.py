@@ -1,0 +1,86 @@
+"""A concept learned from pictures: a style and an object that no word was given for, erased by CRE and by EIUP.
+
+The pictures are the demo model's own, of captions that name the style or object, those in which the judge finds it; the
+learning never sees that word: for a style, its captions name the objects alone. What is erased is then asked for by
+word, which nothing of the learning knew either.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..demo import world
+from ..demo.judge import Verdict, judge
+from ..demo.load import load_judge
+from ..editing.binding import add_edit
+from ..editing.eiup import EIUPOptions
+from ..editing.learn_concept import concept_of
+from ..editing.network import gradients
+from ..editing.spec import Concept, EditSpec
+from ..nodes.learn_concept import learn
+from .sampling import Demo, Rate, object_prompts, style_prompts
+
+Row = dict[str, Any]
+SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 400, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
+                            "resume": False, "checkpoint_every": 0}
+
+
+def examples(demo: Demo, pictures: Sequence[world.Picture], right: Callable[[world.Picture, Verdict], bool],
+             count: int) -> tuple[Tensor, list[world.Picture]]:
+    """Up to `count` pictures [n, 3, h, w] that show what they should, and their captions."""
+    drawn = demo.pictures(demo.model, [p.caption for p in pictures], seed=77)
+    good = [i for i, v in enumerate(judge(load_judge(), drawn)) if right(pictures[i], v)][:count]
+    if not good:
+        raise ValueError("the demo model drew no example of what is to be learned; train it further")
+    return drawn[good], [pictures[i] for i in good]
+
+
+def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **settings: Any) -> Concept:
+    with gradients():
+        found, _ = learn(demo.model, demo.clip, demo.vae, pictures.movedim(1, -1), name, None,
+                         captions="\n".join(captions), **{**SETTINGS, **settings})
+    return concept_of(found)
+
+
+def edits(demo: Demo, concept: Concept) -> dict[str, Any]:
+    erasure = EditSpec("erasure", concept, end_percent=0.8, options=EIUPOptions(weights=(-2.0,)))
+    return {"CRE": demo.erase(concept), "EIUP, weight -2": add_edit(demo.model, erasure)}
+
+
+def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture], others: Sequence[world.Picture],
+            shown: Callable[[world.Picture, Verdict], bool], seed: int) -> list[Row]:
+    """The concept's own prompts and others', unedited and edited."""
+    out = []
+    for name, model in {"unedited": demo.model, **edits(demo, concept)}.items():
+        verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
+        found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
+        kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own):], strict=True)])
+        out.append({"concept": what, "edit": name, "its own prompts": found, "other prompts' objects": kept})
+    return out
+
+
+def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 32, pictures: int = 8, seed: int = 13,
+         **settings: Any) -> list[Row]:  # fmt: skip
+    rng = random.Random(seed)
+    names = rng.sample([n for n in world.OBJECTS if n != thing], 24)
+
+    def in_style(p: world.Picture, v: Verdict) -> bool:
+        return v.style == style
+
+    def is_thing(p: world.Picture, v: Verdict) -> bool:
+        return v.found(thing)
+
+    styled = [world.one_object(rng, name, style) for name in names]
+    shown, of = examples(demo, styled, lambda p, v: in_style(p, v) and v.found(p.objects[0]), pictures)
+    concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", **settings)
+    plain = object_prompts(names, count, seed)
+    out = compare(demo, f"a style ({style}: {len(shown)} pictures)", concept,
+                  style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed)
+    shown, _ = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
+    concept = learned(demo, shown, [""], "an object", **settings)
+    return out + compare(demo, f"an object ({thing}: {len(shown)} pictures)", concept,
+                         object_prompts([thing], count, seed), plain, is_thing, seed)
