@@ -57,7 +57,9 @@ class Browser:
         return self.page.evaluate(source, *arguments)
 
     def open(self, vue: bool) -> None:
-        self.host.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue})
+        settings = self.host.base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps({**SETTINGS, "Comfy.VueNodes.Enabled": vue}), encoding="utf-8")
         self.page.goto(self.host.url, wait_until="commit")
         self.wait("() => window.app?.graph && window.LiteGraph?.registered_node_types?.ConceptGuardApplyPreset"
                   " && app.extensionManager?.getSidebarTabs?.().some(t => t.id === 'ConceptGuard')")  # fmt: skip
@@ -137,7 +139,6 @@ def browser(request: pytest.FixtureRequest, chromium: Any, server: Host) -> Iter
     opened.open(vue=request.param == "nodes2")
     yield opened
     context.close()
-    server.post("/settings", {"Comfy.VueNodes.Enabled": False})
 
 
 def workflow(name: str) -> dict[str, Any]:

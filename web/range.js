@@ -28,10 +28,10 @@ const STYLE = `
 .cg-range.wrong .note { color: #d9534f; opacity: 1; }
 `;
 
-const views = new Set();
+const views = new Set(); // what paints each range that is on a node
 
 const linked = (node, name) => node.inputs?.find((input) => input.name === name && input.link != null);
-const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+const linkOf = (graph, id) => graph?.getLink?.(id) ?? graph?.links?.get?.(id) ?? graph?.links?.[id];
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 /** The nearest node downstream that has steps and a scheduler. */
@@ -47,7 +47,7 @@ function samplerAfter(node) {
       if (output.type !== "MODEL") continue;
       for (const id of output.links ?? []) {
         const link = linkOf(here.graph, id);
-        if (link) queue.push(here.graph.getNodeById(link.target_id));
+        if (link) queue.push(here.graph.getNodeById?.(link.target_id));
       }
     }
   }
@@ -232,17 +232,23 @@ function addRange(node) {
     getMinHeight: () => 34, getMaxHeight: () => 34, margin: 4,
   });
   widget.serialize = false;
-  const paint = () => view.paint();
+  const paint = () => {
+    try {
+      view.paint();
+    } catch (error) {
+      console.error("ConceptGuard: the range is not drawn", error); // never the node's affair
+    }
+  };
   chain(first, "callback", paint);
   chain(last, "callback", paint);
   chain(node, "onConfigure", paint);
   chain(node, "onConnectionsChange", () => queueMicrotask(paint));
-  chain(node, "onRemoved", () => views.delete(view));
-  views.add(view);
+  chain(node, "onRemoved", () => views.delete(paint));
+  views.add(paint);
   queueMicrotask(paint);
 }
 
-const paintAll = () => views.forEach((view) => view.paint());
+const paintAll = () => views.forEach((paint) => paint());
 
 app.registerExtension({
   name: "ConceptGuard.Range",
