@@ -186,7 +186,7 @@ def test_the_range_is_dragged_and_saved_as_two_numbers(browser: Browser) -> None
     inputs = next(node["inputs"] for node in prompt.values() if node["class_type"] == "ConceptGuardCRE")
     assert [inputs["start_percent"], inputs["end_percent"]] == dragged and "range_view" not in inputs
 
-    browser.load(browser.js("() => app.graph.serialize()"))
+    browser.load(browser.js("() => JSON.parse(JSON.stringify(app.graph.serialize()))"))
     assert browser.js(VALUES) == dragged
     copies = browser.js(
         f"""() => {{ const n = {NODE}; app.canvas.selectNode(n);
@@ -211,6 +211,9 @@ def test_the_range_takes_keys_double_clicks_and_undo(browser: Browser) -> None:
     assert browser.js(f"() => Boolean({NODE})"), "the key took the node away"
     browser.js("() => app.extensionManager.workflow.activeWorkflow.changeTracker.undo()")
     assert browser.js(VALUES)[0] < 0.11
+    # Undo makes the node anew; the bar that is seen must be the new one's.
+    browser.wait(f"() => document.querySelector('.cg-range')?.conceptGuardNode === {NODE}")
+    browser.look_at(NODE)
     box = browser.box(".cg-range .bar")
     browser.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert browser.js(VALUES) == [0.0, 1.0]

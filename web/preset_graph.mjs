@@ -74,7 +74,7 @@ export function apply(text) {
     ? [[selected, into]]
     : [...(origin.outputs[slot].links ?? [])].map((id) => linkOf(graph, id)).filter(Boolean)
         .map((each) => [graph.getNodeById(each.target_id), each.target_slot]);
-  const node = added(link ? [selected.pos[0] - 360, selected.pos[1] - 40] : [origin.pos[0] + 360, origin.pos[1] - 40]);
+  const node = added([selected.pos[0], selected.pos[1] + selected.size[1] + 60]);
   write(node, text);
   const clip = clipBefore(origin, graph);
   origin.connect(slot, node, slotOf(node.inputs, "MODEL"));

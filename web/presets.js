@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { PresetPanel, STYLE } from "./preset_panel.mjs";
+import { remount } from "./remount.mjs";
 import { check, DEFAULT_FOLDER, FOLDER_SETTING, looksLikePreset, MAX_BYTES, textOf } from "./preset_store.mjs";
 
 const TAB = "ConceptGuard";
@@ -71,6 +72,7 @@ function addWords(node) {
     owner[name] = function (...args) {
       const result = before?.apply(this, args);
       soon();
+      remount(node, root);
       return result;
     };
   }

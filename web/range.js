@@ -5,6 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { remount } from "./remount.mjs";
 import { moved, rounded, stepsIn } from "./window.mjs";
 
 const SETTING = "ConceptGuard.Range.Show";
@@ -241,7 +242,10 @@ function addRange(node) {
   };
   chain(first, "callback", paint);
   chain(last, "callback", paint);
-  chain(node, "onConfigure", paint);
+  chain(node, "onConfigure", () => {
+    paint();
+    remount(node, view.root);
+  });
   chain(node, "onConnectionsChange", () => queueMicrotask(paint));
   chain(node, "onRemoved", () => views.delete(paint));
   views.add(paint);
