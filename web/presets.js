@@ -40,6 +40,7 @@ function addWords(node) {
   if (!text || node.widgets.some((widget) => widget.name === "preset_view")) return;
   const root = document.createElement("div");
   root.className = "cg-does";
+  root.conceptGuardNode = node;
   for (const kind of ["pointerdown", "wheel"]) root.addEventListener(kind, (event) => event.stopPropagation());
   const line = (tag, words, className = "") => {
     const made = Object.assign(document.createElement(tag), { className });

@@ -228,6 +228,7 @@ function addRange(node) {
   const [first, last] = ["start_percent", "end_percent"].map((name) => widgetOf(node, name));
   if (!first || !last || widgetOf(node, "range_view")) return;
   const view = new RangeView(node, first, last);
+  view.root.conceptGuardNode = node;
   const widget = node.addDOMWidget("range_view", "CONCEPT_GUARD_RANGE_VIEW", view.root, {
     serialize: false, hideOnZoom: false, getValue: () => "", setValue() {},
     getMinHeight: () => 34, getMaxHeight: () => 34, margin: 4,
