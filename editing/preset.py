@@ -165,8 +165,8 @@ AnyEdit = Annotated[CREEdit | EIUPEdit | KPOPEdit | DirectionEdit, Field(discrim
 
 
 class Preset(Part):
-    schema_version: Literal[1] = VERSION
-    kind: Literal["concept-guard preset"] = KIND
+    schema_version: Literal[1] = 1
+    kind: Literal["concept-guard preset"] = "concept-guard preset"
     name: Name
     description: Prose = ""
     author: Line = ""
