@@ -5,7 +5,7 @@ ARGS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench train-demo train-features train-adapter lock clean
+.PHONY: help demo test browser serve bench train-demo train-features train-adapter lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,11 @@ test: ## lint, types and the whole test suite
 	@$(RUN) -m ruff check .
 	@$(RUN) tools.typecheck
 	@$(RUN) -m pytest $(ARGS)
+
+browser: ## bring what the browser tests need beside the rest: chromium and Playwright
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }
+	@$(RUN) -m pip install -q playwright==1.65.2
 
 serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
 	@$(RUN) tools.serve --port $(PORT) $(ARGS)

@@ -12,6 +12,7 @@ from .eiup import NODES as eiup_nodes
 from .gates import NODES as gate_nodes
 from .kpop import NODES as kpop_nodes
 from .learn_concept import NODES as learn_concept_nodes
+from .preset import NODES as preset_nodes
 from .train_direction import NODES as train_direction_nodes
 from .train_kpop import NODES as train_kpop_nodes
 
@@ -29,5 +30,6 @@ NODES = [
     *gate_nodes,
     *causal_period_nodes,
     *concept_map_nodes,
+    *preset_nodes,
     *demo_nodes,
 ]

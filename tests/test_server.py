@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 # The same graph with another loader: its checkpoint is the user's.
-TWINS = {"erase-a-concept-checkpoint": "erase-a-concept"}
+TWINS = {"erase-a-concept-checkpoint": "erase-a-concept", "safety-preset-checkpoint": "safety-preset"}
 RUNNABLE = [path for path in EXAMPLES if path.stem not in TWINS]
 
 
@@ -90,6 +90,15 @@ def test_a_checkpoint_twin_differs_by_its_loader_alone(host: Host, name: str) ->
         assert changed <= {"width", "height", "cfg"}
     with pytest.raises(HostError, match="ckpt_name"):  # all else is valid
         host.run(twin)
+
+
+def test_the_panel_gets_the_shipped_presets_and_their_checks(host: Host) -> None:
+    presets = host.get("/concept_guard/presets")
+    assert [preset["id"] for preset in presets] == sorted(path.stem for path in (ROOT / "presets").glob("*.json"))
+    assert host.post("/concept_guard/presets/check", json.loads(presets[0]["text"]))["name"] == presets[0]["name"]
+    assert host.post("/concept_guard/presets/check", {"kind": "x" * 300_000})["error"] == (
+        "preset: it is larger than 256 KB; a preset is words and numbers"
+    )
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
