@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def moved(demo: Demo, direction: Direction, strength: float = 1.0, start: float 
 
 
 def phrases(demo: Demo, names: Sequence[str], name: str) -> Concept:
-    return Concept(name, tuple(demo.concept(n).phrases[0] for n in names), demo.concept(names[0]).empty)
+    one = demo.concept(names[0])
+    return replace(one, name=name, phrases=tuple(demo.concept(n).phrases[0] for n in names))
 
 
 def shown(verdicts: Sequence[Verdict], names: Sequence[str]) -> Rate:

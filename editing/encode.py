@@ -32,7 +32,7 @@ def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTR
         phrases.append(Phrase(line, encode(clip, line), own))
     ordinary = [encode(clip, line.strip()) for line in neutral.splitlines() if line.strip()]
     neutral_mean = mean(ordinary, "neutral") if ordinary else None
-    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""), neutral_mean)
+    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""), neutral_mean, neutral)
 
 
 def concept_from_conditioning(

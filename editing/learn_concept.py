@@ -99,4 +99,4 @@ def concept_of(found: Artefact) -> Concept:
     if len(e) > empty.shape[1] - 2:
         raise ValueError(f'"{found.name}" has {len(e)} tokens, too many for a prompt of {empty.shape[1]}')
     phrase = Phrase(found.name, placed(empty, e, [1]), tuple(range(1, 1 + len(e))))
-    return Concept(found.name, (phrase,), empty, found)
+    return Concept(found.name, (phrase,), empty, artefact=found)

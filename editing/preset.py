@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from .cre import DEFAULTS as CRE
+from .encode import NEUTRAL
 from .spec import complaint_about
 
 KIND = "concept-guard preset"
@@ -76,10 +78,11 @@ class Part(BaseModel):
 
 
 class Words(Part):
-    """A concept in words; every phrase is one phrasing."""
+    """A concept in words; every phrase is one phrasing, compared with the mean of the neutral ones."""
 
     name: Phrase
     phrases: Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=64)]
+    neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
 
 
 class Artefact(Part):
@@ -130,9 +133,10 @@ class CREEdit(Edit):
     concept: Source
     width: Literal["full", "head"] = "full"
     tokens: Literal["all", "own"] = "all"
-    baseline: Literal["none", "empty"] = "empty"
+    baseline: Literal["none", "neutral"] = "neutral"
     negative: Literal["keep", "clip"] = "clip"
     solve: Literal["joint", "sum"] = "joint"
+    floor: Percent = CRE.floor
 
 
 class EIUPEdit(Edit):

@@ -37,10 +37,11 @@ def _spec(
             "connect a gate node to the `gate` input"
         )
     if edit.concept not in encoded:
-        encoded[edit.concept] = concept_from_text(clip, "\n".join(edit.concept.phrases), edit.concept.name)
+        encoded[edit.concept] = _encoded(edit.concept, clip)
     options: CREOptions | EIUPOptions
     if isinstance(edit, CREEdit):
-        method, options = "projection", CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve)
+        options = CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve, edit.floor)
+        method = "projection"
     else:
         method, options = "erasure", EIUPOptions(edit.form, edit.weights, edit.evidence)
     return EditSpec(
@@ -75,11 +76,16 @@ def _edit(spec: EditSpec, clip: Any) -> Edit:
     return EIUPEdit(method="EIUP", **common, **options)
 
 
+def _encoded(words: Words, clip: Any) -> Concept:
+    return concept_from_text(clip, "\n".join(words.phrases), words.name, "\n".join(words.neutral))
+
+
 def words_of(concept: Concept, clip: Any) -> Words:
     """The phrases of a concept, if they are what it was made of."""
-    phrases = tuple(phrase.text for phrase in concept.phrases)
+    neutral = tuple(line.strip() for line in concept.neutral_text.splitlines() if line.strip())
     try:
-        again = concept_from_text(clip, "\n".join(phrases), concept.name)
+        words = Words(name=concept.name, phrases=tuple(phrase.text for phrase in concept.phrases), neutral=neutral)
+        again = _encoded(words, clip)
     except ValueError:
         again = None
     if again is None or not alike(concept, again):
@@ -87,16 +93,16 @@ def words_of(concept: Concept, clip: Any) -> Words:
             f'concept "{concept.name}" is not what this clip makes of its words; connect the CLIP that encoded it. '
             "A concept from a conditioning or a picture has no words and cannot be saved in a preset"
         )
-    return Words(name=concept.name, phrases=phrases)
+    return words
 
 
 def alike(a: Concept, b: Concept) -> bool:
     """Whether two concepts have the same encodings, but for rounding."""
-    if len(a.phrases) != len(b.phrases):
+    if [phrase.own for phrase in a.phrases] != [phrase.own for phrase in b.phrases]:
         return False
-    for x, y in zip(a.phrases, b.phrases, strict=True):
-        if x.own != y.own or x.tokens.shape != y.tokens.shape:
-            return False
-        if torch.linalg.vector_norm(x.tokens - y.tokens) > CLOSE * torch.linalg.vector_norm(x.tokens):
-            return False
-    return True
+    pairs = [(x.tokens, y.tokens) for x, y in zip(a.phrases, b.phrases, strict=True)]
+    if a.baseline is not None and b.baseline is not None:
+        pairs.append((a.baseline, b.baseline))
+    return (a.baseline is None) == (b.baseline is None) and all(
+        x.shape == y.shape and torch.linalg.vector_norm(x - y) <= CLOSE * torch.linalg.vector_norm(x) for x, y in pairs
+    )

@@ -48,13 +48,14 @@ class Phrase(Shared):
 class Concept(Shared):
     """What an edit removes: phrasings, each one steering vector, and encodings [1, T, W] they are compared with.
 
-    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that.
+    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text.
     """
 
     name: str
     phrases: tuple[Phrase, ...]
     empty: Tensor | None = None
     neutral: Tensor | None = None
+    neutral_text: str = ""
     artefact: Artefact | None = None  # what a file of it holds, if it was learned
 
     def __post_init__(self) -> None:
