@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from conceptguard.benchmarks.shapes import SHAPES, build
 from conceptguard.editing.binding import add_edit, cross_attentions
-from conceptguard.editing.cre import DEFAULTS as CRE
-from conceptguard.editing.cre import CREOptions
+from conceptguard.editing.cre import DEFAULTS, CREOptions
 from conceptguard.editing.eiup import EIUPOptions
 from conceptguard.editing.spec import Concept, EditSpec, Phrase
 
 SIDE = 16
+CRE = replace(DEFAULTS, floor=0.0)  # nothing that random weights find is like anything else
 
 # --- every cross-attention is found ----------------------------------------------------------------------------------
 
