@@ -29,7 +29,7 @@ from ..tools.environment import ROOT, comfyui_path
 from .shapes import SHAPES, build, conditioning
 
 SHAPE = "SD1.5"
-CRE = replace(DEFAULTS, floor=1e-3)  # nothing that random weights find is like anything: what is passed over is paid for
+CRE = replace(DEFAULTS, floor=1e-3)  # random weights find nothing alike; it costs the same
 Row = dict[str, Any]
 
 

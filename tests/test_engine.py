@@ -16,14 +16,14 @@ from torch import Tensor
 
 from conceptguard.editing import binding
 from conceptguard.editing.binding import RUN, add_edit, edits_of
-from conceptguard.editing.cre import DEFAULTS, CREOptions
+from conceptguard.editing.cre import CREOptions
 from conceptguard.editing.run import EDITS, Run
 from conceptguard.editing.spec import Concept, EditSpec, Gate
 
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")
 
 
-def cre(model: Any, concept: Concept | None = None, options: CREOptions = DEFAULTS, **inputs: Any) -> Any:
+def cre(model: Any, concept: Concept | None = None, options: CREOptions = tiny.CRE, **inputs: Any) -> Any:
     return add_edit(model, EditSpec("projection", concept or tiny.concept(), options=options, node="Test", **inputs))
 
 
@@ -73,7 +73,7 @@ def expected_output(
 
 
 @pytest.mark.parametrize("make", [tiny.sd1, tiny.sdxl])
-@pytest.mark.parametrize("options", [PRINTED, DEFAULTS, CREOptions("head", "own", "neutral", "clip", "joint")], ids=str)
+@pytest.mark.parametrize("options", [PRINTED, tiny.CRE, CREOptions("head", "own", "neutral", "clip", "joint")], ids=str)
 def test_the_conditional_rows_of_every_block_follow_equation_4(make: Any, options: CREOptions) -> None:
     model = make()
     concepts = [tiny.concept("knife", 100, phrases=2), tiny.concept("gun", 200, own=(1, 2, 5))]
@@ -313,7 +313,7 @@ def test_a_concept_of_two_pieces_of_prompt(model: Any, length: int) -> None:
     with tiny.Recorder(model) as seen:
         tiny.sample(cre(model, long), tiny.cond(1, length), cfg=1.0, steps=1)
     for key, (call,) in seen.calls.items():
-        expected = expected_output(seen, key, call, 0, [long], DEFAULTS)
+        expected = expected_output(seen, key, call, 0, [long], tiny.CRE)
         torch.testing.assert_close(call["out"][0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -474,7 +474,7 @@ def test_patches_are_the_same_functions_at_every_step(model: Any) -> None:
 def test_an_edit_is_active_from_its_start_to_just_before_its_end() -> None:
     """sigma(end) < sigma <= sigma(start), at the very noise levels of the percents."""
     run = Run(binding.Backbone("x", tiny.WIDTH, {("middle", 0, 0): None}), lambda percent: 10 - 10 * percent, None)  # type: ignore[arg-type]
-    spec = EditSpec("projection", tiny.concept(), start_percent=0.2, end_percent=0.5, options=DEFAULTS)
+    spec = EditSpec("projection", tiny.concept(), start_percent=0.2, end_percent=0.5, options=tiny.CRE)
     assert [bool(run.active([spec], sigma)) for sigma in (8.1, 8.0, 7.9, 5.1, 5.0, 4.9)] == [
         False,
         True,

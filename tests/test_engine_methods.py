@@ -14,7 +14,6 @@ from torch import Tensor
 from conceptguard.editing.append import append
 from conceptguard.editing.attention import split_heads
 from conceptguard.editing.binding import add_edit
-from conceptguard.editing.cre import DEFAULTS
 from conceptguard.editing.direction import shift
 from conceptguard.editing.eiup import EIUPOptions, reweighted
 from conceptguard.editing.spec import Concept, Direction, EditSpec, Gate, Prompt
@@ -105,7 +104,7 @@ def spec(kind: str, seed: int = 50, **inputs: Any) -> EditSpec:
         prompt = Prompt(f"p{seed}", random(1, 10, w, seed=seed), random(1, 10, w, seed=seed + 1))
         return EditSpec("prompt", prompt, node="Test", **inputs)
     if kind == "projection":
-        return EditSpec("projection", tiny.concept("c", seed), options=DEFAULTS, node="Test", **inputs)
+        return EditSpec("projection", tiny.concept("c", seed), options=tiny.CRE, node="Test", **inputs)
     options = EIUPOptions(form=kind, weights=(-1.0, -0.5))
     return EditSpec("erasure", tiny.concept("e", seed, phrases=2), options=options, node="Test", **inputs)
 
@@ -248,7 +247,7 @@ def test_the_order_of_nodes_changes_no_bit(kinds: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("projection", None), ("erasure", DEFAULTS), ("prompt", None), ("direction", None), ("x", None)],
+    [("projection", None), ("erasure", tiny.CRE), ("prompt", None), ("direction", None), ("x", None)],
 )
 def test_a_method_without_what_it_needs_is_refused(method: str, options: Any) -> None:
     """An edit that does nothing must not pass for one that protects."""

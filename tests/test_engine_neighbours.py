@@ -14,14 +14,13 @@ from torch import Tensor
 
 from conceptguard.editing.append import append
 from conceptguard.editing.binding import add_edit, hook_options
-from conceptguard.editing.cre import DEFAULTS
 from conceptguard.editing.eiup import EIUPOptions
 from conceptguard.editing.run import OBSERVER
 from conceptguard.editing.spec import EditSpec, Gate, Prompt
 
 
 def cre(model: Any, seed: int = 100, **inputs: Any) -> Any:
-    return add_edit(model, EditSpec("projection", tiny.concept("c", seed), options=DEFAULTS, node="Test", **inputs))
+    return add_edit(model, EditSpec("projection", tiny.concept("c", seed), options=tiny.CRE, node="Test", **inputs))
 
 
 def prompt(model: Any, **inputs: Any) -> Any:
@@ -54,7 +53,7 @@ def test_a_foreign_patch_is_left_as_it_was(model: Any) -> None:
 
 def test_cre_removes_what_the_adapter_brings(model: Any) -> None:
     """The projection comes last: it works on the adapter's output, not on the text's attention alone."""
-    options = DEFAULTS.__class__("full", "all", "none", "keep", "sum")
+    options = tiny.CRE.__class__("full", "all", "none", "keep", "sum")
     edited = add_edit(ip_adapter(model), EditSpec("projection", tiny.concept(), options=options))
     with tiny.Recorder(model) as seen:
         tiny.sample(edited, cfg=1.0, steps=1)
@@ -167,14 +166,14 @@ def hooked(scope: comfy.hooks.EnumHookScope, edit: EditSpec) -> comfy.hooks.Hook
 
 @pytest.mark.parametrize("scope", list(comfy.hooks.EnumHookScope))
 def test_an_edit_that_a_conditioning_brings(model: Any, scope: comfy.hooks.EnumHookScope) -> None:
-    edit = EditSpec("projection", tiny.concept("c", 100), options=DEFAULTS)
+    edit = EditSpec("projection", tiny.concept("c", 100), options=tiny.CRE)
     result = tiny.sample(model, tiny.cond(1, hooks=hooked(scope, edit)))
     torch.testing.assert_close(result, tiny.sample(cre(model)), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("scope", list(comfy.hooks.EnumHookScope))
 def test_edits_of_the_model_and_of_a_conditioning_add_up(model: Any, scope: comfy.hooks.EnumHookScope) -> None:
-    edit = EditSpec("projection", tiny.concept("c", 200), options=DEFAULTS)
+    edit = EditSpec("projection", tiny.concept("c", 200), options=tiny.CRE)
     result = tiny.sample(cre(model), tiny.cond(1, hooks=hooked(scope, edit)))
     torch.testing.assert_close(result, tiny.sample(cre(cre(model), 200)), rtol=1e-3, atol=1e-2)
 

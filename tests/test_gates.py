@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.binding import add_edit, edits_of, hook_options
-from conceptguard.editing.cre import DEFAULTS
 from conceptguard.editing.spec import Draw, EditSpec, Gate, InFlight, opened
 from conceptguard.nodes import NODES
 
@@ -26,7 +25,7 @@ def model() -> Any:
 
 
 def cre(model: Any, gate: Gate, **inputs: Any) -> Any:
-    return add_edit(model, EditSpec("projection", tiny.concept(), options=DEFAULTS, gate=gate, node="Test", **inputs))
+    return add_edit(model, EditSpec("projection", tiny.concept(), options=tiny.CRE, gate=gate, node="Test", **inputs))
 
 
 class Look:

@@ -293,7 +293,8 @@ def test_a_learned_concept_is_erased_as_any_other(model: Any, clip: Any, folders
     assert concept.empty is not None
     assert torch.equal(concept.phrases[0].tokens[:, 3:], concept.empty[:, 3:])
     plain = tiny.sample(model)
-    edited = [ConceptGuardCRE.execute(model, concept, floor=0.0).args[0], ConceptGuardEIUP.execute(model, concept, -2.0).args[0]]
+    cre = ConceptGuardCRE.execute(model, concept, floor=0.0)
+    edited = [cre.args[0], ConceptGuardEIUP.execute(model, concept, -2.0).args[0]]
     assert all(not torch.equal(tiny.sample(each), plain) for each in edited)
     (file,) = ConceptGuardSaveConcept.execute(concept, "mine").args
     again = ConceptGuardLoadConcept.execute(file).args[0]

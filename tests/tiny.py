@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from conceptguard.editing.binding import cross_attentions
+from conceptguard.editing.cre import DEFAULTS
 from conceptguard.editing.spec import Concept, Phrase
 
 WIDTH = 16  # of the text encoding
@@ -34,6 +36,8 @@ _SDXL = dict(
 )  # fmt: skip
 SD1_BLOCKS = [("input", 1, 0), ("input", 3, 0), ("middle", 0, 0), *(("output", i, 0) for i in range(4))]
 SDXL_BLOCKS = [(side, i, j) for side, i in (("input", 3), ("middle", 0), ("output", 0), ("output", 1)) for j in (0, 1)]
+CRE = replace(DEFAULTS, floor=0.0)  # random weights find nothing alike
+
 
 
 def _patcher(family: type, shape: dict[str, Any], dtype: torch.dtype, seed: int) -> ModelPatcher:
