@@ -54,7 +54,7 @@ class CREOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
 
-DEFAULTS = CREOptions(width="full", tokens="all", baseline="neutral", negative="clip", solve="joint", floor=0.65)
+DEFAULTS = CREOptions(width="full", tokens="all", baseline="neutral", negative="clip", solve="joint", floor=0.5)
 
 
 def project(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
