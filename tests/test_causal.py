@@ -29,6 +29,7 @@ from conceptguard.editing.causal import (
     is_causal,
     naive_calls,
 )
+from conceptguard.editing.cre import DEFAULTS
 from conceptguard.editing.spec import EditSpec, Gate, InFlight
 from conceptguard.nodes import causal_period
 from conceptguard.nodes.causal_period import ConceptGuardCausalPeriod
@@ -196,7 +197,7 @@ def search(model: Any, judge: Any, batch: int = 2, **inputs: Any) -> Any:
 
 def pictures(model: Any, percents: list[float], a: int, b: int, sampler: str, batch: int = 2) -> Tensor:
     """The same window, by the edit node's own means."""
-    spec = EditSpec("projection", tiny.concept(), 1.0, percents[a], percents[b], options=tiny.CRE)
+    spec = EditSpec("projection", tiny.concept(), 1.0, percents[a], percents[b], options=DEFAULTS)
     return Vae().decode(tiny.sample(add_edit(model, spec), batch=batch, steps=STEPS, sampler=sampler))
 
 
@@ -264,7 +265,7 @@ def test_prompts_are_searched_in_pictures_of_their_own(model: Any) -> None:
 
     search(model, Told(answer), positive=tiny.cond(1) + tiny.cond(3), steps=2)
     assert shown[0].shape[0] == 4  # two seeds of two prompts
-    spec = EditSpec("projection", tiny.concept(), options=tiny.CRE)
+    spec = EditSpec("projection", tiny.concept(), options=DEFAULTS)
     for i, seed in ((0, 1), (1, 3)):
         alone = Vae().decode(tiny.sample(add_edit(model, spec), tiny.cond(seed), batch=2, steps=2))
         torch.testing.assert_close(shown[0][i::2], alone, rtol=1e-3, atol=1e-3)
@@ -331,7 +332,7 @@ def test_the_model_that_comes_in_stays_as_it_was(model: Any) -> None:
 
 def test_bad_inputs_name_the_mend(model: Any) -> None:
     judge = Told(lambda images: [0.5] * len(images))
-    gated = add_edit(model, EditSpec("projection", tiny.concept(), options=tiny.CRE,
+    gated = add_edit(model, EditSpec("projection", tiny.concept(), options=DEFAULTS,
                                      gate=Gate(inflight=InFlight("x", lambda *_: [0.0], 0.3))))  # fmt: skip
     for change, message in [
         ({"discriminator": 3}, "discriminator is a int, which does not look at pictures"),
