@@ -166,7 +166,7 @@ def main() -> None:
     if "kpop" in wanted:
         kpop_tables(demo, quick, settings)
     if "learned-concept" in wanted:
-        few = {"count": 4, "pictures": 2, "steps": 4} if quick else {}
+        few: dict[str, Any] = {"count": 4, "pictures": 2, "steps": 4} if quick else {}
         write("learned-concept", learned_concept.rows(demo, **few),
               f"Concepts learned from pictures, without a word for them, and erased. {settings}")
     print(f"tables in {OUTPUT.relative_to(ROOT)}/ after {time.time() - start:.0f} s")

@@ -56,7 +56,7 @@ def concept_from_conditioning(
                 f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
                 f"{rows[0].shape[-1]}; make both with the same CLIP"
             )
-    return Concept(name, phrases, **means)
+    return Concept(name, phrases, means.get("empty"), means.get("neutral"))
 
 
 def mean(encodings: Sequence[Tensor], name: str) -> Tensor:

@@ -111,7 +111,7 @@ def recompute(module: nn.Module) -> None:
         kwargs = {k: dict(v) if isinstance(v, dict) else v for k, v in kwargs.items()}
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    module.forward = forgetful  # type: ignore[method-assign]
+    module.forward = forgetful
 
 
 def attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:

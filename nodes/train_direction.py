@@ -126,8 +126,8 @@ class ConceptGuardTrainDirection(io.ComfyNode):
             learner = learn(model, clip, concept, chosen, steps, resume, checkpointing, node_id)
             plot = curve(learner.losses, f"loss of {concept.name}")
             direction = learner.direction()
-        place = {"start_percent": chosen.start_percent, "end_percent": chosen.end_percent}
-        return io.NodeOutput(direction, add_edit(model, EditSpec("direction", direction, **place, node=NODE)), plot)
+        edit = EditSpec("direction", direction, 1.0, chosen.start_percent, chosen.end_percent, node=NODE)
+        return io.NodeOutput(direction, add_edit(model, edit), plot)
 
 
 def learn(model: Any, clip: Any, concept: Concept, settings: Settings, steps: int, resume: Direction | None,
