@@ -19,7 +19,7 @@ from .glyphs import VERSIONS, Painter
 from .load import MODEL_FILE, part, read
 
 FOLDER = ROOT / "output" / "train-demo"
-PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 40000, 3200, 6000, 4500, 0
+PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 40000, 3200, 10000, 4500, 0
 
 
 def tokenizer() -> Any:

@@ -16,11 +16,11 @@ COLOURS = ((31, 98, 175), (200, 86, 20), (44, 130, 60), (130, 70, 160))
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), joined by a line unless `line` is False."""
+    """Points (x, y) joined by a line, with or without a dot at each."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    line: bool = True
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def plot(
     for i, each in enumerate(series):
         colour = COLOURS[i % len(COLOURS)]
         places = [axes.at(*point) for point in each.points]
-        if each.line and len(places) > 1:
+        if len(places) > 1:
             draw.line(places, fill=colour, width=2)
-        for u, v in places:
+        for u, v in places if each.dots else ():
             draw.ellipse((u - 3, v - 3, u + 3, v + 3), fill=colour)
         draw.text((size[0] - 24, 44 + 16 * i), each.name, fill=colour, font_size=12, anchor="ra")
     return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
@@ -76,3 +76,20 @@ def grid(draw: ImageDraw.ImageDraw, axes: Axes) -> None:
         draw.line((left, v, axes.box[2], v), fill=FAINT)
         draw.text((u, bottom + 12), f"{across:g}"[:5], fill=INK, font_size=11, anchor="mm")
         draw.text((left - 8, v), f"{up:g}"[:5], fill=INK, font_size=11, anchor="rm")
+
+
+def curve(values: Sequence[float], title: str, smooth: float = 0.9) -> Tensor:
+    """An IMAGE [1, h, w, 3] of a noisy value at steps 1, 2, .. and of its running mean."""
+    steps, top = range(1, len(values) + 1), max(values, default=1.0) or 1.0
+    both = {"each step": values, "running mean": running_mean(values, smooth)}
+    series = [Series(name, list(zip(steps, line, strict=True)), dots=False) for name, line in both.items()]
+    return plot(series, title, "step", "loss", (1, max(len(values), 2)), (0.0, top), size=(640, 360))
+
+
+def running_mean(values: Sequence[float], keep: float) -> list[float]:
+    """Exponential, and right from the first value on."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out

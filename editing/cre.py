@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 CHOICES = {
     "width": ("full", "head"),
@@ -74,12 +73,11 @@ def projection(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor
     if options.width == "full":
         a, x = a.flatten(-2)[..., None, :], x.flatten(-2)[..., None, :]  # one "head" as wide as all
     s = s[..., None, None]  # [K, ..., 1, 1]
-    if options.floor:
-        s = s * (cosine_similarity(x, a.expand_as(x), dim=-1)[..., None] >= options.floor)
-    if options.solve == "sum" or len(x) == 1:
-        c = (x * a).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True).clamp_min(TINY)
-    else:
-        c = least_squares(a, x, s != 0)
+    along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
+    if options.floor:  # where the cosine is at least that
+        s = s * (along >= options.floor * square.sqrt() * a.norm(dim=-1, keepdim=True))
+    alone = options.solve == "sum" or len(x) == 1
+    c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
     if options.negative == "clip":
         c = c.clamp_min(0)
     taken = s * c * x
@@ -89,7 +87,7 @@ def projection(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor
 def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:
     """argmin_c ||a - sum_k c_k x_k||^2 at every position and head, over the concepts that are present there.
 
-    a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1, 1]; returns c: [K, ..., H, 1].
+    a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1 or H, 1]; returns c: [K, ..., H, 1].
     """
     X = x.movedim(0, -2)  # [..., H, K, d]
     m = present.movedim(0, -2).to(X.dtype)  # [..., 1, K, 1]

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..editing import artefacts
 from ..editing.artefacts import Artefact
 from ..editing.binding import fingerprint_of
+from ..editing.chart import curve
 from ..editing.data import digest
 from ..editing.encode import own_tokens
 from ..editing.learn_concept import ConceptOptions, LearnedTokens, concept_of, tokens_start
 from ..editing.network import gradients
-from ..editing.plot import curve
 from ..editing.spec import Concept
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, named

@@ -11,8 +11,8 @@ import torch
 from comfy_api.latest import io
 
 from ..editing.binding import add_edit, fingerprint_of
+from ..editing.chart import curve
 from ..editing.gradient import DTYPES, Predictor, train_with
-from ..editing.plot import curve
 from ..editing.safe_region import GOALS, Learner, Settings
 from ..editing.spec import Concept, Direction, EditSpec
 from .files import saved

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..editing.artefacts import FORMAT, package_version
 from ..editing.binding import fingerprint_of
+from ..editing.chart import curve
 from ..editing.data import digest
 from ..editing.deltas import WEIGHTS, Deltas, LoRA, chosen
 from ..editing.kpop import (
@@ -27,7 +28,6 @@ from ..editing.kpop import (
 )
 from ..editing.learning import Text
 from ..editing.network import Network, gradients
-from ..editing.plot import curve
 from ..editing.spec import Prompt
 from .inputs import CATEGORY, choice_input, named
 from .training import conduct, encode, network_of, train_inputs, weights_key

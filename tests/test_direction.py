@@ -15,8 +15,8 @@ from torch import Tensor
 
 from conceptguard.editing.artefacts import Artefact, read, write
 from conceptguard.editing.binding import edits_of, fingerprint_of
+from conceptguard.editing.chart import curve
 from conceptguard.editing.direction import direction_of
-from conceptguard.editing.plot import curve
 from conceptguard.editing.safe_region import Learner, psi, random_like
 from conceptguard.editing.spec import Concept, Direction, Draw, Gate, Phrase, draw
 from conceptguard.nodes import files
