@@ -32,7 +32,7 @@ class Demo:
     clip: Any
     vae: Any
     steps: int = STEPS
-    _concepts: dict[tuple[str, str], Concept] = field(default_factory=dict)
+    _concepts: dict[tuple[str, str, str], Concept] = field(default_factory=dict)
 
     @classmethod
     def ready(cls) -> Demo:
@@ -45,10 +45,10 @@ class Demo:
         """A prompt in which <image> stands for a picture [3, h, w]."""
         return reference_prompt(self.clip, picture.movedim(0, -1)[None], text)
 
-    def concept(self, text: str, neutral: str = NEUTRAL) -> Concept:
-        key = text, neutral
+    def concept(self, text: str, neutral: str = NEUTRAL, keep: str = "") -> Concept:
+        key = text, neutral, keep
         if key not in self._concepts:
-            self._concepts[key] = concept_from_text(self.clip, text, text, neutral)
+            self._concepts[key] = concept_from_text(self.clip, text, text, neutral, keep)
         return self._concepts[key]
 
     def erase(self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None,

@@ -78,11 +78,13 @@ class Part(BaseModel):
 
 
 class Words(Part):
-    """A concept in words; every phrase is one phrasing, compared with the mean of the neutral ones."""
+    """A concept in words; every phrase is one phrasing, compared with the mean of the neutral ones and with neighbours
+    to keep."""
 
     name: Phrase
     phrases: Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=64)]
     neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
+    keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
 
 
 class Artefact(Part):
