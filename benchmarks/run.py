@@ -137,8 +137,8 @@ def main() -> None:
             for name in names[:1] if quick else names:
                 rows.append(make(name))
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        write("erasure", rows, f"CRE, one concept at a time: objects at default settings; styles "
-                  f"beside the other styles as neutral prompts, floor 0, strength 2. {settings}")
+        write("erasure", rows, f"CRE, one concept at a time: objects at strength {erasure.STRENGTH:g}, their neighbour "
+                  f"in `keep`; styles beside the other styles as neutral prompts, floor 0, strength 2. {settings}")
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
