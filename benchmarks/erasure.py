@@ -107,9 +107,10 @@ class Table:
         return named(prompts, self.demo.verdicts(edited, conds, self.seed))
 
     def erase_style(self, style: str) -> Any:
-        """A style is part of everything in the picture, so no floor holds; it is compared with other styles."""
+        """A style is part of everything in the picture, so no floor holds; it is compared with other styles, which are
+        kept."""
         others = "\n".join(f"in the style of {s}" for s in world.NAMED_STYLES if s != style)
-        concept = self.demo.concept(f"in the style of {style}", others)
+        concept = self.demo.concept(f"in the style of {style}", others, others)
         return self.demo.erase(concept, 2.0, replace(DEFAULTS, floor=0.0))
 
     def style(self, style: str) -> Row:

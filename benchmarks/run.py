@@ -138,7 +138,7 @@ def main() -> None:
                 rows.append(make(name))
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
         write("erasure", rows, f"CRE, one concept at a time: objects at strength {erasure.STRENGTH:g}, their neighbour "
-                  f"in `keep`; styles beside the other styles as neutral prompts, floor 0, strength 2. {settings}")
+                  f"in `keep`; styles with the other styles neutral and kept, floor 0, strength 2. {settings}")
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
