@@ -20,7 +20,7 @@ from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, ov
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
-GOVERNED = ("beer mug", "kitchen knife", "skull")  # of the tables about gates
+GOVERNED = ("beer mug", "kitchen knife")  # of the tables about gates and causal periods
 
 
 def plain(value: Any) -> Any:
@@ -76,8 +76,9 @@ def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
         rows = gates.accuracies(icons, *((20, 40) if quick else (300, 900)))
         write("discriminators", rows, "Right answers about held-out drawings, at confidence 0.5; found and false "
               "alarms at the threshold chosen for 1 % false alarms.")
-    rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 200)
-    write("in flight", rows, "A mixed batch: half harmless, a quarter names the concept, a quarter implies it. "
+    rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 100)
+    write("in flight", rows, "Mixed prompts, 100 a concept: half harmless, a quarter names it, a quarter implies it. "
+          f"CRE at strength {erasure.STRENGTH:g}. "
           f"{settings}")
 
 

@@ -141,10 +141,13 @@ class CREEdit(Edit):
     floor: Percent = CRE.floor
 
 
+Weight = Annotated[float, Field(ge=-256, le=256)]
+
+
 class EIUPEdit(Edit):
     method: Literal["EIUP"]
     concept: Source
-    weights: Annotated[tuple[Annotated[float, Field(ge=-16, le=16)], ...], Field(min_length=1, max_length=64)] = (-1.0,)
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=64)] = (-1.0,)
     form: Literal["separate", "joint"] = "separate"
     evidence: Literal["none", "share"] = "none"
 
