@@ -73,7 +73,7 @@ def overhead_tables(quick: bool) -> None:
 def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
     icons = ROOT / "output" / "train-demo" / "icons"
     if icons.is_dir():
-        rows = gates.accuracies(icons, *((20, 40) if quick else (300, 900)))
+        rows = gates.accuracies(icons, *((20, 40) if quick else (600, 1800)))
         write("discriminators", rows, "Right answers about held-out drawings, at confidence 0.5; found and false "
               "alarms at the threshold chosen for 1 % false alarms.")
     rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 100)
