@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, overhead, readings
+from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -92,6 +92,16 @@ def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
     write("where to edit", rows, f"CRE in the causal period, everywhere, in random windows as long. {settings}")
 
 
+def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:
+    names, count = world.ERASED[:1 if quick else 4], 4 if quick else mitigation.BATCH
+    about = f"CRE at strength {erasure.STRENGTH:g}. {settings}"
+    write("by picture", mitigation.by_picture(demo, names, count), "The concept comes as a picture. " + about)
+    write("precise", mitigation.precise(demo, names, count), "The concept beside something else. " + about)
+    few = {"count": 4, "others": 8} if quick else {}
+    rows = mitigation.several(demo, world.ERASED[:2 if quick else 4], **few)
+    write("several", rows, f"{', '.join(names)}: alone and at once. " + about)
+
+
 def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
     """Erasure from the weights: the methods, then the ablations; each row is a training."""
     few: dict[str, Any] = {"count": 1, "steps": 4, "path_steps": 2} if quick else {}
@@ -107,7 +117,7 @@ def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
 
 def main() -> None:
     tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
-              "causal", "governed", "kpop", "learned-concept")
+              "causal", "governed", "mitigation", "kpop", "learned-concept")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -151,6 +161,8 @@ def main() -> None:
         rows = gates.governed(demo, (4,), 2) if quick else gates.governed(demo, (4, 16), 25)
         write("governed", rows, "Concepts governed at once by CRE, each behind its gate; four are looked at. "
               f"{settings}")
+    if "mitigation" in wanted:
+        mitigation_tables(demo, quick, settings)
     if "direction" in wanted:
         rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",)) if quick else \
             direction.compare(demo)
