@@ -10,9 +10,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class Artefact(Shared):
 
 def write(artefact: Artefact, path: Path) -> Path:
     """The file, whole or not at all. Raises ValueError for tensors that `read` would refuse."""
+    return put(data_of(artefact), path)
+
+
+def data_of(artefact: Artefact) -> bytes:
+    """A file's bytes, the same for the same artefact. Raises ValueError for tensors that `parse` would refuse."""
     tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in artefact.tensors.items()}
     metadata = {
         "format": FORMAT, "schema": str(SCHEMA), "kind": artefact.kind, "text_width": str(artefact.text_width),
@@ -91,22 +96,69 @@ def write(artefact: Artefact, path: Path) -> Path:
     }  # fmt: skip
     data = packed(tensors, metadata)
     parse(data, artefact.kind)
-    return put(data, path)
+    return data
+
+
+def bare(artefact: Artefact) -> Artefact:
+    """Without what only going on with its training needs."""
+    wanted = KINDS[artefact.kind].tensors
+    return replace(artefact, tensors={name: t for name, t in artefact.tensors.items() if name in wanted})
 
 
 def put(data: bytes, path: Path) -> Path:
     """A file with these bytes, whole or not at all."""
+    part = part_of(data, path)
+    try:
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def put_beside(data: bytes, path: Path) -> Path:
+    """A new file with these bytes, whole or not at all: name.json, name-2.json, .. whichever nobody has yet.
+
+    Of several writers at once, each gets a file of its own.
+    """
+    part = part_of(data, path)
+    try:
+        for i in count(1):
+            new = path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}")
+            if moved(part, new):
+                return new
+        raise AssertionError
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def moved(part: Path, new: Path) -> bool:
+    """Give a file another name, unless one has it already."""
+    try:
+        os.link(part, new)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without links: take the name first, then fill it
+        try:
+            os.close(os.open(new, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(part, new)
+    return True
+
+
+def part_of(data: bytes, path: Path) -> Path:
+    """These bytes under a name of their own beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(part, 0o644)  # mkstemp's files are their maker's alone
-        os.replace(part, path)
+        os.chmod(name, 0o644)  # mkstemp's files are their maker's alone
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         raise
-    return path
+    return Path(name)
 
 
 def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

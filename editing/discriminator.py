@@ -85,6 +85,7 @@ class Discriminator(Shared):
     head: Head
     threshold: float = 0.5
     about: dict[str, Any] = field(default_factory=dict)  # how it was trained: JSON
+    artefact: Artefact | None = None  # what its file holds, if it came from one
 
     def __post_init__(self) -> None:
         if len(self.head.w) != self.features.width:
@@ -239,6 +240,8 @@ def reliability(pairs: Sequence[tuple[float, bool]]) -> list[tuple[float, float]
 
 def to_artefact(discriminator: Discriminator) -> Artefact:
     """As its file holds it; of the encoder, the file has what it makes of a fixed pattern alone."""
+    if discriminator.artefact is not None:
+        return discriminator.artefact
     head, features = discriminator.head, discriminator.features
     tensors = {"mean": head.mean, "spread": head.spread, "w": head.w, "b": head.b, "probe": features.probe}
     training = {**discriminator.about, "threshold": discriminator.threshold}
@@ -257,7 +260,7 @@ def from_artefact(artefact: Artefact, features: Features | None) -> Discriminato
         socket = {"vision": "clip_vision", "text": "clip"}.get(kind)
         mend = f"connect the one that it was trained with to `{socket}`" if socket else "update ConceptGuard"
         raise ValueError(f'discriminator "{artefact.name}" needs an encoder that its file does not hold; {mend}')
-    found = Discriminator(artefact.name, features, head, threshold, dict(artefact.training))
+    found = Discriminator(artefact.name, features, head, threshold, dict(artefact.training), artefact)
     if float(F.cosine_similarity(tensors["probe"], features.probe, 0)) < ALIKE:
         raise ValueError(
             f'discriminator "{artefact.name}" was trained on other weights than those of {features.name}, whose '

@@ -105,7 +105,9 @@ def prompt_of(found: Artefact) -> Prompt:
 
 def edit_of(prompt: Prompt) -> tuple[str, Prompt | Direction]:
     """The engine's method and source for it: tokens that are appended, or a shift of the text encoding."""
-    return ("prompt", prompt) if prompt.mechanism == "concat" else ("direction", Direction(prompt.name, prompt.k[0]))
+    if prompt.mechanism == "concat":
+        return "prompt", prompt
+    return "direction", Direction(prompt.name, prompt.k[0], prompt.artefact)
 
 
 def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: int) -> Tensor:

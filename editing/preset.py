@@ -3,72 +3,36 @@
 A document comes from anybody, so `read` takes nothing on trust: it is small, shallow, of known fields with the exact
 types, finite numbers within the nodes' own limits, and texts without control characters or hidden directions of
 writing. What it passes can only do what the nodes could do by hand. preset_edits.py turns it into edits and back.
+
+Learned files are known by their sha256. Either they lie in the models folder, or they travel along: in base64 inside
+the document, which is how a workflow carries them, or as tensors of a .safetensors file (preset_file.py).
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import unicodedata
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from . import artefacts
 from .cre import DEFAULTS as CRE
 from .encode import NEUTRAL
-from .spec import complaint_about
+from .preset_file import is_packed, pack, unpacked
+from .preset_texts import Line, Name, Percent, Phrase, Prose, Sha256, file_name
+from .spec import complaint_about, too_late
 
 KIND = "concept-guard preset"
 VERSION = 1
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 256 * 1024  # of words and numbers
+MAX_LEARNED = 2**20  # bytes of all files that travel along: a workflow, and each of its pictures, carries them
+MAX_FILE = MAX_LEARNED + artefacts.HEADER  # bytes of either form
 MAX_PHRASES = 256  # in the whole document: each costs a cross-attention at every step
-JOINERS = "\u200c\u200d"  # several scripts cannot be written without them
 METHODS = {"CRE": "projection", "EIUP": "erasure", "KPOP": "prompt", "safe region": "direction"}
-
-
-# --- texts -----------------------------------------------------------------------------------------------------------
-
-
-def plain(text: str, allowed: str = "") -> str:
-    """Raise for characters that do not show, or change how others show."""
-    for c in text:
-        if c not in allowed and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-            raise ValueError(f"holds the invisible character U+{ord(c):04X}; take it out")
-    return text
-
-
-def line(text: str, allowed: str = "") -> str:
-    if plain(text, allowed) != text.strip():
-        raise ValueError("begins or ends with a space; take it away")
-    return text
-
-
-def name(text: str) -> str:
-    if line(text) != unicodedata.normalize("NFC", text):
-        raise ValueError("is not in Unicode's composed form (NFC); write it anew")
-    return text
-
-
-def phrase(text: str) -> str:
-    if "embedding:" in line(text, JOINERS).lower():  # the host's text encoders read a file there
-        raise ValueError('names a file ("embedding:"); a phrase of a preset is words alone')
-    return text
-
-
-def file_name(text: str) -> str:
-    if not text.endswith(".safetensors") or any(c in '/\\:*?"<>|' for c in name(text)) or text.startswith("."):
-        raise ValueError("must be the bare name of a .safetensors file, without a folder")
-    return text
-
-
-Name = Annotated[str, Field(min_length=1, max_length=80), AfterValidator(name)]
-Phrase = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(phrase)]
-Prose = Annotated[str, Field(max_length=4000), AfterValidator(lambda text: plain(text, "\n" + JOINERS))]
-Line = Annotated[str, Field(max_length=200), AfterValidator(line)]
-Percent = Annotated[float, Field(ge=0, le=1)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-# --- the document ----------------------------------------------------------------------------------------------------
 
 
 class Part(BaseModel):
@@ -87,29 +51,74 @@ class Words(Part):
     keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
 
 
-class Artefact(Part):
-    """A learned file that the document needs, known by its contents."""
+class LearnedFile(Part):
+    """A file that the document needs, known by its contents; its name is for people."""
 
     file: Annotated[str, Field(min_length=1, max_length=120), AfterValidator(file_name)]
     sha256: Sha256
 
 
+class Embedded(LearnedFile):
+    """A learned file that travels along, in base64."""
+
+    data: Annotated[str, Field(max_length=4 * MAX_LEARNED // 3 + 4)]
+
+    @model_validator(mode="after")
+    def _what_it_says_it_is(self) -> Embedded:
+        contents = bytes_of(self)
+        if base64.b64encode(contents).decode() != self.data:
+            raise ValueError(f'"{self.file}" is not in base64 as ConceptGuard writes it; export the preset again')
+        if hashlib.sha256(contents).hexdigest() != self.sha256:
+            raise ValueError(f'"{self.file}" has other contents than its sha256 says; export the preset again')
+        return self
+
+
+def bytes_of(file: Embedded) -> bytes:
+    try:
+        return base64.b64decode(file.data, validate=True)
+    except ValueError:
+        raise ValueError(f'"{file.file}" is not in base64; export the preset again') from None
+
+
 def words_or_file(value: Any) -> str:
-    return "file" if isinstance(value, Artefact) or (isinstance(value, dict) and "file" in value) else "words"
+    return "file" if isinstance(value, LearnedFile) or (isinstance(value, dict) and "file" in value) else "words"
 
 
 Source = Annotated[
-    Annotated[Words, Tag("words")] | Annotated[Artefact, Tag("file")],
+    Annotated[Words, Tag("words")] | Annotated[LearnedFile, Tag("file")],
     Discriminator(words_or_file),
 ]
 
 
 class Gate(Part):
-    """Which discriminator decides whether an edit is on."""
+    """Whether an edit is on. A value of its own: the gate nodes decide alike."""
 
-    kind: Literal["image", "prompt", "in-flight"]
     threshold: Percent = 0.5
-    discriminator: Artefact | None = None
+    soft: bool = False
+
+
+class ImageGate(Gate):
+    kind: Literal["image"]
+    discriminator: LearnedFile
+    decides: Literal["each", "any"] = "each"
+
+
+class PromptGate(Gate):
+    """Without a discriminator the prompt is compared with the edit's own concept."""
+
+    kind: Literal["prompt"]
+    discriminator: LearnedFile | None = None
+
+
+class InFlightGate(Gate):
+    kind: Literal["in-flight"]
+    discriminator: LearnedFile
+    at_percent: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    restart: bool = True
+    decode: Literal["vae", "preview"] = "vae"
+
+
+AnyGate = Annotated[ImageGate | PromptGate | InFlightGate, Field(discriminator="kind")]
 
 
 class Edit(Part):
@@ -119,12 +128,14 @@ class Edit(Part):
     start_percent: Percent = 0.0
     end_percent: Percent = 1.0
     blocks: Annotated[str, Field(min_length=1, max_length=200)] = "all"
-    gate: Gate | None = None
+    gate: AnyGate | None = None
     why: Prose = ""
 
     @model_validator(mode="after")
     def _as_the_nodes_check(self) -> Edit:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
+        if isinstance(self.gate, InFlightGate) and not self.gate.restart:
+            complaint = complaint or too_late(self.gate.at_percent, self.start_percent, self.end_percent)
         if complaint:
             raise ValueError(complaint)
         return self
@@ -160,14 +171,25 @@ class EIUPEdit(Edit):
         return self
 
 
-class KPOPEdit(Edit):
+class LearnedEdit(Edit):
+    """One without a concept."""
+
+    @model_validator(mode="after")
+    def _a_gate_that_knows_what_to_look_for(self) -> LearnedEdit:
+        if isinstance(self.gate, PromptGate) and self.gate.discriminator is None:
+            raise ValueError("a prompt gate needs a discriminator here: the edit has no concept to compare with")
+        return self
+
+
+class KPOPEdit(LearnedEdit):
     method: Literal["KPOP"]
-    prompt: Artefact
+    prompt: LearnedFile
+    blocks: Literal["all"] = "all"  # a prompt knows those that it was learned in
 
 
-class DirectionEdit(Edit):
+class DirectionEdit(LearnedEdit):
     method: Literal["safe region"]
-    direction: Artefact
+    direction: LearnedFile
 
 
 AnyEdit = Annotated[CREEdit | EIUPEdit | KPOPEdit | DirectionEdit, Field(discriminator="method")]
@@ -182,6 +204,7 @@ class Preset(Part):
     licence: Line = ""
     base_models: Annotated[tuple[Literal["SD1.x", "SD2.x", "SDXL"], ...], Field(max_length=3)] = ()
     edits: Annotated[tuple[AnyEdit, ...], Field(min_length=1, max_length=32)]
+    files: Annotated[tuple[Embedded, ...], Field(max_length=32)] = ()
 
     @model_validator(mode="after")
     def _not_too_much(self) -> Preset:
@@ -192,6 +215,45 @@ class Preset(Part):
         return self
 
 
+    @model_validator(mode="after")
+    def _files_that_are_what_the_edits_need(self) -> Preset:
+        kinds: dict[str, set[str]] = {}
+        for file, kind in learned_files(self):
+            kinds.setdefault(file.sha256, set()).add(kind)
+        if len({file.sha256 for file in self.files}) < len(self.files):
+            raise ValueError("the same file travels along twice; export the preset again")
+        if sum(len(file.data) for file in self.files) > 4 * MAX_LEARNED // 3 + 4:
+            raise ValueError(f"files of more than {MAX_LEARNED // 1024} KB in all travel along; leave the larger ones "
+                             "in the models folder")  # fmt: skip
+        for file in self.files:
+            if file.sha256 not in kinds:
+                raise ValueError(f'"{file.file}" travels along, and no edit needs it; export the preset again')
+            for kind in kinds[file.sha256]:
+                parsed(file, kind)
+        return self
+
+
+def learned_files(preset: Preset) -> Iterator[tuple[LearnedFile, str]]:
+    """Those that the edits need, each with the kind of file that it must be (artefacts.KINDS)."""
+    for edit in preset.edits:
+        if isinstance(edit, KPOPEdit):
+            yield edit.prompt, "prompt"
+        elif isinstance(edit, DirectionEdit):
+            yield edit.direction, "direction"
+        elif isinstance(edit, CREEdit | EIUPEdit) and isinstance(edit.concept, LearnedFile):
+            yield edit.concept, "concept"
+        if edit.gate is not None and edit.gate.discriminator is not None:
+            yield edit.gate.discriminator, "discriminator"
+
+
+def parsed(file: Embedded, kind: str) -> artefacts.Artefact:
+    """What a file that travels along holds, as strictly checked as one of the models folder."""
+    try:
+        return artefacts.parse(bytes_of(file), kind)
+    except ValueError as error:
+        raise ValueError(f'cannot use "{file.file}": {error}; export the preset again') from None
+
+
 class Header(BaseModel):
     """What tells a newer document from a broken one."""
 
@@ -200,18 +262,30 @@ class Header(BaseModel):
     kind: str
 
 
+DATA = re.compile(rb'"data": ?"[A-Za-z0-9+/=]*"')  # files that travel along, as both forms write them
+
+
 def read(document: str | bytes) -> Preset:
-    """The document, checked. Raises ValueError that says what is wrong with it, and nothing else."""
+    """The document of either form, checked. Raises ValueError that says what is wrong with it, and nothing else."""
     try:
         data = document.encode() if isinstance(document, str) else document
     except UnicodeEncodeError:
         raise ValueError("preset: it is not text in Unicode; export it again") from None
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_FILE:
+        raise ValueError(f"preset: it is larger than {MAX_FILE // 2**20} MB, the most with learned files")
+    if is_packed(data):
+        try:
+            data = unpacked(data, VERSION)
+        except ValueError as error:
+            raise ValueError(f"preset: {error}") from None
+    if len(DATA.sub(b"", data)) > MAX_BYTES:
         raise ValueError(f"preset: it is larger than {MAX_BYTES // 1024} KB; a preset is words and numbers")
     if not data.strip():
         raise ValueError("preset: it is empty; choose one in the ConceptGuard panel, or paste a preset's text")
     if not data.lstrip().startswith(b"{"):
-        raise ValueError("preset: it is not a JSON object; a preset is a .json file that ConceptGuard wrote")
+        raise ValueError(
+            "preset: it is not a JSON object; a preset is a .json or .safetensors file that ConceptGuard wrote"
+        )
     try:
         header = Header.model_validate_json(data)
     except ValidationError as error:
@@ -231,6 +305,14 @@ def write(preset: Preset) -> str:
     return json.dumps({**head, **document}, indent=2, ensure_ascii=False)
 
 
+def packed(preset: Preset) -> bytes:
+    """The .safetensors form."""
+    data = pack(write(preset), VERSION)
+    if read(data) != preset:  # a file that another program wrote has other bytes for the same tensors
+        raise ValueError("preset: a file that travels along is not as ConceptGuard writes it; load and save it again")
+    return data
+
+
 def explained(error: ValidationError, most: int = 3) -> str:
     """The first complaints, each with its place in the document."""
     out = []
@@ -240,48 +322,3 @@ def explained(error: ValidationError, most: int = 3) -> str:
         out.append(f"{place}: {message}" if place else message)
     more = error.error_count() - most
     return "; ".join(out) + (f"; and {more} more" if more > 0 else "")
-
-
-# --- in plain words --------------------------------------------------------------------------------------------------
-
-
-def described(preset: Preset) -> list[str]:
-    """What each edit will do, a line each."""
-    return [f"{_what(edit)}, {_when(edit)}{_where(edit)}{_whether(edit)}." for edit in preset.edits]
-
-
-def _what(edit: Edit) -> str:
-    if isinstance(edit, KPOPEdit):
-        return f"Puts the learned prompt {edit.prompt.file} back (KPOP, strength {edit.strength:g})"
-    if isinstance(edit, DirectionEdit):
-        return f"Moves the prompt along {edit.direction.file} (safe region, strength {edit.strength:g})"
-    assert isinstance(edit, CREEdit | EIUPEdit)
-    if isinstance(edit.concept, Artefact):
-        thing = f"the concept in {edit.concept.file}"
-    else:
-        thing = f'"{edit.concept.name}"'
-        if edit.concept.phrases != (edit.concept.name,):
-            thing += " (" + "; ".join(edit.concept.phrases) + ")"
-    if isinstance(edit, CREEdit):
-        return f"{'Erases' if edit.strength else 'Leaves'} {thing} (CRE, strength {edit.strength:g})"
-    weights = ", ".join(f"{weight:g}" for weight in edit.weights)
-    verb = "Adds" if all(weight > 0 for weight in edit.weights) else "Weakens or adds"
-    verb = "Takes away" if all(weight <= 0 for weight in edit.weights) else verb
-    scaled = "" if edit.strength == 1 else f", strength {edit.strength:g}"
-    return f"{verb} what attends to {thing} (EIUP, weight {weights}{scaled})"
-
-
-def _when(edit: Edit) -> str:
-    if edit.start_percent >= edit.end_percent:
-        return "never active"
-    if (edit.start_percent, edit.end_percent) == (0, 1):
-        return "through the whole sampling"
-    return f"from {100 * edit.start_percent:g} % to {100 * edit.end_percent:g} % of the timesteps"
-
-
-def _where(edit: Edit) -> str:
-    return "" if edit.blocks.strip() == "all" else f", in {edit.blocks}"
-
-
-def _whether(edit: Edit) -> str:
-    return "" if edit.gate is None else f", where the {edit.gate.kind} gate says so (from {edit.gate.threshold:g})"

@@ -1,110 +1,168 @@
-"""Presets as edits, the same that the nodes make by hand, and edits as presets."""
+"""Presets as edits, the same that the nodes make by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from .artefacts import Artefact
 from .cre import CREOptions
+from .direction import direction_of
+from .discriminator import Discriminator, from_artefact
 from .eiup import EIUPOptions
-from .encode import concept_from_text, lines_of
-from .preset import CREEdit, Edit, EIUPEdit, Preset, Words
-from .spec import Concept, EditSpec, Gate
+from .encode import concept_from_text
+from .features import Features
+from .gates import Report, image_gate, in_flight_gate, prompt_gate
+from .kpop import edit_of, prompt_of
+from .learn_concept import concept_of
+from .preset import (
+    AnyGate,
+    CREEdit,
+    DirectionEdit,
+    Edit,
+    EIUPEdit,
+    ImageGate,
+    InFlightGate,
+    KPOPEdit,
+    LearnedFile,
+    Preset,
+    Words,
+    parsed,
+)
+from .spec import Concept, Direction, EditSpec, Gate, Prompt
 
-CLOSE = 1e-2  # of an encoding's size: an encoder in half precision does not give the same numbers twice everywhere
+Source = Concept | Prompt | Direction
+
+
+def nowhere(file: LearnedFile, kind: str) -> Artefact:
+    raise ValueError(f'"{file.file}" does not travel along; export the preset with its files')
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a preset is used with.
+
+    find: reads a file that does not travel along; encoder: what a discriminator's file was trained with, if it is
+    here; vae, image, text: what gates look with and at, None where nobody gave them.
+    """
+
+    clip: Any
+    find: Callable[[LearnedFile, str], Artefact] = nowhere
+    encoder: Callable[[Artefact], Features | None] = lambda _: None
+    vae: Any = None
+    image: Tensor | None = None
+    text: str | None = None
+    report: Report | None = None
 
 
 def specs_of(
-    preset: Preset, clip: Any, strength: float = 1.0, gate: Gate | None = None, node: str = ""
+    preset: Preset, given: Given, strength: float = 1.0, gate: Gate | None = None, node: str = ""
 ) -> list[EditSpec]:
-    """Its edits, the concepts encoded by `clip`. strength and gate count for all of them."""
-    encoded: dict[Words, Concept] = {}
-    return [_spec(edit, i, clip, encoded, strength, gate or Gate(), node) for i, edit in enumerate(preset.edits, 1)]
+    """Its edits. strength and gate count for all of them."""
+    maker, specs = Maker(preset, given, strength, gate or Gate(), node), []
+    for i, edit in enumerate(preset.edits, 1):
+        try:
+            specs.append(maker.spec(edit))
+        except ValueError as error:
+            raise ValueError(f"preset: edit {i}: {str(error).removeprefix(f'{node}: ')}") from None
+    return specs
 
 
-def _spec(
-    edit: Edit, i: int, clip: Any, encoded: dict[Words, Concept], strength: float, gate: Gate, node: str
-) -> EditSpec:
-    if not isinstance(edit, CREEdit | EIUPEdit) or not isinstance(edit.concept, Words):
-        raise ValueError(
-            f"preset: edit {i} needs a learned file, which presets cannot bring along yet; use the nodes that load it"
-        )
-    if edit.gate is not None:
-        raise ValueError(
-            f"preset: edit {i} asks for a gate of its own, which presets cannot make yet; take `gate` out of it and "
-            "connect a gate node to the `gate` input"
-        )
-    if edit.concept not in encoded:
-        encoded[edit.concept] = _encoded(edit.concept, clip)
-    options: CREOptions | EIUPOptions
-    if isinstance(edit, CREEdit):
+def combined(own: Gate, outer: Gate) -> Gate:
+    """Open where both are. Only one of them may decide while sampling, for an edit waits for one gate."""
+    if outer == Gate():
+        return own  # with its rule
+    if own == Gate():
+        return outer
+    if own.inflight and outer.inflight:
+        raise ValueError("it has an in-flight gate of its own; connect another kind of gate to `gate`, or none")
+    images = max(len(own.values), len(outer.values))
+    values = tuple(a * b for a, b in zip(own.per_image(images), outer.per_image(images), strict=True))
+    return Gate(values, own.inflight or outer.inflight)
+
+
+class Maker:
+    """Makes a preset's edits; what several of them share is read, encoded and asked once."""
+
+    def __init__(self, preset: Preset, given: Given, strength: float, gate: Gate, node: str) -> None:
+        self.given, self.strength, self.outer, self.node = given, strength, gate, node
+        self.along = {file.sha256: file for file in preset.files}
+        self.concepts: dict[Words | LearnedFile, Concept] = {}
+        self.gates: dict[Any, Gate] = {}
+
+    def spec(self, edit: Edit) -> EditSpec:
+        if isinstance(edit, DirectionEdit):
+            direction = direction_of(self.artefact(edit.direction, "direction"))
+            return self.edited(edit, "direction", direction)
+        if isinstance(edit, KPOPEdit):
+            prompt = prompt_of(self.artefact(edit.prompt, "prompt"))
+            return self.edited(edit, *edit_of(prompt), blocks=prompt.blocks)
+        assert isinstance(edit, CREEdit | EIUPEdit)
+        concept = self.concept(edit.concept)
+        if isinstance(edit, EIUPEdit):
+            return self.edited(edit, "erasure", concept, EIUPOptions(edit.form, edit.weights, edit.evidence))
         options = CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve, edit.floor)
-        method = "projection"
-    else:
-        method, options = "erasure", EIUPOptions(edit.form, edit.weights, edit.evidence)
-    return EditSpec(
-        method, encoded[edit.concept], strength * edit.strength, edit.start_percent, edit.end_percent, edit.blocks,
-        gate, options, node,
-    )  # fmt: skip
+        return self.edited(edit, "projection", concept, options)
+
+    def edited(
+        self, edit: Edit, method: str, source: Source, options: CREOptions | EIUPOptions | None = None,
+        blocks: str | None = None,
+    ) -> EditSpec:  # fmt: skip
+        gate = combined(self.gate(edit.gate, source), self.outer)
+        return EditSpec(
+            method, source, self.strength * edit.strength, edit.start_percent, edit.end_percent,
+            edit.blocks if blocks is None else blocks, gate, options, self.node,
+        )  # fmt: skip
+
+    def concept(self, source: Words | LearnedFile) -> Concept:
+        if source not in self.concepts:
+            if isinstance(source, LearnedFile):
+                self.concepts[source] = concept_of(self.artefact(source, "concept"))
+            else:
+                self.concepts[source] = encoded(source, self.given.clip)
+        return self.concepts[source]
+
+    def artefact(self, file: LearnedFile, kind: str) -> Artefact:
+        along = self.along.get(file.sha256)
+        return self.given.find(file, kind) if along is None else parsed(along, kind)
+
+    def gate(self, rule: AnyGate | None, source: Source) -> Gate:
+        if rule is None:
+            return Gate()
+        key = rule, source if rule.discriminator is None else None
+        if key not in self.gates:
+            self.gates[key] = self.made(rule, source)
+        return self.gates[key]
+
+    def made(self, rule: AnyGate, source: Source) -> Gate:
+        judge = source if rule.discriminator is None else self.discriminator(rule.discriminator)
+        if isinstance(rule, InFlightGate):
+            vae = self.needed("vae", "a VAE", self.given.vae) if rule.decode == "vae" else None
+            return in_flight_gate(
+                judge, vae, rule.at_percent, rule.threshold, rule.soft, rule.restart, self.given.report
+            )
+        if isinstance(rule, ImageGate):
+            image = self.needed("image", "a reference picture", self.given.image)
+            return image_gate(judge, image, rule.threshold, rule.soft, rule.decides)[0]
+        text = self.needed("text", "the prompt", self.given.text)
+        return prompt_gate(judge, self.given.clip, text, rule.threshold, rule.soft)[0]
+
+    def discriminator(self, file: LearnedFile) -> Discriminator:
+        artefact = self.artefact(file, "discriminator")
+        return from_artefact(artefact, self.given.encoder(artefact))
+
+    @staticmethod
+    def needed(input: str, what: str, value: Any) -> Any:
+        if value is None:
+            raise ValueError(
+                f"its gate needs {what}; give it to a Preset Gate node (`{input}`), and connect that to `gate`"
+            )
+        return value
 
 
-def edits_from(specs: Sequence[EditSpec], clip: Any) -> tuple[Edit, ...]:
-    """What a MODEL carries, as a preset's edits. `clip` proves that the words it stores make the same concepts.
-
-    Gates are left out: they hold decisions about the pictures of one run.
-    """
-    if not specs:
-        raise ValueError("model carries no edits; put ConceptGuard edit nodes before this one")
-    return tuple(_edit(spec, clip) for spec in sorted(specs, key=lambda spec: spec.order))
-
-
-def _edit(spec: EditSpec, clip: Any) -> Edit:
-    if not isinstance(spec.source, Concept):
-        raise ValueError(f'the edit of {spec.node} holds the learned "{spec.source.name}", and presets hold words only')
-    common: dict[str, Any] = dict(
-        concept=words_of(spec.source, clip), strength=float(spec.strength),
-        start_percent=float(spec.start_percent), end_percent=float(spec.end_percent), blocks=spec.blocks,
-    )  # fmt: skip
-    if isinstance(spec.options, CREOptions):
-        return CREEdit(method="CRE", **common, **vars(spec.options))
-    assert isinstance(spec.options, EIUPOptions)
-    if spec.options.auto is not None:
-        raise ValueError(f"the edit of {spec.node} finds its weight with a learned file; set its auto to off")
-    options = {name: getattr(spec.options, name) for name in ("form", "evidence", "weights")}
-    return EIUPEdit(method="EIUP", **common, **options)
-
-
-def _encoded(words: Words, clip: Any) -> Concept:
+def encoded(words: Words, clip: Any) -> Concept:
     phrases, neutral, keep = map("\n".join, (words.phrases, words.neutral, words.keep))
     return concept_from_text(clip, phrases, words.name, neutral, keep)
-
-
-def words_of(concept: Concept, clip: Any) -> Words:
-    """The phrases of a concept, if they are what it was made of."""
-    phrases, keep = (tuple(phrase.text for phrase in some) for some in (concept.phrases, concept.keep))
-    try:
-        words = Words(name=concept.name, phrases=phrases, neutral=tuple(lines_of(concept.neutral_text)), keep=keep)
-        again = _encoded(words, clip)
-    except ValueError:
-        again = None
-    if again is None or not alike(concept, again):
-        raise ValueError(
-            f'concept "{concept.name}" is not what this clip makes of its words; connect the CLIP that encoded it. '
-            "A concept from a conditioning or a picture has no words and cannot be saved in a preset"
-        )
-    return words
-
-
-def alike(a: Concept, b: Concept) -> bool:
-    """Whether two concepts have the same encodings, but for rounding."""
-    both = (*a.phrases, *a.keep), (*b.phrases, *b.keep)
-    if len(a.keep) != len(b.keep) or [phrase.own for phrase in both[0]] != [phrase.own for phrase in both[1]]:
-        return False
-    pairs = [(x.tokens, y.tokens) for x, y in zip(*both, strict=True)]
-    if a.baseline is not None and b.baseline is not None:
-        pairs.append((a.baseline, b.baseline))
-    return (a.baseline is None) == (b.baseline is None) and all(
-        x.shape == y.shape and torch.linalg.vector_norm(x - y) <= CLOSE * torch.linalg.vector_norm(x) for x, y in pairs
-    )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -121,8 +121,8 @@ class Direction(Shared):
 
     @property
     def backbone(self) -> str:
-        """The fingerprint of the model that it was learned on; empty for any."""
-        return "" if self.artefact is None else self.artefact.backbone
+        """The fingerprint of the model that it was learned on; empty for any, and for an additive prompt."""
+        return self.artefact.backbone if self.artefact is not None and self.artefact.kind == "direction" else ""
 
     @cached_property
     def key(self) -> str:
@@ -169,6 +169,20 @@ def opened(scores: list[float], threshold: float, soft: bool = False) -> tuple[f
     return tuple((score if soft else 1.0) if score >= threshold else 0.0 for score in scores)
 
 
+@dataclass(frozen=True, eq=False)
+class Rule(Shared):
+    """How a gate decides, whatever it decided about one run's pictures: what a preset keeps of it (gates.py).
+
+    judge: a discriminator, or the concept that prompts are compared with; options: what only this kind has.
+    """
+
+    kind: str
+    judge: Any
+    threshold: float
+    soft: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Gate(Shared):
     """What a discriminator decided: one value per image of the batch, or one for all. 0 is closed, 1 open.
@@ -178,6 +192,7 @@ class Gate(Shared):
 
     values: tuple[float, ...] = (1.0,)
     inflight: InFlight | None = None
+    rule: Rule | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.values or not all(math.isfinite(value) for value in self.values):
@@ -259,11 +274,8 @@ class EditSpec(Shared):
                     "number a line for each phrase, or leave it empty to use `weight` for all"
                 )
         flight = self.gate.inflight
-        if flight and not flight.restart and self.start_percent < self.end_percent <= flight.at_percent:
-            complaint = complaint or (
-                f"the gate decides at {flight.at_percent:g}, but the edit ends at {self.end_percent:g}; let the gate "
-                "decide earlier or restart, or let the edit end later"
-            )
+        if flight and not flight.restart:
+            complaint = complaint or too_late(flight.at_percent, self.start_percent, self.end_percent)
         if complaint:
             raise self.error(complaint)
 
@@ -309,3 +321,13 @@ def complaint_about(strength: float, start_percent: float, end_percent: float, b
     except ValueError as error:
         return str(error)
     return None
+
+
+def too_late(at_percent: float, start_percent: float, end_percent: float) -> str | None:
+    """What is wrong with a gate that decides so, without a restart, about an edit of this window."""
+    if not start_percent < end_percent <= at_percent:
+        return None
+    return (
+        f"the gate decides at {at_percent:g}, but the edit ends at {end_percent:g}; let the gate decide earlier or "
+        "restart, or let the edit end later"
+    )

@@ -25,9 +25,9 @@ from ..editing.cre import DEFAULTS
 from ..editing.data import digest
 from ..editing.decoders import decoder
 from ..editing.discriminator import Judge
+from ..editing.gates import image_discriminator
 from ..editing.run import EDITS
 from ..editing.spec import Concept, EditSpec
-from .gates import image_discriminator
 from .inputs import CATEGORY, choice_input, named
 from .show import id_of, told
 from .types import ConceptType, DiscriminatorType

@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..editing import artefacts, prompts
+from ..editing.artefacts import Artefact
 from ..editing.chart import Series, plot
 from ..editing.discriminator import Discriminator, Report, from_artefact, reliability, to_artefact, train
 from ..editing.features import Features, Vision, squared
@@ -254,6 +255,17 @@ class ConceptGuardSaveDiscriminator(io.ComfyNode):
         return told(cls, f"saved as {name}")
 
 
+def encoder_of(artefact: Artefact, clip_vision: Any = None, clip: Any = None) -> Features | None:
+    """What there is of the kind that a discriminator was trained with."""
+    if artefact.mechanism == Drawings.kind:
+        return drawings()
+    if artefact.mechanism == Vision.kind and clip_vision is not None:
+        return Vision(clip_vision)
+    if artefact.mechanism == prompts.Text.kind and clip is not None:
+        return prompts.Text(clip)
+    return None
+
+
 class ConceptGuardLoadDiscriminator(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -286,14 +298,7 @@ class ConceptGuardLoadDiscriminator(io.ComfyNode):
     def execute(cls, file: str, clip_vision: Any = None, clip: Any = None) -> io.NodeOutput:
         with named(LOAD):
             artefact = artefacts.read(file_of(file, KIND), KIND)
-            encoder: Features | None = None
-            if artefact.mechanism == Drawings.kind:
-                encoder = drawings()
-            elif artefact.mechanism == Vision.kind and clip_vision is not None:
-                encoder = Vision(clip_vision)
-            elif artefact.mechanism == prompts.Text.kind and clip is not None:
-                encoder = prompts.Text(clip)
-            found = from_artefact(artefact, encoder)
+            found = from_artefact(artefact, encoder_of(artefact, clip_vision, clip))
         accuracy = artefact.training.get("accuracy")
         text = f'"{found.name}", {found.features.kind}, threshold {found.threshold:.3f}'
         if isinstance(accuracy, float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +58,44 @@ def file_of(choice: str, kind: str, input: str = "file") -> Path:
         if path.is_file():
             return path
     raise ValueError(f'{input}: "{choice}" is not in the models folder {FOLDER}/; put it there, or choose another')
+
+
+def held() -> list[Path]:
+    """All learned files there are: the models folder's, at any depth, and the ones that came with the demo model."""
+    paths = [folder_paths.get_full_path(FOLDER, name) for name in folder_paths.get_filename_list(FOLDER)]
+    ours = [Path(path) for path in paths if path and path.endswith(".safetensors")]
+    return ours + [path for each in DEMO.values() for path in each.values() if path.is_file()]
+
+
+def known_by(name: str, sha256: str, kind: str) -> Path:
+    """The file of this name with these contents. Raises ValueError, which says what is wrong with what is there."""
+    alike = [path for path in held() if path.name == name and path.stat().st_size <= artefacts.KINDS[kind].limit]
+    for path in alike:
+        if contents(path, fingerprint(path)) == sha256:
+            return path
+    if alike:
+        raise ValueError(
+            f'"{name}" in the models folder {FOLDER}/ has other contents than the one that is asked for; fetch that '
+            f"one (its sha256 begins with {sha256[:12]}) and put it beside, in a folder of its own"
+        )
+    raise ValueError(f'"{name}" is not in the models folder {FOLDER}/; fetch it from where the preset is from')
+
+
+@lru_cache(256)
+def contents(path: Path, fingerprint: Any) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def holding(artefact: Artefact) -> Path | None:
+    """The file that holds it, if there is one."""
+    data = artefacts.data_of(artefact)
+    for path in held():
+        try:
+            if told(path) == artefact.kind and artefacts.data_of(artefacts.read(path, artefact.kind)) == data:
+                return path
+        except ValueError:  # a damaged one
+            continue
+    return None
 
 
 def new_file(prefix: str) -> Path:

@@ -8,16 +8,13 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.decoders import decoder
-from ..editing.discriminator import Discriminator, Judge
-from ..editing.prompts import likeness, prompt_scores
-from ..editing.spec import Concept, Gate, InFlight, opened
+from ..editing.gates import DECIDES, Report, image_gate, in_flight_gate, prompt_gate
+from ..editing.spec import Concept
 from .inputs import CATEGORY, choice_input, named
 from .show import id_of, show, told
 from .types import ConceptType, DiscriminatorType, GateType
 
 IMAGE, PROMPT, IN_FLIGHT = "ConceptGuardImageGate", "ConceptGuardPromptGate", "ConceptGuardInFlightGate"
-DECIDES = ("each", "any")
 
 
 def threshold_input() -> io.Float.Input:
@@ -61,14 +58,9 @@ def verdict(scores: Sequence[float], values: Sequence[float]) -> str:
     return f"{flagged} of {len(scores)} flagged\nconfidence {listed}"
 
 
-def image_discriminator(given: Any) -> Judge:
-    """Raises ValueError for what cannot judge pictures."""
-    if not hasattr(given, "scores") or getattr(getattr(given, "features", None), "kind", "") == "text":
-        raise ValueError(
-            f"discriminator is a {type(given).__name__}, which does not look at pictures; connect the output of "
-            "Train Discriminator or Load Discriminator"
-        )
-    return given
+def reporting(node_id: str | None) -> Report:
+    """Puts what a gate finds while sampling on a node."""
+    return lambda scores, values: show(node_id, verdict(scores, values))
 
 
 class ConceptGuardImageGate(io.ComfyNode):
@@ -101,11 +93,7 @@ class ConceptGuardImageGate(io.ComfyNode):
         cls, discriminator: Any, image: Tensor, threshold: float = 0.5, soft: bool = False, decides: str = "each"
     ) -> io.NodeOutput:
         with named(IMAGE):
-            if decides not in DECIDES:
-                raise ValueError(f"decides is {decides!r}; choose one of {', '.join(DECIDES)}")
-            scores = image_discriminator(discriminator).scores(image)
-            values = opened(scores, threshold, soft)
-        gate = Gate(values if decides == "each" else (max(values),))
+            gate, scores, values = image_gate(discriminator, image, threshold, soft, decides)
         return told(cls, verdict(scores, values), gate, any(values), max(scores))
 
 
@@ -145,18 +133,9 @@ class ConceptGuardPromptGate(io.ComfyNode):
         soft: bool = False,
     ) -> io.NodeOutput:
         with named(PROMPT):
-            if clip is None:
-                raise ValueError("clip is empty: the checkpoint has no text encoder; connect a CLIP loader")
-            if isinstance(discriminator, Discriminator) and discriminator.features.kind == "text":
-                scores = prompt_scores(discriminator, clip, [text])
-            elif discriminator is not None:
-                raise ValueError("discriminator looks at pictures, not at prompts; connect it to an Image Gate")
-            elif isinstance(concept, Concept):
-                scores = [likeness(clip, text, concept)]
-            else:
-                raise ValueError("nothing to decide by; connect a discriminator of prompts, or a concept")
-            values = opened(scores, threshold, soft)
-        return told(cls, verdict(scores, values), Gate(values), any(values), max(scores))
+            judge = discriminator if discriminator is not None or not isinstance(concept, Concept) else concept
+            gate, scores, values = prompt_gate(judge, clip, text, threshold, soft)
+        return told(cls, verdict(scores, values), gate, any(values), max(scores))
 
 
 class ConceptGuardInFlightGate(io.ComfyNode):
@@ -205,13 +184,8 @@ class ConceptGuardInFlightGate(io.ComfyNode):
     ) -> io.NodeOutput:
         node_id = id_of(cls)
         with named(IN_FLIGHT):
-            opened([0.0], threshold)
-            look, key, models = decoder(image_discriminator(discriminator), vae)
-            flight = InFlight(
-                key, look, at_percent, threshold, soft, restart, models,
-                report=lambda scores, values: show(node_id, verdict(scores, values)),
-            )  # fmt: skip
-        return told(cls, "decides while sampling", Gate(inflight=flight))
+            gate = in_flight_gate(discriminator, vae, at_percent, threshold, soft, restart, reporting(node_id))
+        return told(cls, "decides while sampling", gate)
 
 
 def restart_input() -> io.Boolean.Input:

@@ -2,24 +2,96 @@
 
 from __future__ import annotations
 
-import os
-import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..editing import artefacts
+from ..editing.artefacts import Artefact
 from ..editing.binding import add_edit, edits_of
-from ..editing.preset import Preset, described, read, write
-from ..editing.preset_edits import edits_from, specs_of
+from ..editing.preset import LearnedFile, Preset, packed, read, write
+from ..editing.preset_edits import Given, specs_of
+from ..editing.preset_save import Saver, slug
+from ..editing.preset_words import described
 from ..editing.spec import Gate
+from .discriminator import encoder_of
+from .files import contents, fingerprint, holding
+from .gates import reporting
 from .inputs import CATEGORY, check, named, strength_input
-from .preset_routes import add_routes
+from .preset_routes import add_routes, missing, read_file
+from .show import id_of
 from .types import GateType
 
-APPLY, SAVE = "ConceptGuardApplyPreset", "ConceptGuardSavePreset"
+APPLY, SAVE, LOOK = "ConceptGuardApplyPreset", "ConceptGuardSavePreset", "ConceptGuardPresetGate"
 FOLDER = "concept_guard_presets"  # in the host's output folder
+
+
+@dataclass(frozen=True)
+class PresetGate(Gate):
+    """A gate for a preset as a whole, and what the preset's own gates look with and at."""
+
+    vae: Any = field(default=None, compare=False, repr=False, kw_only=True)
+    clip_vision: Any = field(default=None, compare=False, repr=False, kw_only=True)
+    image: Tensor | None = field(default=None, compare=False, repr=False, kw_only=True)
+    text: str | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+
+def of_type(gate: Any) -> Gate:
+    if gate is not None and not isinstance(gate, Gate):
+        raise ValueError(f"gate is a {type(gate).__name__}; connect the GATE output of a ConceptGuard gate node")
+    return gate or Gate()
+
+
+class ConceptGuardPresetGate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=LOOK,
+            display_name="Preset Gate",
+            category=f"{CATEGORY}/presets",
+            description="What the gates that a safety preset brings look with and at; connect it to the gate of Apply "
+            "Safety Preset. Only what the preset asks for is needed: the preset's own words say what that is.",
+            inputs=[
+                io.Vae.Input("vae", optional=True, tooltip="For in-flight gates that decode with a VAE: the model's."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="For discriminators that were trained with one."
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="For image gates: the reference. One picture decides for the whole batch; several decide "
+                    "for the image of the same number each.",
+                ),
+                io.String.Input(
+                    "text",
+                    optional=True,
+                    force_input=True,
+                    tooltip="For prompt gates: the prompt, as the text encoder gets it; empty is never flagged.",
+                ),
+                GateType.Input(
+                    "gate",
+                    optional=True,
+                    tooltip="A gate for the preset as a whole; 0 is a closed gate and leaves the image untouched. Not "
+                    "connected: open.",
+                ),
+            ],
+            outputs=[GateType.Output(display_name="gate", tooltip="For the `gate` input of Apply Safety Preset.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any = None, clip_vision: Any = None, image: Tensor | None = None, text: str | None = None,
+        gate: Gate | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        with named(LOOK):
+            whole = of_type(gate)
+        return io.NodeOutput(
+            PresetGate(whole.values, whole.inflight, vae=vae, clip_vision=clip_vision, image=image, text=text)
+        )
 
 
 class ConceptGuardApplyPreset(io.ComfyNode):
@@ -49,18 +121,19 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                     "gate",
                     optional=True,
                     tooltip="Multiplies the strength of every edit, image by image; 0 is a closed gate and leaves the "
-                    "image untouched. Not connected: open.",
+                    "image untouched. Not connected: open. A preset with gates of its own may want a Preset Gate here.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the preset's edits.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, preset: str | None = None, strength: float | None = 1.0) -> bool | str:
         try:
             with named(APPLY):
-                if preset is not None:
-                    read(preset)
+                if preset is not None and (lacks := missing(read(preset))):
+                    raise ValueError(f"preset: {'; '.join(lacks)}")
         except ValueError as error:
             return str(error)
         return check(APPLY, strength)
@@ -70,11 +143,15 @@ class ConceptGuardApplyPreset(io.ComfyNode):
         cls, model: Any, clip: Any, preset: str, strength: float = 1.0, gate: Gate | None = None
     ) -> io.NodeOutput:
         with named(APPLY):
-            if gate is not None and not isinstance(gate, Gate):
-                raise ValueError(
-                    f"gate is a {type(gate).__name__}; connect the GATE output of a ConceptGuard gate node"
-                )
-            specs = specs_of(read(preset), clip, strength, gate, APPLY)
+            whole = of_type(gate)
+            seen = whole if isinstance(whole, PresetGate) else PresetGate()
+            given = Given(
+                clip, read_file, lambda artefact: encoder_of(artefact, seen.clip_vision, clip),
+                seen.vae, seen.image, seen.text, reporting(id_of(cls)),
+            )  # fmt: skip
+            if whole is seen:
+                whole = Gate(seen.values, seen.inflight)
+            specs = specs_of(read(preset), given, strength, whole, APPLY)
         for spec in specs:
             model = add_edit(model, spec)
         return io.NodeOutput(model)
@@ -87,9 +164,9 @@ class ConceptGuardSavePreset(io.ComfyNode):
             node_id=SAVE,
             display_name="Save Safety Preset",
             category=f"{CATEGORY}/presets",
-            description="Writes the edits that a model carries as a safety preset, to share or to keep in the "
-            f"ConceptGuard panel. The file goes to the output folder, in {FOLDER}/. Gates stay behind: they hold "
-            "decisions about the pictures of one run.",
+            description="Writes the edits that a model carries, with their gates and learned files, as a safety preset "
+            f"to share or to keep in the ConceptGuard panel. The file goes to the output folder, in {FOLDER}/: .json "
+            "for words and numbers, .safetensors where learned files travel along.",
             inputs=[
                 io.Model.Input("model", tooltip="The model whose edits are saved."),
                 io.Clip.Input("clip", tooltip="The text encoder that the concepts were made with."),
@@ -116,47 +193,31 @@ class ConceptGuardSavePreset(io.ComfyNode):
         cls, model: Any, clip: Any, name: str, description: str = "", author: str = "", licence: str = ""
     ) -> io.NodeOutput:
         with named(SAVE):
-            edits = edits_from(edits_of(model), clip)
+            saver = Saver(clip, located)
+            edits = saver.edits(edits_of(model))
             document = Preset.model_construct(  # `read` checks it, and says what is wrong as for any other
                 name=name.strip(), description=description.replace("\r\n", "\n"), author=author.strip(),
-                licence=licence.strip(), edits=edits,
+                licence=licence.strip(), edits=edits, files=tuple(saver.files.values()),
             )  # fmt: skip
             text = write(document)
-            preset = read(text)
-        path = save(text, preset.name)
-        lines = [f"Saved as {FOLDER}/{path.name}", *described(preset)]
+            path = save(read(text))
+        lines = [f"Saved as {FOLDER}/{path.name}", *saver.notes, *described(read(text))]
         return io.NodeOutput(text, ui={"concept_guard_preset": [text], "text": lines})
 
 
-def save(text: str, name: str) -> Path:
+def located(artefact: Artefact) -> LearnedFile | None:
+    """The file of the models folder that holds it."""
+    path = holding(artefact)
+    return None if path is None else LearnedFile(file=path.name, sha256=contents(path, fingerprint(path)))
+
+
+def save(preset: Preset) -> Path:
     """Write a new file in the output folder, whole or not at all; an older one of that name is never replaced."""
+    data, suffix = (packed(preset), ".safetensors") if preset.files else (write(preset).encode(), ".json")
     folder = Path(folder_paths.get_output_directory()) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{os.getpid()}.part"
-    part.write_text(text, encoding="utf-8")
-    stem = slug(name)
-    try:
-        for i in range(1, 100_000):
-            path = folder / (f"{stem}.json" if i == 1 else f"{stem}-{i}.json")
-            try:
-                os.link(part, path)  # fails where the name is taken
-            except FileExistsError:
-                continue
-            except OSError:  # a disk without links
-                if path.exists():
-                    continue
-                os.replace(part, path)
-            return path
-    finally:
-        part.unlink(missing_ok=True)
-    raise ValueError(f'{SAVE}: the folder {FOLDER}/ is full of presets called "{stem}"; choose another name')
-
-
-def slug(name: str) -> str:
-    """A file name that every system takes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "preset"
+    return artefacts.put_beside(data, folder / f"{slug(preset.name) or 'preset'}{suffix}")
 
 
 add_routes()
 
-NODES: list[type[io.ComfyNode]] = [ConceptGuardApplyPreset, ConceptGuardSavePreset]
+NODES: list[type[io.ComfyNode]] = [ConceptGuardApplyPreset, ConceptGuardSavePreset, ConceptGuardPresetGate]

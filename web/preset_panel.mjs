@@ -46,7 +46,8 @@ function told(preset) {
   return [
     make("div", { className: "about", text: preset.description }),
     ...(by.length ? [make("div", { className: "hint", text: by.join(" · ") })] : []),
-    make("ul", {}, ...preset.does.map(item)),
+    make("ul", {}, ...preset.does.map(item), ...(preset.files ?? []).map((text) => make("li", { text }))),
+    ...(preset.missing ?? []).map((text) => make("div", { className: "error", text })),
   ];
 }
 
@@ -60,7 +61,7 @@ export class PresetPanel {
     this.search.oninput = () => this.draw();
     this.box = make("textarea", { placeholder: "Paste a preset's text here", ariaLabel: "Paste a preset's text here" });
     this.box.oninput = () => this.box.value.trim() && this.bring(this.box.value);
-    const file = make("input", { type: "file", accept: ".json,application/json", hidden: true });
+    const file = make("input", { type: "file", accept: ".json,.safetensors,application/json", hidden: true });
     file.onchange = () => file.files[0] && this.bringFile(file.files[0]).then(() => (file.value = ""));
     this.preview = make("div", {});
     this.body = make("div", {});
@@ -110,16 +111,17 @@ export class PresetPanel {
 
   async bringFile(file) {
     try {
-      await this.bring(await store.textOf(file));
+      await this.bring(await store.contentsOf(file));
     } catch (error) {
       this.show({ ok: false, error: error.message });
     }
   }
 
   /** Show what a document will do. Nothing is stored before the user says so. */
-  async bring(text) {
+  async bring(document) {
     try {
-      this.show({ text, ...(await store.check(text)) });
+      const text = typeof document === "string" ? document : ""; // else the server says it
+      this.show({ text, ...(await store.check(document)) });
     } catch (error) {
       this.show({ ok: false, error: error.message ?? String(error) });
     }
@@ -182,16 +184,17 @@ export class PresetPanel {
   card(preset, mine) {
     const details = make("details", {}, make("summary", { className: "name", text: preset.name ?? preset.path }), ...told(preset));
     const buttons = preset.ok ? [this.insertButton(preset), this.applyButton(preset),
-      button("Export", "Download it as a file", () => this.download(preset)),
+      button("Export", "Download it as a file", () => this.act(() => this.download(preset))),
       button("Copy", "Copy its text", () => this.act(() => this.copy(preset)))] : [];
     if (mine && preset.ok) buttons.push(button("Rename", "Give it another name", () => this.rename(preset, details)));
     if (mine) buttons.push(button("Delete", "Delete it from your presets", (event) => this.erase(preset, event.target)));
     return make("div", { className: "card" }, details, make("div", { className: "row" }, ...buttons));
   }
 
-  download(preset) {
-    const url = URL.createObjectURL(new Blob([preset.text], { type: "application/json" }));
-    make("a", { href: url, download: `${store.slug(preset.name)}.json` }).click();
+  async download(preset) {
+    const [file, ending] = await store.exported(preset);
+    const url = URL.createObjectURL(file);
+    make("a", { href: url, download: `${store.slug(preset.name)}.${ending}` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 10_000);
   }
 

@@ -5,7 +5,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-export const MAX_BYTES = 256 * 1024;
+export const MAX_BYTES = 2 * 1024 * 1024; // of a file with learned files; the server says what is too much of what
 export const FOLDER_SETTING = "ConceptGuard.Presets.Folder";
 export const DEFAULT_FOLDER = "concept_guard/presets";
 
@@ -17,30 +17,45 @@ export function folder() {
   return plain ? parts.join("/") : DEFAULT_FOLDER;
 }
 
-/** What the server finds in a document: {ok, name, does, ...} or {ok: false, error}. */
-export async function check(text) {
-  if (typeof text !== "string" || text.length > MAX_BYTES) return { ok: false, error: "It is larger than 256 KB." };
-  const answer = await api.fetchApi("/concept_guard/presets/check", { method: "POST", body: text });
+/** What the server finds in a document, text or bytes: {ok, name, does, ...} or {ok: false, error}. */
+export async function check(document) {
+  const size = document?.length ?? document?.byteLength;
+  if (!(size <= MAX_BYTES)) return { ok: false, error: "It is larger than 2 MB." };
+  const answer = await api.fetchApi("/concept_guard/presets/check", { method: "POST", body: document });
   if (!answer.ok) return { ok: false, error: `The server did not check it (${answer.status}).` };
   return answer.json();
 }
 
-/** The text of a file somebody brought. */
-export async function textOf(file) {
-  if (file.size > MAX_BYTES) throw new Error("It is larger than 256 KB; a preset is words and numbers.");
+/** What a file that somebody brought holds: text, or the bytes of a .safetensors file. */
+export async function contentsOf(file) {
+  if (file.size > MAX_BYTES) throw new Error("It is larger than 2 MB; a preset is smaller.");
+  const bytes = await file.arrayBuffer();
+  if (file.name.toLowerCase().endsWith(".safetensors")) return bytes;
   try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
-    throw new Error("It is not text; a preset is a .json file that ConceptGuard wrote.");
+    throw new Error("It is not text; a preset is a .json or .safetensors file that ConceptGuard wrote.");
   }
 }
 
-export function looksLikePreset(text) {
+/** Whether a document claims to be a preset: what does not, the canvas leaves to the host. */
+export function looksLikePreset(document) {
   try {
-    return JSON.parse(text)?.kind === "concept-guard preset";
+    if (typeof document === "string") return JSON.parse(document)?.kind === "concept-guard preset";
+    const length = Number(new DataView(document).getBigUint64(0, true));
+    const about = JSON.parse(new TextDecoder().decode(new Uint8Array(document, 8, length))).__metadata__;
+    return about?.format === "concept-guard" && about.kind === "preset";
   } catch {
     return false;
   }
+}
+
+/** The file to share: .safetensors where learned files travel along, else .json. */
+export async function exported(preset) {
+  if (!JSON.parse(preset.text).files?.length) return [new Blob([preset.text], { type: "application/json" }), "json"];
+  const answer = await api.fetchApi("/concept_guard/presets/pack", { method: "POST", body: preset.text });
+  if (!answer.ok) throw new Error((await answer.json().catch(() => null))?.error ?? `It was not made (${answer.status}).`);
+  return [await answer.blob(), "safetensors"];
 }
 
 export const slug = (name) => name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 60) || "preset";
@@ -56,7 +71,7 @@ export async function own() {
   const files = (await api.listUserDataFullInfo(base)).filter((file) => file.path.endsWith(".json"));
   const read = async (file) => {
     const path = `${base}/${file.path}`;
-    if (file.size > MAX_BYTES) return { path, text: "", ok: false, error: "It is larger than 256 KB." };
+    if (file.size > MAX_BYTES) return { path, text: "", ok: false, error: "It is larger than 2 MB." };
     const answer = await api.getUserData(path);
     const text = answer.ok ? await answer.text() : "";
     return { path, text, ...(await check(text)) };

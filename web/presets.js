@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { PresetPanel, STYLE } from "./preset_panel.mjs";
 import { remount } from "./remount.mjs";
-import { check, DEFAULT_FOLDER, FOLDER_SETTING, looksLikePreset, MAX_BYTES, textOf } from "./preset_store.mjs";
+import { check, contentsOf, DEFAULT_FOLDER, FOLDER_SETTING, looksLikePreset, MAX_BYTES } from "./preset_store.mjs";
 
 const TAB = "ConceptGuard";
 const NODE_STYLE = `
@@ -25,13 +25,13 @@ function openPanel() {
 /** A preset file dropped on the canvas goes to the panel; every other file goes on to the host. */
 async function dropped(event) {
   const file = event.dataTransfer?.files?.[0];
-  if (event.dataTransfer?.files?.length !== 1 || !file.name.toLowerCase().endsWith(".json") || file.size > MAX_BYTES) return;
+  if (event.dataTransfer?.files?.length !== 1 || !/\.(json|safetensors)$/i.test(file.name) || file.size > MAX_BYTES) return;
   event.preventDefault();
   event.stopPropagation();
-  const text = await textOf(file).catch(() => "");
-  if (!looksLikePreset(text)) return app.handleFile(file);
+  const document = await contentsOf(file).catch(() => "");
+  if (!looksLikePreset(document)) return app.handleFile(file);
   openPanel();
-  await thePanel().bring(text);
+  await thePanel().bring(document);
 }
 
 /** The lines of what the node's preset does, under its text; saved nowhere. */
@@ -57,7 +57,8 @@ function addWords(node) {
     root.replaceChildren();
     if (!found?.ok) return line("span", found?.error || "Choose a preset in the ConceptGuard panel.", found?.error && "error");
     line("b", found.name);
-    found.does.forEach((each) => line("span", each));
+    [...found.does, ...found.files].forEach((each) => line("span", each));
+    found.missing.forEach((each) => line("span", each, "error"));
   };
   let timer = 0;
   const soon = () => {
