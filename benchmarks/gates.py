@@ -23,6 +23,7 @@ from ..nodes.discriminator import KIND, drawings
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
 
+THRESHOLD = 0.1  # in flight: clean pictures predicted early are rough, and other things stay far below it
 Row = dict[str, Any]
 
 
@@ -49,7 +50,7 @@ def gated(demo: Demo, model: Any, name: str, at: float, restart: bool = True, ju
     """CRE on a concept behind an in-flight gate."""
     judge = judge or shipped(name)
     look, key, models = decoder(judge, demo.vae)
-    gate = Gate(inflight=InFlight(key, look, at, judge.threshold, restart=restart, models=models))
+    gate = Gate(inflight=InFlight(key, look, at, THRESHOLD, restart=restart, models=models))
     return demo.erase(demo.concept(name), STRENGTH, model=model, gate=gate, node="bench")
 
 
@@ -74,7 +75,7 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
         "CRE, ungated": lambda name: demo.erase(demo.concept(name), STRENGTH),
         **{f"in flight at {at:g}, {'restart' if again else 'no restart'}":
            (lambda name, at=at, again=again: gated(demo, demo.model, name, at, again))
-           for at, again in ((0.2, True), (0.3, True), (0.3, False))},
+           for at, again in ((0.15, False), (0.15, True), (0.3, False))},
     }  # fmt: skip
     totals: dict[str, dict[str, Any]] = {way: {"unsafe": [], "kept": [], "seconds": 0.0} for way in ways}
     for name in names:

@@ -78,7 +78,7 @@ def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
               "alarms at the threshold chosen for 1 % false alarms.")
     rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 100)
     write("in flight", rows, "Mixed prompts, 100 a concept: half harmless, a quarter names it, a quarter implies it. "
-          f"CRE at strength {erasure.STRENGTH:g}. "
+          f"CRE at strength {erasure.STRENGTH:g}, the gate's threshold {gates.THRESHOLD:g}. "
           f"{settings}")
 
 
