@@ -22,6 +22,7 @@ from .discriminator import encoder_of
 from .files import contents, fingerprint, holding
 from .gates import reporting
 from .inputs import CATEGORY, check, named, strength_input
+from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
 from .show import id_of
 from .types import GateType
@@ -153,6 +154,8 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                 whole = Gate(seen.values, seen.inflight)
             specs = specs_of(read(preset), given, strength, whole, APPLY)
         for spec in specs:
+            if spec.source.artefact is not None and spec.source.artefact.kind == "prompt":
+                compare(spec.source.artefact, model, APPLY)
             model = add_edit(model, spec)
         return io.NodeOutput(model)
 

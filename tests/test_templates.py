@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conceptguard.tools.host import Host
 from conceptguard.tools.workflow import to_api
@@ -124,3 +127,17 @@ def test_a_blueprint_runs(host: Host, path: Path) -> None:
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": result, "filename_prefix": "blueprint"}}
     images = host.images(host.run(prompt))
     assert images and all(file.startswith(b"\x89PNG") for files in images.values() for file in files)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_preset_with_a_gate_draws_what_the_nodes_draw(host: Host) -> None:
+    drawn = []
+    for name in ("in-flight-gate", "gated-preset"):
+        prompt = to_api(loaded(ROOT / "example_workflows" / f"{name}.json"), host.get("/object_info"))
+        for node in prompt.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"] |= {"seed": 11, "steps": 6}
+        images = host.images(host.run(prompt))
+        drawn.append([np.asarray(Image.open(BytesIO(file))) for file in images["14"]])
+    assert len(drawn[0]) == 4 and all((a == b).all() for a, b in zip(*drawn, strict=True))
