@@ -90,9 +90,10 @@ class ConceptGuardPresetGate(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         with named(LOOK):
             whole = of_type(gate)
-        return io.NodeOutput(
-            PresetGate(whole.values, whole.inflight, vae=vae, clip_vision=clip_vision, image=image, text=text)
+        seen = PresetGate(
+            whole.values, whole.inflight, rule=whole.rule, vae=vae, clip_vision=clip_vision, image=image, text=text
         )
+        return io.NodeOutput(seen)
 
 
 class ConceptGuardApplyPreset(io.ComfyNode):
@@ -151,7 +152,7 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                 seen.vae, seen.image, seen.text, reporting(id_of(cls)),
             )  # fmt: skip
             if whole is seen:
-                whole = Gate(seen.values, seen.inflight)
+                whole = Gate(seen.values, seen.inflight, rule=seen.rule)
             specs = specs_of(read(preset), given, strength, whole, APPLY)
         for spec in specs:
             if spec.source.artefact is not None and spec.source.artefact.kind == "prompt":

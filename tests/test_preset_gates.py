@@ -174,6 +174,14 @@ def test_the_whole_presets_gate_multiplies(model: Any, clip: Any) -> None:
     assert torch.equal(tiny.sample(applied), tiny.sample(model))
 
 
+def test_a_whole_presets_gate_is_saved_with_edits_that_have_none(model: Any, clip: Any, knife: Any) -> None:
+    whole = look(gate=with_nodes("image", clip, knife))
+    applied = make(ConceptGuardApplyPreset, model, clip, gated(None), gate=whole)
+    assert keys(applied) == keys(by_hand(model, clip, with_nodes("image", clip, knife)))
+    saved = read(make(ConceptGuardSavePreset, applied, clip, "Whole")).edits[0].gate
+    assert saved is not None and saved.kind == "image" and saved.soft
+
+
 def test_a_preset_gate_is_a_gate_for_other_nodes_too(model: Any) -> None:
     for gate in (Gate((0.5,)), Gate()):
         spec = EditSpec("projection", tiny.concept(), options=tiny.CRE, gate=look(gate=gate, image=PICTURES))
