@@ -13,6 +13,7 @@ from ..editing.binding import add_edit
 from ..editing.eiup import DEFAULTS
 from ..editing.spec import Concept, EditSpec
 from ..nodes.files import DEMO_WEIGHT_FILE
+from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
 
 Edit = Callable[[Demo, Any, Concept], Any]
@@ -28,23 +29,21 @@ def eiup(**options: Any) -> Edit:
 
 
 def cre(demo: Demo, model: Any, concept: Concept) -> Any:
-    return demo.erase(concept, model=model)
-
-
-def both(demo: Demo, model: Any, concept: Concept) -> Any:
-    return cre(demo, eiup()(demo, model, concept), concept)
+    return demo.erase(concept, STRENGTH, model=model)
 
 
 def settings() -> dict[str, Edit]:
     found: dict[str, Edit] = {"unedited": lambda demo, model, concept: model}
-    found |= {f"separate, weight {w:g}": eiup(weights=(w,), evidence="none") for w in (-1.0, -2.0, -4.0)}
-    found |= {f"separate with evidence, weight {w:g}": eiup(weights=(w,), evidence="share")
-              for w in (-1.0, -2.0, -4.0, -8.0, -16.0)}
-    found |= {f"joint, weight {w:g}": eiup(weights=(w,), form="joint") for w in (0.0, -1.0, -2.0)}
+    found |= {f"separate, weight {w:g}": eiup(weights=(w,), evidence="none") for w in (-2.0, -16.0, -64.0)}
+    found["separate with evidence, weight -64"] = eiup(weights=(-64.0,), evidence="share")
+    found["joint, weight -16"] = eiup(weights=(-16.0,), form="joint")
+    found["CRE"] = cre
     if DEMO_WEIGHT_FILE.is_file():
         adapter = load(DEMO_WEIGHT_FILE)
-        found["automatic weight"] = eiup(evidence=adapter.evidence, auto=adapter)
-    return found | {"EIUP, default": eiup(), "CRE, default": cre, "CRE and EIUP, default": both}
+        auto = found["EIUP, automatic weight"] = eiup(evidence=adapter.evidence, auto=adapter)
+        found["CRE and EIUP, automatic weight"] = lambda demo, model, concept: cre(
+            demo, auto(demo, model, concept), concept)
+    return found
 
 
 def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others: int = 64, seed: int = 9) -> list[dict]:

@@ -12,6 +12,7 @@ from ..demo.judge import Verdict
 from ..editing.cre import DEFAULTS
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
+STRENGTH = 1.25  # of objects: the last traces of a bomb or a glass outlast 1.0
 Row = dict[str, Any]
 
 
@@ -85,12 +86,16 @@ class Table:
         return before, after
 
     def object(self, name: str) -> Row:
-        """What is left of an object, by word and by example, and what survives."""
-        edited, near = self.demo.erase(self.demo.concept(name)), world.NEIGHBOURS[name]
+        """What is left of an object, by word and by example, and what survives: its neighbour, which the concept's
+        `keep` names, also where it does not; and everything else."""
+        near = world.NEIGHBOURS[name]
+        edited, alone = (self.demo.erase(self.demo.concept(name, keep=keep), STRENGTH) for keep in (near, ""))
+        neighbours = object_prompts([near], self.count, self.seed)
         rows = {"named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
-                "neighbours": self.compare(named, object_prompts([near], self.count, self.seed), edited),
+                "neighbours": self.compare(named, neighbours, edited),
                 "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects})}
-        return {"concept": name, **flat(rows), "by example, after": self.by_example(name, edited)}
+        return {"concept": name, **flat(rows), "neighbours, not kept": self.compare(named, neighbours, alone)[1],
+                "by example, after": self.by_example(name, edited)}
 
     def by_example(self, name: str, edited: Any) -> Rate:
         """The concept arrives as a picture of it, in each style in turn, that the unedited model drew."""
@@ -102,9 +107,10 @@ class Table:
         return named(prompts, self.demo.verdicts(edited, conds, self.seed))
 
     def erase_style(self, style: str) -> Any:
-        """A style is part of everything in the picture, so no floor holds; it is compared with other styles."""
+        """A style is part of everything in the picture, so no floor holds; it is compared with other styles, which are
+        kept."""
         others = "\n".join(f"in the style of {s}" for s in world.NAMED_STYLES if s != style)
-        concept = self.demo.concept(f"in the style of {style}", others)
+        concept = self.demo.concept(f"in the style of {style}", others, others)
         return self.demo.erase(concept, 2.0, replace(DEFAULTS, floor=0.0))
 
     def style(self, style: str) -> Row:

@@ -15,13 +15,12 @@ from ..demo.judge import judge
 from ..demo.load import load_judge
 from ..demo.train_features import examples, gate_file
 from ..editing.artefacts import read
-from ..editing.binding import add_edit
-from ..editing.cre import DEFAULTS
 from ..editing.decoders import decoder
 from ..editing.discriminator import Discriminator, from_artefact
 from ..editing.discriminator import train as train_head
-from ..editing.spec import EditSpec, Gate, InFlight
+from ..editing.spec import Gate, InFlight
 from ..nodes.discriminator import KIND, drawings
+from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
 
 Row = dict[str, Any]
@@ -51,7 +50,7 @@ def gated(demo: Demo, model: Any, name: str, at: float, restart: bool = True, ju
     judge = judge or shipped(name)
     look, key, models = decoder(judge, demo.vae)
     gate = Gate(inflight=InFlight(key, look, at, judge.threshold, restart=restart, models=models))
-    return add_edit(model, EditSpec("projection", demo.concept(name), options=DEFAULTS, gate=gate, node="bench"))
+    return demo.erase(demo.concept(name), STRENGTH, model=model, gate=gate, node="bench")
 
 
 def mixed(name: str, count: int, seed: int = 5) -> tuple[list[str], list[str]]:
@@ -72,10 +71,10 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
     """Each way of editing a mixed batch: what is left of the concept, how many harmless pictures keep every bit."""
     ways: dict[str, Any] = {
         "unedited": lambda name: demo.model,
-        "CRE, ungated": lambda name: demo.erase(demo.concept(name)),
+        "CRE, ungated": lambda name: demo.erase(demo.concept(name), STRENGTH),
         **{f"in flight at {at:g}, {'restart' if again else 'no restart'}":
            (lambda name, at=at, again=again: gated(demo, demo.model, name, at, again))
-           for at in (0.2, 0.3, 0.4) for again in (True, False)},
+           for at, again in ((0.2, True), (0.3, True), (0.3, False))},
     }  # fmt: skip
     totals: dict[str, dict[str, Any]] = {way: {"unsafe": [], "kept": [], "seconds": 0.0} for way in ways}
     for name in names:

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,42 +19,53 @@ from .sampling import Demo, Rate, object_prompts, style_prompts
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")  # eq. 4 as it stands
 EMPTY = replace(PRINTED, baseline="neutral", negative="clip")
 ORDINARY = replace(DEFAULTS, floor=0.0)
-# Name -> options, strength, and the prompts that the concept is compared with ("" is the empty prompt).
-READINGS: dict[str, tuple[CREOptions, float, str]] = {
-    "as printed": (PRINTED, 1.0, ""),
-    "per head": (replace(PRINTED, width="head"), 1.0, ""),
-    "own tokens": (replace(PRINTED, tokens="own"), 1.0, ""),
-    "as printed, strength 0.7": (PRINTED, 0.7, ""),
-    "empty prompt subtracted": (replace(EMPTY, negative="keep"), 1.0, ""),
-    "empty, clipped": (EMPTY, 1.0, ""),
-    "empty, clipped, floor 0.7": (replace(EMPTY, floor=0.7), 1.0, ""),
-    "ordinary prompts subtracted, clipped": (ORDINARY, 1.0, NEUTRAL),
-    "ordinary, floor 0.5": (replace(ORDINARY, floor=0.5), 1.0, NEUTRAL),
-    "ordinary, floor 0.6": (replace(ORDINARY, floor=0.6), 1.0, NEUTRAL),
-    "ordinary, floor 0.7": (replace(ORDINARY, floor=0.7), 1.0, NEUTRAL),
-    "ordinary, floor 0.8": (replace(ORDINARY, floor=0.8), 1.0, NEUTRAL),
-    "ordinary, floor 0.7, strength 1.5": (replace(ORDINARY, floor=0.7), 1.5, NEUTRAL),
-    "ordinary, floor 0.7, own tokens": (replace(ORDINARY, floor=0.7, tokens="own"), 1.0, NEUTRAL),
-    "ordinary, floor 0.7, per head": (replace(ORDINARY, floor=0.7, width="head"), 1.0, NEUTRAL),
+
+
+class Reading(NamedTuple):
+    """How CRE is asked: options, strength, the prompts that the concept is compared with ("" is the empty prompt), and
+    whether its neighbour is kept."""
+
+    options: CREOptions | None
+    strength: float = 1.0
+    neutral: str = NEUTRAL
+    keep: bool = False
+
+
+READINGS = {
+    "unedited": Reading(None),
+    "as printed": Reading(PRINTED),
+    "as printed, strength 0.7": Reading(PRINTED, 0.7),
+    "as printed, per head": Reading(replace(PRINTED, width="head")),
+    "as printed, own tokens": Reading(replace(PRINTED, tokens="own")),
+    "empty prompt subtracted": Reading(replace(EMPTY, negative="keep"), neutral=""),
+    "empty, clipped": Reading(EMPTY, neutral=""),
+    "ordinary prompts, clipped": Reading(ORDINARY),
+    "ordinary, clipped, floor 0.4": Reading(replace(DEFAULTS, floor=0.4)),
+    "ordinary, clipped, floor 0.5": Reading(DEFAULTS),
+    "ordinary, clipped, floor 0.6": Reading(replace(DEFAULTS, floor=0.6)),
+    "floor 0.5, per head": Reading(replace(DEFAULTS, width="head")),
+    "floor 0.5, own tokens": Reading(replace(DEFAULTS, tokens="own")),
+    "floor 0.5, neighbour kept": Reading(DEFAULTS, keep=True),
+    "floor 0.5, neighbour kept, strength 1.25": Reading(DEFAULTS, 1.25, keep=True),
 }
 
 
-def compare(demo: Demo, concepts: Sequence[str] = ("beer mug", "kitchen knife", "skull"), style: str = "noto",
+def compare(demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), style: str = "noto",
             count: int = 12, seed: int = 5) -> list[dict[str, Any]]:
     """For each reading: what is left of three objects, named and implied by a scene, and of a style, and what is left
     of the objects' neighbours and of everything else."""
     rng = random.Random(seed)
-    others = object_prompts([n for n in world.OBJECTS if n not in concepts], 32, seed)
+    others = object_prompts([n for n in world.OBJECTS if n not in concepts], 24, seed)
     scenes = {held: word for word, (_, held) in world.SCENES.items()}
     sets = {name: {"object left": (object_prompts([name], count, seed), name),
                    "implied left": ([world.scene(rng, scenes[name]) for _ in range(count // 2)], name),
                    "neighbour found": (object_prompts([world.NEIGHBOURS[name]], count, seed), world.NEIGHBOURS[name]),
                    "others found": (others, None)} for name in concepts}
     own, rows = style_prompts(style, count, seed), []
-    unedited: tuple[CREOptions | None, float, str] = (None, 0.0, "")
-    for reading, (options, strength, neutral) in {"unedited": unedited, **READINGS}.items():
-        def erase(text: str, o: Any = options, s: float = strength, n: str = neutral) -> Any:
-            return demo.erase(demo.concept(text, n), s, o) if o else demo.model
+    for label, reading in READINGS.items():
+        def erase(text: str, r: Reading = reading) -> Any:
+            keep = world.NEIGHBOURS.get(text, "") if r.keep else ""
+            return demo.erase(demo.concept(text, r.neutral, keep), r.strength, r.options) if r.options else demo.model
 
         found: dict[str, list[bool]] = defaultdict(list)
         for name, parts in sets.items():
@@ -63,7 +74,7 @@ def compare(demo: Demo, concepts: Sequence[str] = ("beer mug", "kitchen knife", 
                 found[column] += [next(verdicts).found(sought or p.objects[0]) for p in pictures]
         seen = demo.verdicts(erase(f"in the style of {style}"), [p.caption for p in own], seed)
         rates = {column: Rate.of(hits) for column, hits in found.items()}
-        rows.append({"reading": reading, "strength": strength, **rates,
+        rows.append({"reading": label, **rates,
                      "style left": Rate.of([v.style == style for v in seen])})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows

@@ -16,11 +16,11 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, overhead, readings
+from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
-GOVERNED = ("beer mug", "kitchen knife", "skull")  # of the tables about gates
+GOVERNED = ("beer mug", "kitchen knife")  # of the tables about gates and causal periods
 
 
 def plain(value: Any) -> Any:
@@ -73,11 +73,12 @@ def overhead_tables(quick: bool) -> None:
 def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
     icons = ROOT / "output" / "train-demo" / "icons"
     if icons.is_dir():
-        rows = gates.accuracies(icons, *((20, 40) if quick else (300, 900)))
+        rows = gates.accuracies(icons, *((20, 40) if quick else (600, 1800)))
         write("discriminators", rows, "Right answers about held-out drawings, at confidence 0.5; found and false "
               "alarms at the threshold chosen for 1 % false alarms.")
-    rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 200)
-    write("in flight", rows, "A mixed batch: half harmless, a quarter names the concept, a quarter implies it. "
+    rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 100)
+    write("in flight", rows, "Mixed prompts, 100 a concept: half harmless, a quarter names it, a quarter implies it. "
+          f"CRE at strength {erasure.STRENGTH:g}. "
           f"{settings}")
 
 
@@ -89,6 +90,16 @@ def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
     write("definition 2", causal.definition(demo, names, seeds, steps=4 if quick else 10), "By brute force.")
     rows = causal.editing_in(demo, names, steps, seeds, count)
     write("where to edit", rows, f"CRE in the causal period, everywhere, in random windows as long. {settings}")
+
+
+def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:
+    names, count = world.ERASED[:1 if quick else 4], 4 if quick else mitigation.BATCH
+    about = f"CRE at strength {erasure.STRENGTH:g}. {settings}"
+    write("by picture", mitigation.by_picture(demo, names, count), "The concept comes as a picture. " + about)
+    write("precise", mitigation.precise(demo, names, count), "The concept beside something else. " + about)
+    few = {"count": 4, "others": 8} if quick else {}
+    rows = mitigation.several(demo, world.ERASED[:2 if quick else 4], **few)
+    write("several", rows, f"{', '.join(names)}: alone and at once. " + about)
 
 
 def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
@@ -106,7 +117,7 @@ def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
 
 def main() -> None:
     tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
-              "causal", "governed", "kpop", "learned-concept")
+              "causal", "governed", "mitigation", "kpop", "learned-concept")
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -137,8 +148,8 @@ def main() -> None:
             for name in names[:1] if quick else names:
                 rows.append(make(name))
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        write("erasure", rows, f"CRE, one concept at a time: objects at default settings; styles "
-                  f"beside the other styles as neutral prompts, floor 0, strength 2. {settings}")
+        write("erasure", rows, f"CRE, one concept at a time: objects at strength {erasure.STRENGTH:g}, their neighbour "
+                  f"in `keep`; styles with the other styles neutral and kept, floor 0, strength 2. {settings}")
     if "eiup" in wanted:
         rows = eiup.compare(demo, 1, 4, 8) if quick else eiup.compare(demo)
         write("eiup", rows, f"EIUP on the concepts of the eight scenes, 64 pictures a figure. {settings}")
@@ -150,6 +161,8 @@ def main() -> None:
         rows = gates.governed(demo, (4,), 2) if quick else gates.governed(demo, (4, 16), 25)
         write("governed", rows, "Concepts governed at once by CRE, each behind its gate; four are looked at. "
               f"{settings}")
+    if "mitigation" in wanted:
+        mitigation_tables(demo, quick, settings)
     if "direction" in wanted:
         rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",)) if quick else \
             direction.compare(demo)

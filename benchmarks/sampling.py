@@ -32,7 +32,7 @@ class Demo:
     clip: Any
     vae: Any
     steps: int = STEPS
-    _concepts: dict[tuple[str, str], Concept] = field(default_factory=dict)
+    _concepts: dict[tuple[str, str, str], Concept] = field(default_factory=dict)
 
     @classmethod
     def ready(cls) -> Demo:
@@ -45,10 +45,10 @@ class Demo:
         """A prompt in which <image> stands for a picture [3, h, w]."""
         return reference_prompt(self.clip, picture.movedim(0, -1)[None], text)
 
-    def concept(self, text: str, neutral: str = NEUTRAL) -> Concept:
-        key = text, neutral
+    def concept(self, text: str, neutral: str = NEUTRAL, keep: str = "") -> Concept:
+        key = text, neutral, keep
         if key not in self._concepts:
-            self._concepts[key] = concept_from_text(self.clip, text, text, neutral)
+            self._concepts[key] = concept_from_text(self.clip, text, text, neutral, keep)
         return self._concepts[key]
 
     def erase(self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None,
@@ -56,21 +56,21 @@ class Demo:
         """The MODEL with CRE on `concept`."""
         return add_edit(model or self.model, EditSpec("projection", concept, strength, options=options, **where))
 
-    def pictures(self, model: Any, prompts: Sequence[str | Any], seed: int = 0) -> Tensor:
+    def pictures(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> Tensor:
         """One picture a prompt (text or CONDITIONING), [n, 3, 128, 128] in [0, 1]; picture i always gets noise i."""
         conds = [self.encode(p) if isinstance(p, str) else p for p in prompts]
         noise = torch.randn(len(conds), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-        negative, out = self.encode(""), []
+        away, out = self.encode(negative), []
         for i in range(0, len(conds), BATCH):
             positive = [[torch.cat([c[0][0] for c in conds[i:i + BATCH]]), {}]]
             x = noise[i:i + BATCH]
-            z = comfy.sample.sample(model, x, self.steps, CFG, SAMPLER, SCHEDULER, positive, negative,
+            z = comfy.sample.sample(model, x, self.steps, CFG, SAMPLER, SCHEDULER, positive, away,
                                     torch.zeros_like(x), seed=seed, disable_pbar=True)
             out.append(self.vae.decode(z).movedim(-1, 1))
         return torch.cat(out)
 
-    def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0) -> list[Verdict]:
-        return judge(load_judge(), self.pictures(model, prompts, seed))
+    def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> list[Verdict]:
+        return judge(load_judge(), self.pictures(model, prompts, seed, negative))
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def examples(painter: Painter, name: str, concept: int, others: int, seed: int) 
     return x[0], x[1]
 
 
-def train_gate(painter: Painter, name: str, concept: int = 200, others: int = 600, seed: int = 0) -> Report:
+def train_gate(painter: Painter, name: str, concept: int = 600, others: int = 1800, seed: int = 0) -> Report:
     """The discriminator of one object, into the weights; returns what held-out pictures say."""
     found, report = discriminator.train(*examples(painter, name, concept, others, seed), Drawings(FILE), name)
     about = {"accuracy": report.accuracy, "accuracy spoiled": report.perturbed, "pictures": concept + others}

@@ -36,6 +36,8 @@ class CREOptions:
     solve: "joint" coefficients together explain A best; "sum" are each concept's own.
     floor: a concept is edited only where the cosine between A and At_k (less A0) is at least this; 0 edits everywhere.
         What other prompts share with the concept, "a picture of some thing", lies below it and is left alone.
+
+    And where A is more like one of the concept's kept prompts (spec.Concept.keep) than like the concept, it stays.
     """
 
     width: str
@@ -56,32 +58,58 @@ class CREOptions:
 DEFAULTS = CREOptions(width="full", tokens="all", baseline="neutral", negative="clip", solve="joint", floor=0.5)
 
 
-def project(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Kept:
+    """What the same queries find in prompts that must survive, [M, ..., H, d], and for which concept: of, [K, M]."""
+
+    found: Tensor
+    of: Tensor
+
+
+def project(
+    A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None, kept: Kept | None = None
+) -> Tensor:
     """Phi(A), eq. 4, in A's dtype. Shapes as in `projection`."""
-    return (A.float() - projection(A, At, s, options, A0)).to(A.dtype)
+    return (A.float() - projection(A, At, s, options, A0, kept)).to(A.dtype)
 
 
-def projection(A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None) -> Tensor:
+def projection(
+    A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None, kept: Kept | None = None
+) -> Tensor:
     """What eq. 4 takes away, sum_k s_k c_k (At_k - A0); fp32.
 
     A: [..., H, d]; At: [K, ..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all;
     A0: [..., H, d] or None, the baseline; returns [..., H, d].
     """
-    a, x = A.float(), At.float()
-    if A0 is not None:
-        a, x = a - A0, x - A0
-    if options.width == "full":
-        a, x = a.flatten(-2)[..., None, :], x.flatten(-2)[..., None, :]  # one "head" as wide as all
+    a, x = (less(each, A0, options.width) for each in (A, At))
     s = s[..., None, None]  # [K, ..., 1, 1]
     along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
     if options.floor:  # where the cosine is at least that
         s = s * (along >= options.floor * square.sqrt() * a.norm(dim=-1, keepdim=True))
+    if kept is not None:
+        s = s * (along >= likeness(a, less(kept.found, A0, options.width), kept.of) * square.sqrt())
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
     if options.negative == "clip":
         c = c.clamp_min(0)
     taken = s * c * x
     return (taken[0] if len(x) == 1 else taken.sum(0)).reshape(A.shape)
+
+
+def less(x: Tensor, A0: Tensor | None, width: str) -> Tensor:
+    """x [..., H, d] less the baseline, in fp32; at full width [..., 1, H d], one "head" as wide as all."""
+    x = x.float() if A0 is None else x.float() - A0
+    return x.flatten(-2)[..., None, :] if width == "full" else x
+
+
+def likeness(a: Tensor, y: Tensor, of: Tensor) -> Tensor:
+    """max_m ||a|| cos(a, y_m) over each concept's kept prompts. a: [..., H, d]; y: [M, ..., H, d]; of: [K, M].
+
+    Returns [K, ..., H, 1]; -inf where nothing is kept.
+    """
+    cosines = (y * a).sum(-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    own = of.view(*of.shape, *[1] * (cosines.ndim - 1))
+    return cosines.where(own, -torch.inf).amax(1)
 
 
 def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:

@@ -17,22 +17,30 @@ NEUTRAL = (
 )
 
 
-def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTRAL) -> Concept:
-    """One phrase per line of `text`, encoded by the host's `clip`, and the mean of `neutral`'s lines."""
+def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "") -> Concept:
+    """One phrase per line of `text` and of `keep`, encoded by the host's `clip`, and the mean of `neutral`'s lines."""
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
+    if not phrases:
         raise ValueError("text is empty; write what to erase, one phrasing a line")
+    ordinary = [encode(clip, line) for line in lines_of(neutral)]
+    neutral_mean = mean(ordinary, "neutral") if ordinary else None
+    return Concept(name.strip() or phrases[0].text, phrases, encode(clip, ""), neutral_mean, neutral, kept)
+
+
+def lines_of(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def encode_lines(clip: Any, text: str, name: str) -> tuple[Phrase, ...]:
     phrases = []
-    for line in lines:
+    for line in lines_of(text):
         own = own_tokens(clip, line)
         if not own:
-            raise ValueError(f'text: the text encoder finds no word in "{line}"; write what to erase, or drop the line')
+            raise ValueError(f'{name}: the text encoder finds no word in "{line}"; write a word, or drop the line')
         phrases.append(Phrase(line, encode(clip, line), own))
-    ordinary = [encode(clip, line.strip()) for line in neutral.splitlines() if line.strip()]
-    neutral_mean = mean(ordinary, "neutral") if ordinary else None
-    return Concept(name.strip() or lines[0], tuple(phrases), encode(clip, ""), neutral_mean, neutral)
+    return tuple(phrases)
 
 
 def concept_from_conditioning(
@@ -40,23 +48,30 @@ def concept_from_conditioning(
     name: str = "",
     empty: Sequence[Any] | None = None,
     neutral: Sequence[Any] | None = None,
+    keep: Sequence[Any] | None = None,
 ) -> Concept:
-    """One phrase per entry of `conditioning` (and per row of an entry); all of its tokens count as its own.
+    """One phrase per entry of `conditioning` and `keep` (and per row of an entry); all its tokens count as its own.
 
     The mean of `neutral`'s entries is the neutral encoding.
     """
-    rows = [row for entry in checked(conditioning, "conditioning") for row in entry.split(1)]
     name = name.strip() or "concept"
-    phrases = tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
+    phrases = phrases_of(checked(conditioning, "conditioning"), name)
+    kept = phrases_of(checked(keep, "keep"), f"{name}, kept") if keep is not None else ()
     given = {"empty": empty, "neutral": neutral}
     means = {what: mean(checked(entries, what), what) for what, entries in given.items() if entries is not None}
-    for what, tokens in means.items():
-        if tokens.shape[-1] != rows[0].shape[-1]:
+    width = phrases[0].tokens.shape[-1]
+    for what, tokens in (*means.items(), *(("keep", phrase.tokens) for phrase in kept)):
+        if tokens.shape[-1] != width:
             raise ValueError(
                 f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
-                f"{rows[0].shape[-1]}; make both with the same CLIP"
+                f"{width}; make both with the same CLIP"
             )
-    return Concept(name, phrases, means.get("empty"), means.get("neutral"))
+    return Concept(name, phrases, means.get("empty"), means.get("neutral"), keep=kept)
+
+
+def phrases_of(encodings: Sequence[Tensor], name: str) -> tuple[Phrase, ...]:
+    rows = [row for encoding in encodings for row in encoding.split(1)]
+    return tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
 
 
 def mean(encodings: Sequence[Tensor], name: str) -> Tensor:

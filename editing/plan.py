@@ -15,7 +15,7 @@ from torch import Tensor
 from .append import append
 from .attention import attend, logits, split_heads
 from .blocks import BlockKey, select_blocks
-from .cre import CREOptions, projection
+from .cre import CREOptions, Kept, projection
 from .direction import shift
 from .eiup import reweighted, share
 from .spec import Direction, EditSpec
@@ -39,30 +39,44 @@ class Rows:
 
 @dataclass
 class Steering:
-    """Concepts that are solved together, their prompts by length; the baseline, if any, is the very first."""
+    """Concepts that are solved together, their prompts by length; the baseline, if any, is the very first.
+
+    keep: the prompts of their neighbours, and whose each is, [K, M].
+    """
 
     options: CREOptions
     prompts: list[KV]
+    keep: list[KV]
 
     def __post_init__(self) -> None:
         self.owner = torch.cat([kv.owner for kv in self.prompts])
+        if self.keep:
+            concepts = self.owner[1:] if self.options.baseline == "neutral" else self.owner
+            self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
 
     def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
         s = s[self.owner][:, :, None]
-        step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (len(s) * A[:, 0].numel()))
+        sets = len(s) + sum(len(kv.owner) for kv in self.keep)
+        step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         pieces = [self._project(*piece, s, observe) for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _project(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """The same for some positions; s: [K, R, 1], the baseline's in front."""
-        found = [attend(q, kv.K, kv.V) for kv in self.prompts]
-        At, A0 = found[0] if len(found) == 1 else torch.cat(found), None
+        At, A0 = found_in(self.prompts, q), None
         if self.options.baseline == "neutral":
             A0, At, s = At[0], At[1:], s[1:]
         if observe is not None:
             observe(A=A, At=At, A0=A0, s=s, options=self.options)
-        return projection(A, At, s, self.options, A0)
+        kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
+        return projection(A, At, s, self.options, A0, kept)
+
+
+def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
+    """What the queries [R, N, H, d] find in each prompt: [M, R, N, H, d]."""
+    found = [attend(q, kv.K, kv.V) for kv in prompts]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class BlockEdits:
@@ -73,7 +87,8 @@ class BlockEdits:
         self.joined = [each.bind(attn, dtype) for each in sets.joined]
         self.separate = [each.bind(attn, dtype) for each in sets.separate]
         self.steering = [
-            Steering(options, [each.bind(attn, dtype) for each in group]) for options, group in sets.steering
+            Steering(each.options, *([part.bind(attn, dtype) for part in parts] for parts in (each.phrases, each.keep)))
+            for each in sets.steering
         ]
 
     def apply(

@@ -42,11 +42,13 @@ class Part(BaseModel):
 
 
 class Words(Part):
-    """A concept in words; every phrase is one phrasing, compared with the mean of the neutral ones."""
+    """A concept in words; every phrase is one phrasing, compared with the mean of the neutral ones and with neighbours
+    to keep."""
 
     name: Phrase
     phrases: Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=64)]
     neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
+    keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
 
 
 class LearnedFile(Part):
@@ -150,10 +152,13 @@ class CREEdit(Edit):
     floor: Percent = CRE.floor
 
 
+Weight = Annotated[float, Field(ge=-256, le=256)]
+
+
 class EIUPEdit(Edit):
     method: Literal["EIUP"]
     concept: Source
-    weights: Annotated[tuple[Annotated[float, Field(ge=-16, le=16)], ...], Field(min_length=1, max_length=64)] = (-1.0,)
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=64)] = (-1.0,)
     form: Literal["separate", "joint"] = "separate"
     evidence: Literal["none", "share"] = "none"
 

@@ -164,4 +164,5 @@ class Maker:
 
 
 def encoded(words: Words, clip: Any) -> Concept:
-    return concept_from_text(clip, "\n".join(words.phrases), words.name, "\n".join(words.neutral))
+    phrases, neutral, keep = map("\n".join, (words.phrases, words.neutral, words.keep))
+    return concept_from_text(clip, phrases, words.name, neutral, keep)

@@ -15,6 +15,7 @@ from .artefacts import Artefact
 from .cre import CREOptions
 from .discriminator import Discriminator, to_artefact
 from .eiup import EIUPOptions
+from .encode import lines_of
 from .preset import (
     MAX_LEARNED,
     AnyGate,
@@ -131,9 +132,9 @@ def slug(name: str) -> str:
 
 def words_of(concept: Concept, clip: Any) -> Words:
     """The phrases of a concept, if they are what it was made of."""
-    neutral = tuple(line.strip() for line in concept.neutral_text.splitlines() if line.strip())
+    phrases, keep = (tuple(phrase.text for phrase in some) for some in (concept.phrases, concept.keep))
     try:
-        words = Words(name=concept.name, phrases=tuple(phrase.text for phrase in concept.phrases), neutral=neutral)
+        words = Words(name=concept.name, phrases=phrases, neutral=tuple(lines_of(concept.neutral_text)), keep=keep)
         again = encoded(words, clip)
     except ValueError:
         again = None
@@ -147,9 +148,10 @@ def words_of(concept: Concept, clip: Any) -> Words:
 
 def alike(a: Concept, b: Concept) -> bool:
     """Whether two concepts have the same encodings, but for rounding."""
-    if [phrase.own for phrase in a.phrases] != [phrase.own for phrase in b.phrases]:
+    both = (*a.phrases, *a.keep), (*b.phrases, *b.keep)
+    if len(a.keep) != len(b.keep) or [phrase.own for phrase in both[0]] != [phrase.own for phrase in both[1]]:
         return False
-    pairs = [(x.tokens, y.tokens) for x, y in zip(a.phrases, b.phrases, strict=True)]
+    pairs = [(x.tokens, y.tokens) for x, y in zip(*both, strict=True)]
     if a.baseline is not None and b.baseline is not None:
         pairs.append((a.baseline, b.baseline))
     return (a.baseline is None) == (b.baseline is None) and all(

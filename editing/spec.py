@@ -48,7 +48,8 @@ class Phrase(Shared):
 class Concept(Shared):
     """What an edit removes: phrasings, each one steering vector, and encodings [1, T, W] they are compared with.
 
-    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text.
+    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text;
+    keep: neighbours that must survive: an edit leaves alone what is more like one of them.
     """
 
     name: str
@@ -56,10 +57,11 @@ class Concept(Shared):
     empty: Tensor | None = None
     neutral: Tensor | None = None
     neutral_text: str = ""
+    keep: tuple[Phrase, ...] = ()
     artefact: Artefact | None = None  # what a file of it holds, if it was learned
 
     def __post_init__(self) -> None:
-        encodings = [phrase.tokens for phrase in self.phrases]
+        encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
         encodings += [tokens for tokens in (self.empty, self.neutral) if tokens is not None]
         if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
             raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
@@ -78,7 +80,7 @@ class Concept(Shared):
 
     @cached_property
     def key(self) -> str:
-        return digest((self.baseline_key, *(phrase.key for phrase in self.phrases)))
+        return digest((self.baseline_key, *([phrase.key for phrase in some] for some in (self.phrases, self.keep))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,12 +51,21 @@ class TokenSet:
 
 
 @dataclass
+class Solved:
+    """Concepts that are solved together: their phrases, behind the baseline if there is one, and their neighbours."""
+
+    options: CREOptions
+    phrases: list[TokenSet]
+    keep: list[TokenSet]
+
+
+@dataclass
 class TokenSets:
     """The edits of a cross-attention by what is done with them (plan.py), not yet bound to one."""
 
     joined: list[TokenSet] = field(default_factory=list)  # into the prompt's softmax
     separate: list[TokenSet] = field(default_factory=list)  # a softmax of their own
-    steering: list[tuple[CREOptions, list[TokenSet]]] = field(default_factory=list)  # concepts that are solved together
+    steering: list[Solved] = field(default_factory=list)
 
 
 def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device) -> TokenSets:
@@ -82,7 +91,7 @@ def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device)
     for alike in sorted(steering):
         options = specs[steering[alike][0][0]].options
         assert isinstance(options, CREOptions)
-        sets.steering.append((options, steering_sets(options, steering[alike], device)))
+        sets.steering.append(solved(options, steering[alike], device))
     return sets
 
 
@@ -102,17 +111,22 @@ def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], evidence: bool, d
     return TokenSet([i for i, _, _ in phrases], tokens, tokens, w.to(device), own)
 
 
-def steering_sets(options: CREOptions, concepts: Sequence[tuple[int, Concept]], device: torch.device) -> list[TokenSet]:
+def solved(options: CREOptions, concepts: Sequence[tuple[int, Concept]], device: torch.device) -> Solved:
     """Every phrase of the concepts, by length; the neutral encoding is the very first where it is the baseline."""
-    prompts: list[tuple[int, Tensor]] = []
+
+    def chosen(phrase: Phrase) -> Tensor:
+        return phrase.tokens[:, list(phrase.own)] if options.tokens == "own" else phrase.tokens
+
+    prompts = [(i, chosen(phrase)) for i, concept in concepts for phrase in concept.phrases]
     if options.baseline == "neutral":
         i, concept = concepts[0]
         assert concept.baseline is not None  # Backbone.admit has seen to it
-        prompts.append((i, concept.baseline))
-    for i, concept in concepts:
-        for phrase in concept.phrases:
-            own = options.tokens == "own"
-            prompts.append((i, phrase.tokens[:, list(phrase.own)] if own else phrase.tokens))
+        prompts.insert(0, (i, concept.baseline))
+    keep = [(i, chosen(phrase)) for i, concept in concepts for phrase in concept.keep]
+    return Solved(options, by_length(prompts, device), by_length(keep, device))
+
+
+def by_length(prompts: Sequence[tuple[int, Tensor]], device: torch.device) -> list[TokenSet]:
     sets = []
     for T in dict.fromkeys(tokens.shape[1] for _, tokens in prompts):
         alike = [(i, tokens) for i, tokens in prompts if tokens.shape[1] == T]

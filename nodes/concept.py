@@ -38,14 +38,24 @@ class ConceptGuardConcept(io.ComfyNode):
                         "erased. Empty: only what the empty prompt has in common with it is spared.",
                     )
                 ),
+                io.String.Input(
+                    "keep",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Neighbours that must survive, one a line, such as a spoon for a knife: CRE leaves alone "
+                    "what is more like one of them than like the concept. Each line costs as much as one of the text.",
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept, encoded.")],
         )
 
     @classmethod
-    def execute(cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL) -> io.NodeOutput:
+    def execute(
+        cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = ""
+    ) -> io.NodeOutput:
         with named("ConceptGuardConcept"):
-            return io.NodeOutput(concept_from_text(clip, text, name, neutral))
+            return io.NodeOutput(concept_from_text(clip, text, name, neutral, keep))
 
 
 class ConceptGuardConceptFromConditioning(io.ComfyNode):
@@ -74,16 +84,27 @@ class ConceptGuardConceptFromConditioning(io.ComfyNode):
                     tooltip="The same text encoder's conditioning of ordinary prompts (their mean is taken): what "
                     "they have in common with the concept is not erased. Not connected: `empty` stands for it.",
                 ),
+                io.Conditioning.Input(
+                    "keep",
+                    optional=True,
+                    tooltip="The same text encoder's conditioning of neighbours that must survive: CRE leaves alone "
+                    "what is more like one of them than like the concept.",
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept.")],
         )
 
     @classmethod
     def execute(
-        cls, conditioning: list, name: str = "", empty: list | None = None, neutral: list | None = None
+        cls,
+        conditioning: list,
+        name: str = "",
+        empty: list | None = None,
+        neutral: list | None = None,
+        keep: list | None = None,
     ) -> io.NodeOutput:
         with named("ConceptGuardConceptFromConditioning"):
-            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty, neutral))
+            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty, neutral, keep))
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardConcept, ConceptGuardConceptFromConditioning]

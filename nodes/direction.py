@@ -13,7 +13,19 @@ from ..editing.binding import add_edit
 from ..editing.direction import direction_of, offset
 from ..editing.spec import Direction, Draw, EditSpec, Gate
 from .files import changed, choices, file_of, saved
-from .inputs import CATEGORY, UNLINKED, blocks_input, check, link_inputs, named, strength_input, where, window_inputs
+from .inputs import (
+    CATEGORY,
+    UNLINKED,
+    blocks_input,
+    check,
+    file_output,
+    link_inputs,
+    named,
+    prefix_input,
+    strength_input,
+    where,
+    window_inputs,
+)
 from .types import DirectionType
 
 KIND = "direction"
@@ -63,13 +75,9 @@ class ConceptGuardSaveDirection(io.ComfyNode):
             "Press R to see it in Load Direction.",
             inputs=[
                 DirectionType.Input("direction", tooltip="The direction that Train Direction learned."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="direction",
-                    tooltip="The file's name, to which a number is added; / makes a folder inside concept_guard/.",
-                ),
+                prefix_input("direction"),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The file's name in the models folder.")],
+            outputs=[file_output()],
             is_output_node=True,
         )
 

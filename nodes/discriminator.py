@@ -22,7 +22,7 @@ from ..editing.features import Features, Vision, squared
 from ..editing.pictures import folder_in, read_folder
 from ..editing.trunk import Drawings
 from .files import DRAWINGS_FILE, changed, choices, file_of, saved
-from .inputs import CATEGORY, named
+from .inputs import CATEGORY, named, prefix_input
 from .show import told
 from .types import DiscriminatorType
 
@@ -236,11 +236,7 @@ class ConceptGuardSaveDiscriminator(io.ComfyNode):
             "encoder that it uses is not in the file.",
             inputs=[
                 DiscriminatorType.Input("discriminator", tooltip="What a Train node made."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="discriminators/concept",
-                    tooltip="The file's name, a number follows; with / for a folder inside concept_guard/.",
-                ),
+                prefix_input("discriminators/concept"),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id],

@@ -28,6 +28,18 @@ def strength_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("strength", default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
 
 
+def prefix_input(default: str, folder: str = "concept_guard") -> io.String.Input:
+    return io.String.Input(
+        "filename_prefix",
+        default=default,
+        tooltip=f"The file's name, to which a number is added; / makes a folder inside {folder}/.",
+    )
+
+
+def file_output() -> io.String.Output:
+    return io.String.Output(display_name="file", tooltip="The file's name in the models folder.")
+
+
 def window_inputs(start: float = 0.0, end: float = 1.0) -> list[io.Input]:
     return [
         io.Float.Input(

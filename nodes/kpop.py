@@ -16,7 +16,18 @@ from ..editing.deltas import LoRA
 from ..editing.kpop import edit_of, prompt_of
 from ..editing.spec import EditSpec, Gate, Prompt
 from .files import changed, choices, file_of, saved
-from .inputs import CATEGORY, UNLINKED, check, link_inputs, named, strength_input, where, window_inputs
+from .inputs import (
+    CATEGORY,
+    UNLINKED,
+    check,
+    file_output,
+    link_inputs,
+    named,
+    prefix_input,
+    strength_input,
+    where,
+    window_inputs,
+)
 from .types import FileType, LoRAType, PromptType
 
 KIND = "prompt"
@@ -33,8 +44,7 @@ class ConceptGuardSaveWeights(io.ComfyNode):
             "reads it, here and in other programs that read ComfyUI's LoRAs. Press R to see it there.",
             inputs=[
                 LoRAType.Input("weights", tooltip="What Train KPOP made of the weights."),
-                io.String.Input("filename_prefix", default="without",
-                                tooltip="The file's name, to which a number is added; / makes a folder inside loras/."),
+                prefix_input("without", "loras"),
             ],
             outputs=[FileType.Output(display_name="file", tooltip="The file's name in the models folder; goes into the "
                                      "lora_name of a Load LoRA.")],
@@ -64,10 +74,9 @@ class ConceptGuardSavePrompt(io.ComfyNode):
             "key to what was erased: keep it apart from the weights, with those who audit them.",
             inputs=[
                 PromptType.Input("prompt", tooltip="The prompt that Train KPOP learned."),
-                io.String.Input("filename_prefix", default="prompt", tooltip="The file's name, to which a number is "
-                                "added; / makes a folder inside concept_guard/."),
+                prefix_input("prompt"),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The file's name in the models folder.")],
+            outputs=[file_output()],
             is_output_node=True,
         )  # fmt: skip
 

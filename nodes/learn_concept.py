@@ -19,7 +19,7 @@ from ..editing.learn_concept import ConceptOptions, LearnedTokens, concept_of, t
 from ..editing.network import gradients
 from ..editing.spec import Concept
 from .files import changed, choices, file_of, saved
-from .inputs import CATEGORY, named
+from .inputs import CATEGORY, file_output, named, prefix_input
 from .training import conduct, encode, network_of, train_inputs, weights_key
 from .types import ConceptType
 
@@ -147,10 +147,9 @@ class ConceptGuardSaveConcept(io.ComfyNode):
             "always as a new file. Press R to see it in Load Concept.",
             inputs=[
                 ConceptType.Input("concept", tooltip="The concept that Learn Concept made."),
-                io.String.Input("filename_prefix", default="concept", tooltip="The file's name, to which a number is "
-                                "added; / makes a folder inside concept_guard/."),
+                prefix_input("concept"),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The file's name in the models folder.")],
+            outputs=[file_output()],
             is_output_node=True,
         )  # fmt: skip
 

@@ -21,9 +21,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def cre(
     A: Tensor, At: Sequence[Tensor], s: Sequence[float], heads: int, clip: bool, joint: bool, A0: Tensor | None = None,
-    floor: float = 0.0,
+    floor: float = 0.0, keep: Sequence[Sequence[Tensor]] = (),
 ) -> Tensor:
-    """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width."""
+    """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width.
+
+    keep: for each concept what is found in its neighbours' prompts, [N, C] each.
+    """
     out = A.double().clone()
     for position in range(A.shape[0]):
         for head in range(heads):
@@ -32,7 +35,12 @@ def cre(
             base = torch.zeros(d, dtype=torch.double) if A0 is None else A0[position, part].double()
             a = A[position, part].double() - base
             steer = [each[position, part].double() - base for each in At]
-            near = [k for k, t in enumerate(steer) if not floor or a @ t / (a.norm() * t.norm()) >= floor]
+            cosines = [a @ t / (a.norm() * t.norm()) for t in steer]
+            near = [k for k, cosine in enumerate(cosines) if not floor or cosine >= floor]
+            for k, neighbours in enumerate(keep):
+                for y in (each[position, part].double() - base for each in neighbours):
+                    if k in near and a @ y / (a.norm() * y.norm()) > cosines[k]:
+                        near.remove(k)
             steer = [steer[k] for k in near]
             if not steer:
                 continue

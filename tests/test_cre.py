@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.attention import attend, split_heads
-from conceptguard.editing.cre import CHOICES, DEFAULTS, CREOptions, project
+from conceptguard.editing.cre import CHOICES, DEFAULTS, CREOptions, Kept, project
 
 N, H, D = 5, 4, 12
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")
@@ -21,11 +21,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ours(A: Tensor, At: Tensor, s: list[float], options: CREOptions, A0: Tensor | None = None) -> Tensor:
-    """project() for one row without heads. A, A0: [N, C]; At: [K, N, C]."""
+def ours(
+    A: Tensor, At: Tensor, s: list[float], options: CREOptions, A0: Tensor | None = None, kept: Kept | None = None
+) -> Tensor:
+    """project() for one row without heads. A, A0: [N, C]; At: [K, N, C]; kept.found: [M, N, C]."""
     A0 = None if A0 is None else split_heads(A0, H)
+    kept = kept and replace(kept, found=split_heads(kept.found, H))
     strengths = torch.tensor(s)[:, None].expand(-1, len(A))
-    return project(split_heads(A, H), split_heads(At, H), strengths, options, A0).flatten(-2)
+    return project(split_heads(A, H), split_heads(At, H), strengths, options, A0, kept).flatten(-2)
 
 
 def readings() -> list[CREOptions]:
@@ -68,6 +71,33 @@ def test_below_the_floor_a_concept_is_left_alone(width: str, solve: str) -> None
     whole = ours(A, At, [1.0, 0.5, 1.5], replace(options, floor=0.0), A0)
     assert (result == A).all(-1).any() or (result != whole).any(), "the floor spared nothing"
     assert torch.equal(ours(A, At, [1.0] * 3, replace(options, floor=1.0), A0), A)
+
+
+@pytest.mark.parametrize("solve", CHOICES["solve"])
+@pytest.mark.parametrize("width", CHOICES["width"])
+@pytest.mark.parametrize("baseline", CHOICES["baseline"])
+def test_what_is_more_like_a_neighbour_is_left_alone(baseline: str, width: str, solve: str) -> None:
+    n = 40
+    At, Ay = random(3, n, H * D, seed=1), random(2, n, H * D, seed=3)
+    A0 = random(n, H * D, seed=2) if baseline == "neutral" else None
+    A = random(n, H * D) + At.sum(0) + torch.rand(n, 1, generator=torch.Generator().manual_seed(4)) * 3 * Ay.sum(0)
+    options = CREOptions(width, "all", baseline, "clip", solve)
+    of = torch.tensor([[True, False], [False, False], [True, True]])  # the second concept has no neighbours
+    neighbours = [[y for y, own in zip(Ay, row, strict=True) if own] for row in of]
+    heads = H if width == "head" else 1
+    expected = reference.cre(A, list(At), [1.0] * 3, heads, True, solve == "joint", A0, 0.0, neighbours)
+    result = ours(A, At, [1.0] * 3, options, A0, Kept(Ay, of))
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
+    changed = (result != ours(A, At, [1.0] * 3, options, A0)).any(-1)
+    assert 0 < changed.sum() < n or width == "head", "all or nothing was spared"
+
+
+@pytest.mark.parametrize("solve", CHOICES["solve"])
+def test_a_neighbour_itself_loses_nothing_and_the_concept_all(solve: str) -> None:
+    At, Ay = random(1, N, H * D, seed=1), random(1, N, H * D, seed=2)
+    options, kept = CREOptions("full", "all", "none", "clip", solve), Kept(Ay, torch.ones(1, 1, dtype=torch.bool))
+    assert torch.equal(ours(Ay[0], At, [1.0], options, None, kept), Ay[0])
+    assert ours(At[0], At, [1.0], options, None, kept).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])

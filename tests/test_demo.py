@@ -54,6 +54,9 @@ def test_the_written_encoder_is_the_principal_components() -> None:
     expected = ((x - mean.double()) @ p.double().T).permute(0, 3, 1, 2)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(autoencoder.encode(pixels, p, mean).double(), expected, atol=1e-4, rtol=0)
+    again, shift = autoencoder.read_encoder(vae)
+    torch.testing.assert_close(again, p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(autoencoder.encode(pixels, again, shift).double(), expected, atol=1e-3, rtol=0)
 
 
 def test_the_trained_text_encoder_is_the_stock_one() -> None:

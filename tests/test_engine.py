@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -69,7 +70,9 @@ def expected_output(
     At = [found(p.tokens[0, list(p.own)] if o.tokens == "own" else p.tokens[0]) for p in phrases]
     A0 = found(concepts[0].baseline[0]) if o.baseline == "neutral" else None  # type: ignore[index]
     width = heads if o.width == "head" else 1
-    return reference.cre(A, At, [1.0] * len(At), width, o.negative == "clip", o.solve == "joint", A0, o.floor)
+    keep = [[found(kept.tokens[0]) for kept in concept.keep] for concept in concepts for _ in concept.phrases]
+    clip, joint = o.negative == "clip", o.solve == "joint"
+    return reference.cre(A, At, [1.0] * len(At), width, clip, joint, A0, o.floor, keep)
 
 
 @pytest.mark.parametrize("make", [tiny.sd1, tiny.sdxl])
@@ -91,6 +94,24 @@ def test_the_conditional_rows_of_every_block_follow_equation_4(make: Any, option
             else:
                 expected = reference.attention(*(call[name][row] for name in "qkv"), seen.heads(key))
             torch.testing.assert_close(call["out"][row].double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_kept_neighbours_of_any_length_in_every_block(model: Any) -> None:
+    near = [phrase for seed in (300, 301) for phrase in tiny.concept("spoon", seed).phrases]
+    near[1] = replace(near[1], tokens=near[1].tokens.repeat(1, 2, 1))
+    concepts = [replace(tiny.concept("knife", 100, phrases=2), keep=tuple(near)), tiny.concept("gun", 200)]
+    edited = model
+    for concept in concepts:
+        edited = cre(edited, concept)
+    with tiny.Recorder(model) as seen:
+        tiny.sample(edited, cfg=1.0, steps=1)
+    spared = 0
+    for key, (call,) in seen.calls.items():
+        expected = expected_output(seen, key, call, 0, concepts[::-1], tiny.CRE)
+        torch.testing.assert_close(call["out"][0].double(), expected, rtol=1e-3, atol=1e-3)
+        without = expected_output(seen, key, call, 0, [replace(c, keep=()) for c in concepts[::-1]], tiny.CRE)
+        spared += int((without != expected).any(-1).sum())
+    assert spared, "the neighbours kept nothing"
 
 
 def test_the_printed_formula_to_full_precision(model: Any) -> None:

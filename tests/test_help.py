@@ -32,8 +32,10 @@ def test_a_page_of_help_belongs_to_a_node() -> None:
 
 
 @pytest.mark.parametrize("folder", LOCALES, ids=lambda folder: folder.name)
-def test_a_locale_translates_whole_nodes_that_exist(folder: Path) -> None:
-    for node_id, texts in strings(folder, "nodeDefs").items():
+def test_a_locale_translates_every_node_and_input(folder: Path) -> None:
+    translated = strings(folder, "nodeDefs")
+    assert set(translated) == set(SCHEMAS)
+    for node_id, texts in translated.items():
         schema = SCHEMAS[node_id]
         assert texts["display_name"] and texts["description"]
         assert set(texts["inputs"]) == {each.id for each in schema.inputs}, node_id

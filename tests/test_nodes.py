@@ -40,8 +40,8 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 INPUTS = {
-    "ConceptGuardConcept": ["clip", "text", "name", "neutral"],
-    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "empty", "neutral"],
+    "ConceptGuardConcept": ["clip", "text", "name", "neutral", "keep"],
+    "ConceptGuardConceptFromConditioning": ["conditioning", "name", "empty", "neutral", "keep"],
     "ConceptGuardCRE": [
         *("model", "concept", "strength", "start_percent", "end_percent", "blocks", "range", "gate"),
         *("width", "tokens", "baseline", "negative", "solve"),
@@ -153,6 +153,23 @@ def test_neutral_is_the_mean_of_ordinary_prompts_or_the_empty_one(clip: Any) -> 
     assert make(ConceptGuardConcept, clip, "knife").neutral.shape == (1, 77, tiny.WIDTH)
     with pytest.raises(ValueError, match="neutral mixes prompts of several lengths; keep each of its lines under 75"):
         make(ConceptGuardConcept, clip, "knife", "", "a cat\n" + "cat " * 100)
+
+
+def test_neighbours_to_keep_are_phrases_too(clip: Any) -> None:
+    concept = make(ConceptGuardConcept, clip, "knife", "", "a cat", " spoon\n\na fork")
+    assert [phrase.text for phrase in concept.keep] == ["spoon", "a fork"]
+    assert concept.key != make(ConceptGuardConcept, clip, "knife", "", "a cat").key
+    with pytest.raises(ValueError, match=r'keep: the text encoder finds no word in "\(\)"; write a word'):
+        make(ConceptGuardConcept, clip, "knife", "", "a cat", "()")
+
+
+def test_neutral_and_kept_conditionings(clip: Any) -> None:
+    knife, cat, dog = ([[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("knife", "a cat", "a dog"))
+    concept = make(ConceptGuardConceptFromConditioning, knife, "it", None, cat + dog, dog)
+    torch.testing.assert_close(concept.baseline, (cat[0][0] + dog[0][0]) / 2)
+    assert concept.empty is None and torch.equal(concept.keep[0].tokens, dog[0][0])
+    with pytest.raises(ValueError, match="keep was made with a text encoder of width 3 and conditioning with one of"):
+        make(ConceptGuardConceptFromConditioning, knife, "it", None, cat, [[torch.zeros(1, 77, 3), {}]])
 
 
 def test_weights_count(clip: Any) -> None:
