@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..editing import artefacts
-from ..editing.artefacts import packed, put
+from ..editing.artefacts import Artefact, packed, put
 from ..editing.binding import add_edit, fingerprint_of
 from ..editing.deltas import LoRA
 from ..editing.kpop import edit_of, prompt_of
@@ -150,9 +150,14 @@ class ConceptGuardKPOP(io.ComfyNode):
             place = where(start_percent, end_percent, of_type(prompt).blocks, range, gate)
         method, source = edit_of(prompt)
         edited = add_edit(model, EditSpec(method, source, strength, **place, node=node))
-        if prompt.artefact is not None and prompt.artefact.backbone not in ("", fingerprint_of(model, node)):
-            logging.warning('%s: prompt "%s" was learned on %s', node, prompt.name, prompt.artefact.backbone)
+        compare(prompt.artefact, model, node)
         return io.NodeOutput(edited)
+
+
+def compare(prompt: Artefact | None, model: Any, node: str) -> None:
+    """Warn of a prompt that was learned on another model: it still edits this one, to whatever effect."""
+    if prompt is not None and prompt.backbone not in ("", fingerprint_of(model, node)):
+        logging.warning('%s: prompt "%s" was learned on %s', node, prompt.name, prompt.backbone)
 
 
 def of_type(prompt: Any) -> Prompt:

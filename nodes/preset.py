@@ -22,6 +22,7 @@ from .discriminator import encoder_of
 from .files import contents, fingerprint, holding
 from .gates import reporting
 from .inputs import CATEGORY, check, named, strength_input
+from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
 from .show import id_of
 from .types import GateType
@@ -89,9 +90,10 @@ class ConceptGuardPresetGate(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         with named(LOOK):
             whole = of_type(gate)
-        return io.NodeOutput(
-            PresetGate(whole.values, whole.inflight, vae=vae, clip_vision=clip_vision, image=image, text=text)
+        seen = PresetGate(
+            whole.values, whole.inflight, rule=whole.rule, vae=vae, clip_vision=clip_vision, image=image, text=text
         )
+        return io.NodeOutput(seen)
 
 
 class ConceptGuardApplyPreset(io.ComfyNode):
@@ -150,9 +152,11 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                 seen.vae, seen.image, seen.text, reporting(id_of(cls)),
             )  # fmt: skip
             if whole is seen:
-                whole = Gate(seen.values, seen.inflight)
+                whole = Gate(seen.values, seen.inflight, rule=seen.rule)
             specs = specs_of(read(preset), given, strength, whole, APPLY)
         for spec in specs:
+            if spec.source.artefact is not None and spec.source.artefact.kind == "prompt":
+                compare(spec.source.artefact, model, APPLY)
             model = add_edit(model, spec)
         return io.NodeOutput(model)
 

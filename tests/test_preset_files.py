@@ -115,6 +115,13 @@ def test_a_preset_draws_what_the_nodes_with_the_file_draw(model: Any, clip: Any,
     assert torch.equal(edited, tiny.sample(hand)) and not torch.equal(edited, tiny.sample(model))
 
 
+def test_a_prompt_of_another_model_is_warned_of(model: Any, clip: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(ConceptGuardApplyPreset, model, clip, json.dumps(document("additive", "prompt")))
+    assert [record.getMessage() for record in caplog.records] == [
+        'ConceptGuardApplyPreset: prompt "the other key" was learned on SD9 elsewhere'
+    ]
+
+
 def test_saving_takes_the_files_along_without_their_training(model: Any, clip: Any) -> None:
     hand = model
     for name in LEARNED:

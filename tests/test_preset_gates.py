@@ -12,6 +12,8 @@ from documents import DOCUMENT, WORDS, changed, keys, make
 from torch import Tensor
 
 from conceptguard.editing.binding import add_edit
+from conceptguard.editing.discriminator import Discriminator, Head
+from conceptguard.editing.features import Vision
 from conceptguard.editing.preset import read
 from conceptguard.editing.preset_edits import combined
 from conceptguard.editing.preset_words import described
@@ -129,6 +131,26 @@ def test_a_discriminator_of_prompts_travels_along(model: Any, clip: Any) -> None
     assert keys(make(ConceptGuardApplyPreset, model, clip, text, gate=look(text="knife 7"))) == keys(hand)
 
 
+class Eye:
+    """A CLIP_VISION that sees the mean colours."""
+
+    image_size = 8
+
+    def encode_image(self, image: Tensor, crop: bool = True) -> dict[str, Any]:
+        return {"image_embeds": image.mean((1, 2)) + 1, "last_hidden_state": None}
+
+
+def test_a_discriminator_with_an_encoder_asks_for_it(model: Any, clip: Any) -> None:
+    one = torch.ones(3)
+    judge = Discriminator("red", Vision(Eye()), Head(0 * one, one, one, -5 * one[:1]))
+    hand = by_hand(model, clip, make(ConceptGuardImageGate, judge, PICTURES, soft=True, threshold=0.0))
+    text = make(ConceptGuardSavePreset, hand, clip, "Red")
+    seen = look(image=PICTURES, clip_vision=Eye())
+    assert keys(make(ConceptGuardApplyPreset, model, clip, text, gate=seen)) == keys(hand)
+    with pytest.raises(ValueError, match="edit 1: discriminator .* connect the one .* to `clip_vision`"):
+        ConceptGuardApplyPreset.execute(model, clip, text, gate=look(image=PICTURES))
+
+
 def test_a_gate_without_a_rule_stays_behind_and_says_so(model: Any, clip: Any) -> None:
     class Other:
         name = "somebody's classifier"
@@ -172,6 +194,14 @@ def test_the_whole_presets_gate_multiplies(model: Any, clip: Any) -> None:
     closed = look(gate=Gate((0.0,)))
     applied = make(ConceptGuardApplyPreset, model, clip, gated(DOCUMENTS["preview"]), gate=closed)
     assert torch.equal(tiny.sample(applied), tiny.sample(model))
+
+
+def test_a_whole_presets_gate_is_saved_with_edits_that_have_none(model: Any, clip: Any, knife: Any) -> None:
+    whole = look(gate=with_nodes("image", clip, knife))
+    applied = make(ConceptGuardApplyPreset, model, clip, gated(None), gate=whole)
+    assert keys(applied) == keys(by_hand(model, clip, with_nodes("image", clip, knife)))
+    saved = read(make(ConceptGuardSavePreset, applied, clip, "Whole")).edits[0].gate
+    assert saved is not None and saved.kind == "image" and saved.soft
 
 
 def test_a_preset_gate_is_a_gate_for_other_nodes_too(model: Any) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from conceptguard.tools.host import Host
+from conceptguard.tools.host import Host, HostError
 from conceptguard.tools.workflow import to_api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,3 +127,46 @@ def test_a_blueprint_runs(host: Host, path: Path) -> None:
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": result, "filename_prefix": "blueprint"}}
     images = host.images(host.run(prompt))
     assert images and all(file.startswith(b"\x89PNG") for files in images.values() for file in files)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_prompt_reaches_a_presets_gate(host: Host) -> None:
+    """The same text for the encoder and the gate, and a gate that lacks it says so on its node."""
+    edit = {"method": "CRE", "concept": {"name": "cat", "phrases": ["a cat"]}, "gate": {"kind": "prompt"}}
+    text = json.dumps({"schema_version": 1, "kind": "concept-guard preset", "name": "x", "edits": [edit]})
+    prompt, _ = graph(ROOT / "subgraphs" / "Safe text to image.json", host.get("/object_info"))
+    sample = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+    sample["inputs"] |= {"steps": 2, "model": ["apply", 0]}
+    words = next(node for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
+    words["inputs"]["text"] = ["words", 0]
+    prompt |= {
+        "words": {"class_type": "PrimitiveString", "inputs": {"value": "a cat"}},
+        "look": {"class_type": "ConceptGuardPresetGate", "inputs": {"text": ["words", 0]}},
+        "apply": {"class_type": "ConceptGuardApplyPreset", "inputs": {
+            "model": ["demo", 0], "clip": ["demo", 1], "preset": text, "strength": 1.0, "gate": ["look", 0]}},
+        "show": {"class_type": "SaveImage", "inputs": {"images": ["image", 0], "filename_prefix": "gate"}},
+        "image": {"class_type": "VAEDecode", "inputs": {"samples": [key_of(prompt, sample), 0], "vae": ["demo", 2]}},
+    }  # fmt: skip
+    assert host.images(host.run(prompt))
+    del prompt["apply"]["inputs"]["gate"]
+    with pytest.raises(HostError, match="(?s)ConceptGuardApplyPreset.*edit 1: its gate needs the prompt"):
+        host.run(prompt)
+
+
+def key_of(prompt: dict[str, Any], node: dict[str, Any]) -> str:
+    return next(key for key, each in prompt.items() if each is node)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_a_preset_with_a_gate_draws_what_the_nodes_draw(host: Host) -> None:
+    drawn = []
+    for name in ("in-flight-gate", "gated-preset"):
+        prompt = to_api(loaded(ROOT / "example_workflows" / f"{name}.json"), host.get("/object_info"))
+        for node in prompt.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"] |= {"seed": 11, "steps": 6}
+        images = host.images(host.run(prompt))
+        drawn.append([np.asarray(Image.open(BytesIO(file))) for file in images["14"]])
+    assert len(drawn[0]) == 4 and all((a == b).all() for a, b in zip(*drawn, strict=True))
