@@ -209,7 +209,7 @@ class Preset(Part):
     @model_validator(mode="after")
     def _not_too_much(self) -> Preset:
         concepts = [edit.concept for edit in self.edits if isinstance(edit, CREEdit | EIUPEdit)]
-        count = sum(len(concept.phrases) for concept in concepts if isinstance(concept, Words))
+        count = sum(len(each.phrases) + len(each.keep) for each in concepts if isinstance(each, Words))
         if count > MAX_PHRASES:
             raise ValueError(f"{count} phrases in all; {MAX_PHRASES} are the most that a preset may have")
         return self

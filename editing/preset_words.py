@@ -14,6 +14,7 @@ from .preset import (
     KPOPEdit,
     LearnedFile,
     Preset,
+    Words,
     bytes_of,
     learned_files,
     parsed,
@@ -38,6 +39,8 @@ def _what(edit: Edit) -> str:
         if edit.concept.phrases != (edit.concept.name,):
             thing += " (" + "; ".join(edit.concept.phrases) + ")"
     if isinstance(edit, CREEdit):
+        kept = edit.concept.keep if isinstance(edit.concept, Words) else ()
+        thing += f", but not {'; '.join(kept)}" if kept else ""
         return f"{'Erases' if edit.strength else 'Leaves'} {thing} (CRE, strength {edit.strength:g})"
     weights = ", ".join(f"{weight:g}" for weight in edit.weights)
     verb = "Adds" if all(weight > 0 for weight in edit.weights) else "Weakens or adds"

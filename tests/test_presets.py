@@ -137,6 +137,17 @@ def test_too_many_phrases_in_all() -> None:
         read(json.dumps({**DOCUMENT, "edits": [edit] * 5}))
 
 
+def test_what_is_kept_is_told_saved_and_counted(model: Any, clip: Any) -> None:
+    text = json.dumps(changed("edits", 0, "concept", value={**WORDS, "keep": ["a spoon", "a fork"]}))
+    assert described(read(text))[0].startswith('Erases "knife" (a knife; blades), but not a spoon; a fork (CRE')
+    applied = make(ConceptGuardApplyPreset, model, clip, text)
+    again = read(saved(applied, clip)).edits
+    assert {edit.concept for edit in again} == {edit.concept for edit in read(text).edits}
+    edit = {"method": "CRE", "concept": {"name": "x", "phrases": ["a"], "keep": ["b"] * 64}}
+    with pytest.raises(ValueError, match="260 phrases in all"):
+        read(json.dumps({**DOCUMENT, "edits": [edit] * 4}))
+
+
 def test_markup_is_only_text() -> None:
     document = changed("name", value="<img src=x onerror=alert(1)>")
     assert read(json.dumps(document)).name == "<img src=x onerror=alert(1)>"
