@@ -18,10 +18,8 @@ test: ## lint, types and the whole test suite
 	@$(RUN) tools.typecheck
 	@$(RUN) -m pytest $(ARGS)
 
-browser: ## bring what the browser tests need beside the rest: chromium and Playwright
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; }
-	@$(RUN) -m pip install -q playwright==1.65.2
+browser: ## bring what the browser tests need beside the rest: chromium, Playwright, a newer frontend
+	@$(RUN) tools.browser
 
 serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
 	@$(RUN) tools.serve --port $(PORT) $(ARGS)

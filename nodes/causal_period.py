@@ -189,7 +189,8 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
         found, note = task.kept_or_found(progress(model, id_of(cls), steps))
         start, end = task.percents[found.start], task.percents[found.end]
         text = f"steps {found.start} to {found.end - 1} of {steps}: {start:.3f} to {end:.3f}\n{note}"
-        return told(cls, text, (start, end), start, end, chart(found, concept.name))
+        picture = chart(found, concept.name)
+        return told(cls, text, (start, end), start, end, picture, concept_guard_range=[start, end])
 
 
 @dataclass(frozen=True)

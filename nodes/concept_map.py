@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..editing.binding import add_watch
@@ -164,7 +164,9 @@ class ConceptGuardConceptMap(io.ComfyNode):
         with closing(watch):
             look(watched, positive, x, seed, noise_levels(model, start_percent, end_percent, steps))
             heat = scaled(watch.heat(height, width), scale)
-        return io.NodeOutput(painted(heat, image), heat)
+        maps = painted(heat, image)
+        # Not as "images": whether the page shows them is the user's setting, and the host would always.
+        return io.NodeOutput(maps, heat, ui={"concept_guard_maps": ui.PreviewImage(maps).as_dict()["images"]})
 
 
 def look(model: Any, positive: list, x: Tensor, seed: int, sigmas: Tensor) -> None:

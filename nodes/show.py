@@ -20,7 +20,7 @@ def id_of(node: type[io.ComfyNode]) -> str | None:
     return getattr(node.hidden, "unique_id", None) if node.hidden else None
 
 
-def told(node: type[io.ComfyNode], text: str, *values: Any) -> io.NodeOutput:
-    """A node's outputs, with words on the node and in the run's history."""
+def told(node: type[io.ComfyNode], text: str, *values: Any, **page: list[Any]) -> io.NodeOutput:
+    """A node's outputs, with words on the node and in the run's history; `page` is for the page's scripts."""
     show(id_of(node), text)
-    return io.NodeOutput(*values, ui=ui.PreviewText(text))
+    return io.NodeOutput(*values, ui={**ui.PreviewText(text).as_dict(), **page})

@@ -219,6 +219,7 @@ def test_it_judges_the_very_pictures_that_the_window_makes(model: Any, sampler: 
     for images, (a, b) in zip(shown, windows, strict=True):
         assert torch.equal(images, pictures(model, percents, a, b, sampler)), (sampler, a, b)
     assert out.args[0] == (percents[1], percents[5]) == out.args[1:3]
+    assert out.ui["concept_guard_range"] == [percents[1], percents[5]], "what the range bars of the page shade"
 
 
 def test_a_naive_search_finds_the_same_with_more_calls(model: Any) -> None:

@@ -235,7 +235,7 @@ def test_train_save_load_and_gate(folders: Path) -> None:
     )
     discriminator, threshold, accuracy, plot = out.args
     assert accuracy == 1 and threshold == discriminator.threshold and plot.shape[0] == 1
-    (text,) = out.ui.as_dict()["text"]
+    (text,) = out.ui["text"]
     assert "1 pictures cannot be read and were left out: broken.png" in text and "held out: 10 examples" in text
     ConceptGuardSaveDiscriminator.execute(discriminator, "mine/red disc")
     assert [path.name for path in (folders / "concept_guard" / "mine").iterdir()] == ["red disc_00001.safetensors"]

@@ -5,10 +5,13 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { outputOf, sourceOf, targetsOf } from "./graph.mjs";
 import { remount } from "./remount.mjs";
-import { moved, rounded, stepsIn } from "./window.mjs";
+import { moved, rounded, stepsIn, windowIn } from "./window.mjs";
 
-const SETTING = "ConceptGuard.Range.Show";
+const SHOW = "ConceptGuard.Range.Show";
+const WINDOW = "ConceptGuard.Range.Window";
+const setting = (id) => app.extensionManager?.setting?.get(id);
 const STYLE = `
 .cg-range { box-sizing: border-box; width: 100%; height: 34px; padding: 2px 10px; touch-action: none; user-select: none;
   color: var(--input-text, #ddd); font: 10px/12px sans-serif; }
@@ -32,40 +35,28 @@ const STYLE = `
 const views = new Set(); // what paints each range that is on a node
 
 const linked = (node, name) => node.inputs?.find((input) => input.name === name && input.link != null);
-const linkOf = (graph, id) => graph?.getLink?.(id) ?? graph?.links?.get?.(id) ?? graph?.links?.[id];
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 /** The nearest node downstream that has steps and a scheduler. */
 function samplerAfter(node) {
-  const seen = new Set();
-  const queue = [node];
-  while (queue.length) {
-    const here = queue.shift();
-    if (!here || seen.has(here)) continue;
-    seen.add(here);
+  const seen = new Set([node]);
+  for (const here of seen) {
     if (here !== node && widgetOf(here, "steps") && widgetOf(here, "scheduler")) return here;
-    for (const output of here.outputs ?? []) {
-      if (output.type !== "MODEL") continue;
-      for (const id of output.links ?? []) {
-        const link = linkOf(here.graph, id);
-        if (link) queue.push(here.graph.getNodeById?.(link.target_id));
-      }
-    }
+    for (const next of targetsOf(here, "MODEL")) seen.add(next); // which this loop comes to in its turn
   }
   return null;
 }
 
 /** What a search upstream of the `range` input found when it last ran: [start, end]. */
 function foundPeriod(node) {
-  const input = linked(node, "range");
-  const link = input && linkOf(node.graph, input.link);
-  const found = link && app.nodeOutputs?.[link.origin_id]?.concept_guard_range;
+  const source = sourceOf(node, "range");
+  const found = source && outputOf(source)?.concept_guard_range;
   return Array.isArray(found) && found.length === 2 && found.every(Number.isFinite) ? found : null;
 }
 
 function stepsNote(node, start, end) {
   const sampler = samplerAfter(node);
-  if (!sampler) return "";
+  if (!sampler || ["steps", "scheduler", "denoise"].some((name) => linked(sampler, name))) return "";
   const [steps, scheduler, denoise] = ["steps", "scheduler", "denoise"].map((name) => widgetOf(sampler, name)?.value);
   const held = stepsIn(start, end, steps, scheduler, denoise ?? 1);
   if (held === null) return "";
@@ -224,9 +215,13 @@ function chain(owner, name, after) {
   };
 }
 
-function addRange(node) {
-  const [first, last] = ["start_percent", "end_percent"].map((name) => widgetOf(node, name));
-  if (!first || !last || widgetOf(node, "range_view")) return;
+/** Give a new edit the window of the settings; one that is loaded gets its own afterwards. */
+function startWith(node, first, last) {
+  const window = node.inputs?.some((input) => input.name === "range") && windowIn(setting(WINDOW));
+  if (window) [first.value, last.value] = window;
+}
+
+function addRange(node, first, last) {
   const view = new RangeView(node, first, last);
   view.root.conceptGuardNode = node;
   const widget = node.addDOMWidget("range_view", "CONCEPT_GUARD_RANGE_VIEW", view.root, {
@@ -259,12 +254,20 @@ app.registerExtension({
   name: "ConceptGuard.Range",
   settings: [
     {
-      id: SETTING,
+      id: SHOW,
       category: ["ConceptGuard", "Nodes", "Range"],
       name: "Draw the range of timesteps on nodes",
       tooltip: "A bar with two handles under start_percent and end_percent. Takes effect on nodes made afterwards.",
       type: "boolean",
       defaultValue: true,
+    },
+    {
+      id: WINDOW,
+      category: ["ConceptGuard", "Nodes", "Window"],
+      name: "Window of new edit nodes",
+      tooltip: "Start and end as fractions of the timesteps, such as 0.1 - 0.8. Empty: each node's own.",
+      type: "text",
+      defaultValue: "",
     },
   ],
   init() {
@@ -277,9 +280,12 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!String(node.comfyClass).startsWith("ConceptGuard")) return;
-    if (app.extensionManager?.setting?.get(SETTING) === false) return;
+    const [first, last] = ["start_percent", "end_percent"].map((name) => widgetOf(node, name));
+    if (!first || !last) return;
+    startWith(node, first, last);
+    if (setting(SHOW) === false || widgetOf(node, "range_view")) return;
     try {
-      addRange(node);
+      addRange(node, first, last);
     } catch (error) {
       console.error("ConceptGuard: the range is not drawn, the numbers work", error);
     }

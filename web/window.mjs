@@ -4,6 +4,13 @@ const GRID = 1000; // the number inputs have three decimals
 
 export const rounded = (p) => Math.round(Math.min(Math.max(p, 0), 1) * GRID) / GRID;
 
+/** The window that a text such as "0.1 - 0.8" names, or null. */
+export function windowIn(text) {
+  const found = String(text ?? "").match(/^\s*([\d.]+)\s*[-–,;\s]\s*([\d.]+)\s*$/);
+  const window = found && [Number(found[1]), Number(found[2])];
+  return window && window[0] <= window[1] && window[1] <= 1 ? window.map(rounded) : null; // not with NaN either
+}
+
 /** The window after `part` ("start", "end" or "both") moved by `delta`; start never passes end. */
 export function moved(part, start, end, delta) {
   if (part === "start") return [rounded(Math.min(start + delta, end)), end];

@@ -1,0 +1,90 @@
+"""Nodes and templates in the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page import ROOT, Browser, workflow
+
+from conceptguard.tools.workflow import to_api
+
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+def test_every_node_is_there_and_edit_nodes_have_a_range(browser: Browser) -> None:
+    from conceptguard.nodes import NODES
+
+    known = set(browser.js("() => Object.keys(LiteGraph.registered_node_types)"))
+    assert {node.GET_SCHEMA().node_id for node in NODES} <= known
+    for node in NODES:
+        inputs = {each.id for each in node.GET_SCHEMA().inputs}
+        names = browser.js("id => (LiteGraph.createNode(id).widgets ?? []).map(w => w.name)", node.GET_SCHEMA().node_id)
+        views = [name for name in names if name.endswith("_view")]
+        assert ("range_view" in views) == ({"start_percent", "end_percent"} <= inputs)
+        assert names[len(names) - len(views) :] == views, "saved values are restored by position: views come last"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_template_becomes_the_prompt_that_the_tests_run(browser: Browser, path: Path) -> None:
+    browser.load(workflow(path.stem))
+    found = browser.prompt()
+    expected = to_api(workflow(path.stem), browser.host.get("/object_info"))
+    assert {id: node["class_type"] for id, node in found.items()} == {
+        id: node["class_type"] for id, node in expected.items()
+    }
+    for id, node in expected.items():
+        assert found[id]["inputs"] == node["inputs"], f"node {id}, {node['class_type']}"
+
+
+def test_a_concept_map_is_shown_on_its_node(browser: Browser) -> None:
+    browser.load(workflow("see-a-concept"))
+    node = "app.graph._nodes.find(n => n.type === 'ConceptGuardConceptMap')"
+    browser.js("""() => { for (const n of app.graph._nodes) for (const w of n.widgets ?? [])
+        if (w.name === 'steps') w.value = 2; app.queuePrompt(0, 1) }""")
+    browser.wait("() => [...document.querySelectorAll('.cg-maps img')].some(each => each.naturalWidth > 0)")
+    browser.look_at(node)
+    browser.box(".cg-maps img")
+    browser.picture("concept-map")
+    browser.set("ConceptGuard.Maps.Show", False)
+    browser.js(f"""() => {{ const n = {node}; n.onExecuted(app.nodeOutputs[n.id]) }}""")
+    assert browser.page.locator(".cg-maps img").count() == 0
+    browser.set("ConceptGuard.Maps.Show", True)
+
+
+def test_the_nodes_and_their_settings_speak_chinese(browser: Browser) -> None:
+    nodes, settings = (strings("zh", name) for name in ("nodeDefs", "settings"))
+    served = browser.host.get("/api/i18n")["zh"]
+    assert nodes.items() <= served["nodeDefs"].items() and settings.items() <= served["settings"].items()
+    if not browser.newer:
+        return  # it puts its own texts in a language's place when it has loaded them, and loses those of packs
+    browser.open(**{"Comfy.Locale": "zh"})
+    titles = browser.js("ids => ids.map(id => LiteGraph.registered_node_types[id].title)", list(nodes))
+    assert titles == [texts["display_name"] for texts in nodes.values()]
+    show_settings(browser)
+    for texts in settings.values():
+        browser.page.get_by_text(texts["name"], exact=True).first.wait_for()
+    browser.open(**{"Comfy.Locale": "en"})
+
+
+def test_the_settings_page_tells_where_learned_files_are(browser: Browser) -> None:
+    show_settings(browser)
+    browser.page.get_by_text("Window of new edit nodes", exact=True).first.wait_for()
+    store = browser.page.locator(".cg-store").first
+    store.get_by_text("concept_guard").wait_for()
+    assert str(browser.host.base / "models" / "concept_guard") in store.inner_text().splitlines()
+    browser.picture("settings")
+    browser.page.keyboard.press("Escape")
+
+
+def show_settings(browser: Browser) -> None:
+    browser.js("() => { app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+    browser.page.get_by_role("dialog").get_by_text("ConceptGuard", exact=True).first.click()
+
+
+def strings(language: str, name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
