@@ -15,6 +15,11 @@ PATIENCE = 120_000  # ms: a busy machine is no reason to fail
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.EnableTooltips": False}
 
 
+def kept(host: Host) -> list[Path]:
+    """The presets that the user of its browsers keeps."""
+    return sorted((host.base / "user/default/concept_guard/presets").glob("*.json"))
+
+
 def workflow(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     return loaded

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from page import ROOT, Browser, workflow
-
-from conceptguard.tools.host import Host
+from page import ROOT, Browser, kept, workflow
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 SHIPPED = len(list((ROOT / "presets").glob("*.json")))
-KEPT = "user/default/concept_guard/presets"
 PRESET = (ROOT / "presets" / "no-weapons.json").read_text(encoding="utf-8")
 HOSTILE = json.dumps(
     {**json.loads(PRESET), "name": "<img src=x onerror='window.hit=1'>", "description": "<script>window.hit=1</script>"}
 )
-
-
-def kept(host: Host) -> list[Path]:
-    return sorted((host.base / KEPT).glob("*.json"))
 
 
 def test_presets_are_dropped_shown_kept_and_inserted(browser: Browser) -> None:

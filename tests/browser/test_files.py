@@ -1,4 +1,4 @@
-"""Presets with learned files, two browsers at once, and blueprints, in a real browser (see test_browser.py)."""
+"""Presets with learned files, two browsers at once, and blueprints."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_browser import PATIENCE, Browser, chromium, kept, pytestmark, server
+from page import PATIENCE, ROOT, Browser, kept
 
 from conceptguard.editing.artefacts import Artefact, data_of
 from conceptguard.editing.preset import packed, read
 from conceptguard.tools.host import Host
 
-__all__ = ["chromium", "pytestmark", "server"]  # fixtures and marks, which pytest finds by their names here
-
-BLUEPRINTS = sorted((Path(__file__).resolve().parent.parent / "subgraphs").glob("*.json"))
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 SHIFT = {"b": torch.ones(77, 1), "a": torch.ones(1, 768)}
 WAY = Artefact("direction", "sharp things", SHIFT, text_width=768, tokens=77)
 DATA = data_of(WAY)
@@ -34,22 +33,22 @@ PACKED = packed(read(json.dumps(DOCUMENT)))
 
 
 @pytest.fixture(scope="module")
-def pages(chromium: Any, server: Host) -> Iterator[list[Browser]]:
+def pages(chromium: Any, host: Host) -> Iterator[list[Browser]]:
     """Two users' browsers on one server."""
     contexts = [chromium.new_context(viewport={"width": 1360, "height": 860}) for _ in range(2)]
     opened = []
     for context in contexts:
         context.set_default_timeout(PATIENCE)
-        page = Browser(context.new_page(), server)
+        page = Browser(context.new_page(), host)
         page.page.on("console", lambda message, page=page: page.errors.append(message.text)
                      if "blueprint" in message.text else None)  # fmt: skip
-        page.open(vue=False)
+        page.open(**{"Comfy.VueNodes.Enabled": False})
         opened.append(page)
-    before = kept(server)
+    before = kept(host)
     yield opened
     for context in contexts:
         context.close()
-    for path in set(kept(server)) - set(before):
+    for path in set(kept(host)) - set(before):
         path.unlink()
 
 
