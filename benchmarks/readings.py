@@ -51,11 +51,11 @@ READINGS = {
 
 
 def compare(demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), style: str = "noto",
-            count: int = 12, seed: int = 5) -> list[dict[str, Any]]:
+            count: int = 8, seed: int = 5) -> list[dict[str, Any]]:
     """For each reading: what is left of three objects, named and implied by a scene, and of a style, and what is left
     of the objects' neighbours and of everything else."""
     rng = random.Random(seed)
-    others = object_prompts([n for n in world.OBJECTS if n not in concepts], 24, seed)
+    others = object_prompts([n for n in world.OBJECTS if n not in concepts], 16, seed)
     scenes = {held: word for word, (_, held) in world.SCENES.items()}
     sets = {name: {"object left": (object_prompts([name], count, seed), name),
                    "implied left": ([world.scene(rng, scenes[name]) for _ in range(count // 2)], name),

@@ -137,7 +137,7 @@ def main() -> None:
         write("unedited", [{"figure": k, "rate": v, "pictures": v.n} for k, v in rates.items()],
               f"The demo model without edits. {settings}")
     if "readings" in wanted:
-        write("readings", readings.compare(demo, count=4 if quick else 12), f"Readings of CRE's eq. 4. {settings}")
+        write("readings", readings.compare(demo, count=4 if quick else 8), f"Readings of CRE's eq. 4. {settings}")
     if "cosines" in wanted:
         rows = [{"block": block, **values} for block, values in readings.cosines(demo, "beer mug").items()]
         write("cosines", rows, "Mean cosine between A and A-tilde ('beer mug'), over positions and steps.")
