@@ -81,7 +81,8 @@ def editing_in(demo: Demo, names: Sequence[str], steps: int, seeds: int, count: 
         asked = task(demo, name, steps, seeds, delta)
         found, _ = asked.found(lambda *_: None)
         length = found.end - found.start
-        starts = rng.sample(range(steps - length + 1), min(3, steps - length + 1))
+        elsewhere = [a for a in range(steps - length + 1) if a != found.start]
+        starts = rng.sample(elsewhere, min(3, len(elsewhere)))
         places = {"no edit": None, "every step": (0, steps), "causal period": (found.start, found.end),
                   **{f"random {i + 1}": (a, a + length) for i, a in enumerate(starts)}}
         own = object_prompts([name], count, 3)

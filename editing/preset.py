@@ -152,7 +152,7 @@ class CREEdit(Edit):
     floor: Percent = CRE.floor
 
 
-Weight = Annotated[float, Field(ge=-256, le=256)]
+Weight = Annotated[float, Field(ge=-16, le=16)]
 
 
 class EIUPEdit(Edit):

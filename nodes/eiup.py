@@ -58,8 +58,8 @@ class ConceptGuardEIUP(io.ComfyNode):
                 io.Float.Input(
                     "weight",
                     default=DEFAULTS.weights[0],
-                    min=-256.0,
-                    max=256.0,
+                    min=-16.0,
+                    max=16.0,
                     step=0.05,
                     tooltip="What happens to the features that attend to the concept: below 0 they are taken away, "
                     "0 does nothing (the edit is off, unless the form is joint), above 0 they are added.",

@@ -28,6 +28,7 @@ const STYLE = `
 .cg-range .note { height: 12px; margin-top: 2px; text-align: center; white-space: nowrap; overflow: hidden;
   color: var(--input-text, #ddd); opacity: 0.85; }
 .cg-range.off .bar, .cg-range.off .handle { opacity: 0.25; cursor: not-allowed; }
+.cg-range.off .bar { background: var(--comfy-input-bg, #222); } /* the found period is what counts then */
 .cg-range.wrong .bar { background: #d9534f; }
 .cg-range.wrong .note { color: #d9534f; opacity: 1; }
 `;
