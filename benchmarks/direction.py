@@ -16,32 +16,50 @@ import torch
 from ..demo import world
 from ..demo.judge import Verdict
 from ..editing.binding import add_edit
+from ..editing.decoders import decoder
 from ..editing.direction import direction_of
+from ..editing.eiup import DEFAULTS as EIUP
 from ..editing.safe_region import Settings, random_like
-from ..editing.spec import Concept, Direction, EditSpec, Gate
+from ..editing.spec import Concept, Direction, EditSpec, Gate, InFlight
 from ..nodes.direction import drawn
 from ..nodes.train_direction import learn
+from .gates import shipped
 from .sampling import CFG, STEPS, Demo, Rate, object_prompts
 
-START = 0.0  # these pictures decide early what they show; see `windows`
+START = 0.0  # these pictures decide early what they show
 # Members that the family's direction is learned from, and members of it that the training never names.
 FAMILIES = {
     "sharp weapons": (("kitchen knife", "crossed swords", "scissors"), ("dagger", "syringe")),
     "drinks": (("beer mug", "wine glass"), ("coffee cup",)),
 }
 # Named and implied by a scene.
-SINGLES = ("kitchen knife", "beer mug", "skull")
+SINGLES = ("kitchen knife", "skull")
 
 
-def trained(demo: Demo, concept: Concept, prompts: Sequence[str], goal: str = "away", steps: int = 300, batch: int = 4,
+# What suits a model this small: the authors' 7.5 and 0.06 destroy every picture.
+AWAY: dict[str, Any] = {"guidance": 2.0, "learning_rate": 0.01}
+TOWARDS: dict[str, Any] = {"guidance": 3.0, "learning_rate": 0.03}
+
+
+def trained(demo: Demo, concept: Concept, prompts: Sequence[str], goal: str = "away", steps: int = 150, batch: int = 4,
             seed: int = 0, **settings: Any) -> Direction:
-    chosen = Settings(tuple(prompts), goal, **{"guidance": 7.5, "learning_rate": 0.06, "seed": seed, "cfg": CFG,
+    chosen = Settings(tuple(prompts), goal, **{**(AWAY if goal == "away" else TOWARDS), "seed": seed, "cfg": CFG,
                       "sampling_steps": STEPS, "start_percent": START, "shape": (batch, 4, 16, 16), **settings})
     return direction_of(learn(demo.model, demo.clip, concept, chosen, steps, None, False, None).artefact())
 
 
-def moved(demo: Demo, direction: Direction, strength: float = 1.0, start: float = START, model: Any = None) -> Any:
-    return add_edit(model or demo.model, EditSpec("direction", direction, strength, start, node="bench"))
+OPEN = Gate()
+
+
+def watching(demo: Demo, name: str) -> Gate:
+    """Opens where the picture, a third of the way, shows the concept; it is then drawn again from the start."""
+    judge = shipped(name)
+    look, key, models = decoder(judge, demo.vae)
+    return Gate(inflight=InFlight(key, look, 0.3, judge.threshold, restart=True, models=models))
+
+
+def moved(demo: Demo, direction: Direction, strength: float = 1.0, gate: Gate = OPEN) -> Any:
+    return add_edit(demo.model, EditSpec("direction", direction, strength, START, gate=gate, node="bench"))
 
 
 def phrases(demo: Demo, names: Sequence[str], name: str) -> Concept:
@@ -78,7 +96,7 @@ def rows_of(demo: Demo, label: str, members: Sequence[str], unseen: Sequence[str
     return rows
 
 
-def compare(demo: Demo, count: int = 32, steps: int = 300, batch: int = 4, strengths: Sequence[float] = (1.0, 0.5),
+def compare(demo: Demo, count: int = 30, steps: int = 150, batch: int = 4, strengths: Sequence[float] = (1.0,),
             seed: int = 5, singles: Sequence[str] = SINGLES, families: Sequence[str] = tuple(FAMILIES),
             ) -> list[dict[str, Any]]:
     """`count` pictures a figure."""
@@ -92,6 +110,9 @@ def compare(demo: Demo, count: int = 32, steps: int = 300, batch: int = 4, stren
         for strength in strengths:
             models[f"direction, strength {strength:g}"] = moved(demo, d, strength)
             models[f"random, strength {strength:g}"] = moved(demo, control, strength)
+        if len(members) == 1:  # one shift for every prompt spares none: behind a gate, the others are not moved
+            models["direction, gated"] = moved(demo, d, gate=watching(demo, label))
+            models["random, gated"] = moved(demo, control, gate=watching(demo, label))
         rows += rows_of(demo, label, members, unseen, models, count, seed)
     return rows
 
@@ -99,6 +120,7 @@ def compare(demo: Demo, count: int = 32, steps: int = 300, batch: int = 4, stren
 # --- fairness --------------------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {"gender": tuple(world.GENDERS), "tone": tuple(world.TONES)}
+EACH = 6  # pictures of each biased role
 BIASED = tuple(role for role, (_, women) in world.ROLES.items() if women != 0.5)
 
 
@@ -110,48 +132,46 @@ def attribute_directions(demo: Demo, attribute: str, steps: int, batch: int, see
     for value in ATTRIBUTES[attribute]:
         said = [f"a {value} {role}" if attribute == "gender" else f"a {role} with {value} skin" for role in roles]
         concept = phrases(demo, said, value)
-        found.append(trained(demo, concept, [f"a {role}" for role in roles], "towards", steps, batch, seed,
-                             **{"guidance": 3.0, **settings}))
+        found.append(trained(demo, concept, [f"a {role}" for role in roles], "towards", steps, batch, seed, **settings))
     return found
 
 
-def total_variation(values: Sequence[str], kinds: Sequence[str]) -> float:
+def total_variation(values: Sequence[Any], kinds: Sequence[Any]) -> float:
     """Distance of the values' shares from uniform: half of the sum of absolute differences, 0 to 1."""
     counts = Counter(values)
     return sum(abs(counts[kind] / len(values) - 1 / len(kinds)) for kind in kinds) / 2
 
 
-def fairness(demo: Demo, count: int = 8, steps: int = 200, batch: int = 4, seed: int = 5,
-             strengths: Sequence[float] = (1.0, 0.5)) -> list[dict[str, Any]]:
-    """`count` pictures of each of the biased roles: total variation from uniform over each role, averaged."""
+def fairness(demo: Demo, count: int = EACH, steps: int = 80, batch: int = 4, seed: int = 5, strength: float = 1.0,
+             erased: str = "beer mug", named: int = 30) -> list[dict[str, Any]]:
+    """`count` pictures of each of the biased roles: total variation from uniform, over a role's usual gender and the
+    other, and over the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""
     directions = {name: attribute_directions(demo, name, steps, batch, seed) for name in ATTRIBUTES}
+    controls = {name: [random_like(d, i) for i, d in enumerate(each)] for name, each in directions.items()}
     rng = random.Random(seed)
     people = [world.person(rng, role) for role in BIASED for _ in range(count)]
+    objects = object_prompts([erased], named, seed)
 
-    def fair(chosen: dict[str, list[Direction]], strength: float) -> Any:
-        model = demo.model
+    def fair(chosen: dict[str, list[Direction]], model: Any = None) -> Any:
+        model = model or demo.model
         for each in chosen.values():
-            place = {"start_percent": START, "strength": strength, "node": "bench"}
-            for spec in drawn(each, seed, Gate(), place):
+            for spec in drawn(each, seed, Gate(), {"start_percent": START, "strength": strength, "node": "bench"}):
                 model = add_edit(model, spec)
         return model
 
-    controls = {name: [random_like(d, i) for i, d in enumerate(each)] for name, each in directions.items()}
-    models = {"unedited": demo.model}
-    for strength in strengths:
-        models |= {f"{name}, strength {strength:g}": fair({name: directions[name]}, strength) for name in ATTRIBUTES}
-        models[f"both, strength {strength:g}"] = fair(directions, strength)
-        models[f"random, strength {strength:g}"] = fair(controls, strength)
+    concept = demo.concept(erased)
+    cre, eiup = demo.erase(concept), add_edit(demo.model, EditSpec("erasure", concept, end_percent=0.8, options=EIUP))
+    models = {"unedited": demo.model, "fair": fair(directions), "random": fair(controls), "CRE": cre,
+              "fair and CRE": fair(directions, cre), "EIUP": eiup, "fair and EIUP": fair(directions, eiup)}
     rows = []
     for label, model in models.items():
         verdicts = demo.verdicts(model, [p.caption for p in people], seed)
-        row: dict[str, Any] = {"edit": label}
-        for name, kinds in ATTRIBUTES.items():
-            each = [[getattr(v, name) for v, p in zip(verdicts, people, strict=True) if p.role == role]
-                    for role in BIASED]
-            row[f"{name}, from uniform"] = sum(total_variation(values, kinds) for values in each) / len(each)
-            row[f"{name}, pooled"] = total_variation([value for values in each for value in values], kinds)
+        usual = [v.gender == ("woman" if world.ROLES[p.role or ""][1] > 0.5 else "man")
+                 for v, p in zip(verdicts, people, strict=True)]
+        row: dict[str, Any] = {"edit": label, "gender": total_variation(usual, (True, False)),
+                               "tone": total_variation([v.tone for v in verdicts], tuple(world.TONES))}
         row["role"] = Rate.of([v.role == p.role for v, p in zip(verdicts, people, strict=True)])
+        row[f"{erased} left"] = shown(demo.verdicts(model, [p.caption for p in objects], seed), [erased] * named)
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows

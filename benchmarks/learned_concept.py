@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..demo import world
 from ..demo.judge import Verdict, judge
 from ..demo.load import load_judge
 from ..editing.binding import add_edit
+from ..editing.cre import DEFAULTS
 from ..editing.eiup import EIUPOptions
 from ..editing.learn_concept import concept_of
 from ..editing.network import gradients
@@ -25,7 +27,7 @@ from ..nodes.learn_concept import learn
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 Row = dict[str, Any]
-SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 400, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
+SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 200, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
                             "resume": False, "checkpoint_every": 0}
 
 
@@ -46,24 +48,27 @@ def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **
     return concept_of(found)
 
 
-def edits(demo: Demo, concept: Concept) -> dict[str, Any]:
+def edits(demo: Demo, concept: Concept, strength: float, floor: float) -> dict[str, Any]:
     erasure = EditSpec("erasure", concept, end_percent=0.8, options=EIUPOptions(weights=(-2.0,)))
-    return {"CRE": demo.erase(concept), "EIUP, weight -2": add_edit(demo.model, erasure)}
+    cre = demo.erase(concept, strength, replace(DEFAULTS, floor=floor))
+    return {f"CRE, strength {strength:g}, floor {floor:g}": cre, "EIUP, weight -2": add_edit(demo.model, erasure)}
 
 
 def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture], others: Sequence[world.Picture],
-            shown: Callable[[world.Picture, Verdict], bool], seed: int) -> list[Row]:
+            shown: Callable[[world.Picture, Verdict], bool], seed: int, strength: float = 1.0,
+            floor: float = DEFAULTS.floor) -> list[Row]:  # fmt: skip
     """The concept's own prompts and others', unedited and edited."""
     out = []
-    for name, model in {"unedited": demo.model, **edits(demo, concept)}.items():
+    for name, model in {"unedited": demo.model, **edits(demo, concept, strength, floor)}.items():
         verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
         found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
         kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own):], strict=True)])
         out.append({"concept": what, "edit": name, "its own prompts": found, "other prompts' objects": kept})
+        print("  ".join(f"{k} {v}" for k, v in out[-1].items()), flush=True)
     return out
 
 
-def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 32, pictures: int = 8, seed: int = 13,
+def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 30, pictures: int = 8, seed: int = 13,
          **settings: Any) -> list[Row]:  # fmt: skip
     rng = random.Random(seed)
     names = rng.sample([n for n in world.OBJECTS if n != thing], 24)
@@ -77,9 +82,10 @@ def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 
     styled = [world.one_object(rng, name, style) for name in names]
     shown, of = examples(demo, styled, lambda p, v: in_style(p, v) and v.found(p.objects[0]), pictures)
     concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", **settings)
-    plain = object_prompts(names, count, seed)
+    plain = object_prompts(names, count * 6 // 5, seed)
     out = compare(demo, f"a style ({style}: {len(shown)} pictures)", concept,
-                  style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed)
+                  style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed,
+                  strength=3.0, floor=0.0)  # a style is part of everything in the picture
     shown, _ = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
     concept = learned(demo, shown, [""], "an object", **settings)
     return out + compare(demo, f"an object ({thing}: {len(shown)} pictures)", concept,

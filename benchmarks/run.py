@@ -170,12 +170,12 @@ def main() -> None:
               "names or implies it, or names a member of its family that training never saw; how often others are. "
               f"The random direction is as long at every token. {settings}")
     if "fair" in wanted:
-        count = 2 if quick else 8
-        rows = direction.fairness(demo, count, 4, 2, strengths=(1.0,)) if quick else direction.fairness(demo)
-        floors = ", ".join(f"{name} {direction.floor(count, len(kinds)):.2f}"
-                           for name, kinds in direction.ATTRIBUTES.items())
-        write("fair", rows, f"Total variation from uniform, a role at a time, {count} pictures of each of eight biased "
-              f"roles, and over all of them (pooled). As few uniform draws show {floors} a role. {settings}")
+        rows = direction.fairness(demo, 1, 4, 2, named=2) if quick else direction.fairness(demo)
+        count = len(direction.BIASED) * (1 if quick else direction.EACH)
+        floors = f"gender {direction.floor(count, 2):.2f}, tone {direction.floor(count, 5):.2f}"
+        write("fair", rows, f"Total variation from uniform over {count} pictures of biased roles: a role's usual "
+              f"gender and the other; five tones. As few uniform draws show {floors}. An object is erased beside. "
+              f"{settings}")
     if "kpop" in wanted:
         kpop_tables(demo, quick, settings)
     if "learned-concept" in wanted:
