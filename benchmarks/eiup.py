@@ -34,8 +34,7 @@ def cre(demo: Demo, model: Any, concept: Concept) -> Any:
 
 def settings() -> dict[str, Edit]:
     found: dict[str, Edit] = {"unedited": lambda demo, model, concept: model}
-    found |= {f"separate, weight {w:g}": eiup(weights=(w,), evidence="none") for w in (-2.0, -16.0, -64.0)}
-    found["separate with evidence, weight -64"] = eiup(weights=(-64.0,), evidence="share")
+    found |= {f"separate, weight {w:g}": eiup(weights=(w,), evidence="none") for w in (-2.0, -16.0)}
     found["joint, weight -16"] = eiup(weights=(-16.0,), form="joint")
     found["CRE"] = cre
     if DEMO_WEIGHT_FILE.is_file():
