@@ -36,7 +36,7 @@ FAMILIES = {
 SINGLES = ("kitchen knife", "skull")
 
 
-# What suits a model this small: the authors' 7.5 and 0.06 destroy every picture.
+# What suits a model this small: the authors' 7.5 and 0.06 destroy nearly every picture.
 AWAY: dict[str, Any] = {"guidance": 2.0, "learning_rate": 0.01}
 TOWARDS: dict[str, Any] = {"guidance": 3.0, "learning_rate": 0.03}
 
