@@ -102,22 +102,24 @@ def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:
     write("several", rows, f"{', '.join(names)}: alone and at once. " + about)
 
 
-def kpop_tables(demo: Demo, quick: bool, settings: str) -> None:
-    """Erasure from the weights: the methods, then the ablations; each row is a training."""
+KPOP = {"kpop": kpop.METHODS, "kpop-ablations": kpop.ABLATIONS}
+
+
+def kpop_table(demo: Demo, name: str, quick: bool, settings: str) -> None:
+    """Erasure from the weights; each row is a training."""
     few: dict[str, Any] = {"count": 1, "steps": 4, "path_steps": 2} if quick else {}
     steps = few.get("steps", kpop.SETTINGS["steps"])
     about = f"{', '.join(kpop.ERASED)} erased at once, {steps} steps; {', '.join(kpop.KEPT)} preserved. {settings}"
-    for name, which in (("kpop", kpop.METHODS), ("kpop-ablations", kpop.ABLATIONS)):
-        done = []
-        for row in kpop.rows(demo, dict(list(which.items())[:1]) if quick else which, **few):
-            done.append(row)
-            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        write(name, done, about)
+    done = []
+    for row in kpop.rows(demo, dict(list(KPOP[name].items())[:1]) if quick else KPOP[name], **few):
+        done.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    write(name, done, about)
 
 
 def main() -> None:
     tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
-              "causal", "governed", "mitigation", "kpop", "learned-concept")
+              "causal", "governed", "mitigation", "learned-concept", *KPOP)
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -176,8 +178,9 @@ def main() -> None:
         write("fair", rows, f"Total variation from uniform over {count} pictures of biased roles: a role's usual "
               f"gender and the other; five tones. As few uniform draws show {floors}. An object is erased beside. "
               f"{settings}")
-    if "kpop" in wanted:
-        kpop_tables(demo, quick, settings)
+    for name in wanted:
+        if name in KPOP:
+            kpop_table(demo, name, quick, settings)
     if "learned-concept" in wanted:
         few: dict[str, Any] = {"count": 4, "pictures": 2, "steps": 4} if quick else {}
         write("learned-concept", learned_concept.rows(demo, **few),
