@@ -20,24 +20,29 @@ from ..nodes.train_kpop import learn
 from .sampling import Demo, Rate, object_prompts
 
 ERASED, KEPT = tuple(world.HAZARDS)[:5], tuple(world.HAZARDS)[5:]
+OTHERS = tuple(name for name in world.OBJECTS if name not in world.HAZARDS and name not in world.NEIGHBOURS.values())
+TEMPLATES = ("{}", "{} on a blue background", "a picture of {} in the style of noto",
+             "a drawing of {} in the style of twemoji on a red background")  # fmt: skip
 
 # What suits a model this small. SD1.4's learning rates are 1e-5 both, its prompt is read in the middle, and starts from
 # noise: here that opens nothing. Neutral is a thing that the model knows: it has learned no word for "anything", and
 # what it draws for no text is anything at all. Short paths and a batch, so that every concept is drawn often.
-SETTINGS: dict[str, Any] = {"neutral": "a cat", "width": 128, "height": 128, "steps": 250, "learning_rate": 2e-4,
-                            "prompt_learning_rate": 3e-2, "lam": 1.0, "blocks": "all", "prompt_start": "concept",
+SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "steps": 400, "learning_rate": 2e-4,
+                            "prompt_learning_rate": 3e-2, "lam": 0.3, "blocks": "all", "prompt_start": "concept",
                             "batch_size": 4, "path_steps": 10, "checkpointing": False, "resume": False,
                             "checkpoint_every": 0}
 METHODS: dict[str, dict[str, Any]] = {
-    "KPOP": {},
-    "KPOP, pushed past neutral": {"overshoot": 1.0},
-    "ESD, same budget": {"neutral": "", "lam": 0.0, "overshoot": 1.0},
-    "to neutral, no prompt": {"lam": 0.0},
+    "KPOP, neutral a cat": {"towards": "a cat", "keep": ()},
+    "KPOP, neutral the neighbour": {"keep": ()},
+    "KPOP, and keeping what is preserved": {},
+    "the same, no prompt": {"lam": 0.0},
+    "ESD, same budget": {"towards": "", "keep": (), "lam": 0.0, "overshoot": 1.0},
 }
-ABLATIONS: dict[str, dict[str, Any]] = {  # the paper's table 5, table 6 and figure 5
+# The paper's table 5, table 6 and figure 5; fewer steps show what differs.
+ABLATIONS: dict[str, dict[str, Any]] = {
     "additive": {"mechanism": "additive"},
     "size 1": {"prompt_size": 1},
-    "size 10, all blocks, lambda 1": {},
+    "size 10, all blocks, lambda 0.3": {},
     "size 100": {"prompt_size": 100},
     "middle": {"blocks": "middle"},
     "middle and up": {"blocks": "middle and up"},
@@ -63,11 +68,22 @@ def with_prompt(model: Any, prompt: Prompt) -> Any:
     return add_edit(model, EditSpec(method, source, blocks=prompt.blocks))
 
 
-def trained(demo: Demo, **settings: Any) -> tuple[Any, Prompt]:
+def texts(towards: str | None, keep: Sequence[str]) -> tuple[str, str]:
+    """The node's `text` and `neutral`: each erased object in some captions, and what it is to become there, its
+    neighbour or `towards`; each object of `keep` is to become itself."""
+    if towards == "":
+        return "\n".join(t.format(world.article(name)) for t in TEMPLATES for name in ERASED), ""
+    becomes = {name: towards or world.article(world.NEIGHBOURS[name]) for name in ERASED}
+    becomes |= {name: world.article(name) for name in keep}
+    pairs = [(t.format(world.article(a)), t.format(b)) for t in TEMPLATES for a, b in becomes.items()]
+    return "\n".join(a for a, _ in pairs), "\n".join(b for _, b in pairs)
+
+
+def trained(demo: Demo, towards: str | None = None, keep: Sequence[str] = KEPT, **settings: Any) -> tuple[Any, Prompt]:
     """The MODEL without the erased objects, as the host loads the file, and the key."""
-    text = "\n".join(world.article(name) for name in ERASED)
+    text, neutral = texts(towards, keep)
     with gradients():
-        lora, prompt, _ = learn(demo.model, demo.clip, text, None, **{**SETTINGS, **settings})
+        lora, prompt, _ = learn(demo.model, demo.clip, text, None, **{**SETTINGS, "neutral": neutral, **settings})
     return comfy.sd.load_lora_for_models(demo.model, None, dict(lora), 1.0, 0.0)[0], prompt
 
 
@@ -78,13 +94,16 @@ def missed(rate: Rate) -> Rate:
 def rows(demo: Demo, which: dict[str, dict[str, Any]], count: int = 10, seed: int = 11, **settings: Any
          ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row a method; the first is the unedited model's."""
-    plain = {names: found(demo, demo.model, names, count, seed) for names in (ERASED, KEPT)}
-    yield {"method": "unedited", "ESR-1": missed(plain[ERASED]), "PSR-1": plain[KEPT]}
+    groups = ERASED, KEPT, OTHERS[:: max(1, len(OTHERS) // 10)][:10]
+    plain = [found(demo, demo.model, names, count, seed) for names in groups]
+    yield {"method": "unedited", "ESR-1": missed(plain[0]), "PSR-1": plain[1], "others found": plain[2]}
     for name, changes in which.items():
         model, prompt = trained(demo, **{**settings, **changes})
-        erased, kept = (found(demo, model, names, count, seed) for names in (ERASED, KEPT))
+        erased, kept, others = (found(demo, model, names, count, seed) for names in groups)
         back = found(demo, with_prompt(model, prompt), ERASED, count, seed)
-        share = f"{100 * back.hits / max(plain[ERASED].hits, 1):.0f} % of unedited"
-        yield {"method": name, "ESR-1": missed(erased), "PSR-1": kept,
-               "PSR-1 of unedited": f"{100 * kept.hits / max(plain[KEPT].hits, 1):.0f} %",
-               "found with the prompt": back, "recovered": share}
+        yield {"method": name, "ESR-1": missed(erased), "PSR-1": kept, "PSR-1 of unedited": share(kept, plain[1]),
+               "others found": others, "found with the prompt": back, "recovered": share(back, plain[0])}
+
+
+def share(rate: Rate, of: Rate) -> str:
+    return f"{100 * rate.value / max(of.value, 1e-9):.0f} %"

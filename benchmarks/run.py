@@ -102,16 +102,18 @@ def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:
     write("several", rows, f"{', '.join(names)}: alone and at once. " + about)
 
 
-KPOP = {"kpop": kpop.METHODS, "kpop-ablations": kpop.ABLATIONS}
+KPOP: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "kpop": (kpop.METHODS, {}), "kpop-ablations": (kpop.ABLATIONS, {"steps": 150, "count": 4})}
 
 
 def kpop_table(demo: Demo, name: str, quick: bool, settings: str) -> None:
     """Erasure from the weights; each row is a training."""
-    few: dict[str, Any] = {"count": 1, "steps": 4, "path_steps": 2} if quick else {}
+    methods, few = KPOP[name]
+    few = {"count": 1, "steps": 4, "path_steps": 2} if quick else few
     steps = few.get("steps", kpop.SETTINGS["steps"])
     about = f"{', '.join(kpop.ERASED)} erased at once, {steps} steps; {', '.join(kpop.KEPT)} preserved. {settings}"
     done = []
-    for row in kpop.rows(demo, dict(list(KPOP[name].items())[:1]) if quick else KPOP[name], **few):
+    for row in kpop.rows(demo, dict(list(methods.items())[:1]) if quick else methods, **few):
         done.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     write(name, done, about)
