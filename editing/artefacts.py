@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
         "weights": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "prompt.k": ("P",), "prompt.v?": ("P",),
         "prompt.adam.m": ("M",), "prompt.adam.v": ("M",), "prompt.adam.t": (1,), "z": ("Z",), "losses": ("steps",),
     }, limit=2**35),
-    "concept": Kind({"learned": ("T", "W"), "empty": ("L", "W")}),
+    "concept": Kind({"learned": ("T", "W"), "empty": ("L", "W"), "neutral?": ("L", "W")}),
     "concept-checkpoint": Kind({"learned": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,),
                                 "losses": ("steps",)}),
 }  # fmt: skip

@@ -87,16 +87,23 @@ class LearnedTokens:
         return self.clean[len(self.clean) // 2]
 
     def artefact(self, name: str, empty: Tensor, **about: object) -> Artefact:
-        """empty: [1, T, W], the empty prompt's encoding, which the tokens are put into."""
+        """empty: [1, T, W], the empty prompt's encoding. Neutral are the captions: what they say is no part of it."""
         e = self.e.detach().to("cpu", torch.float32, copy=True)
-        tensors = {"learned": e, "empty": empty[0].to("cpu", torch.float32, copy=True)}
+        neutral = torch.cat([text.c for text in self.captions]).mean(0)
+        rest = {"neutral": neutral, "empty": empty[0]}
+        tensors = {"learned": e, **{key: x.to("cpu", torch.float32, copy=True) for key, x in rest.items()}}
         return Artefact("concept", name, tensors, METHOD, text_width=e.shape[1], tokens=len(e), **about)  # type: ignore[arg-type]
 
 
 def concept_of(found: Artefact) -> Concept:
-    """One phrase: the empty prompt with the learned tokens behind its first."""
+    """One phrase: what it was learned beside, the captions' mean encoding, with the learned tokens in its last places.
+
+    Compared with that same mean, what is left is what the tokens add.
+    """
     e, empty = found.tensors["learned"], found.tensors["empty"][None]
-    if len(e) > empty.shape[1] - 2:
+    neutral = found.tensors["neutral"][None] if "neutral" in found.tensors else empty
+    first = empty.shape[1] - len(e)
+    if first < 2:
         raise ValueError(f'"{found.name}" has {len(e)} tokens, too many for a prompt of {empty.shape[1]}')
-    phrase = Phrase(found.name, placed(empty, e, [1]), tuple(range(1, 1 + len(e))))
-    return Concept(found.name, (phrase,), empty, artefact=found)
+    phrase = Phrase(found.name, placed(neutral, e, [first]), tuple(range(first, empty.shape[1])))
+    return Concept(found.name, (phrase,), empty, neutral, artefact=found)

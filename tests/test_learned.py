@@ -287,11 +287,17 @@ def learn(model: Any, clip: Any, **changes: Any) -> Any:
     return ConceptGuardLearnConcept.execute(model, clip, Pixels(), **inputs).args
 
 
+def tiny_encoding(clip: Any, text: str) -> Tensor:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
+
+
 def test_a_learned_concept_is_erased_as_any_other(model: Any, clip: Any, folders: Path) -> None:
     concept, plot = learn(model, clip, captions="a cat\na bus\na dog")
-    assert concept.name == "glyph" and concept.phrases[0].own == (1, 2) and plot.shape[-1] == 3
-    assert concept.empty is not None
-    assert torch.equal(concept.phrases[0].tokens[:, 3:], concept.empty[:, 3:])
+    assert concept.name == "glyph" and concept.phrases[0].own == (75, 76) and plot.shape[-1] == 3
+    captions = [tiny_encoding(clip, each) for each in ("a cat", "a bus", "a dog")]
+    torch.testing.assert_close(concept.baseline, torch.cat(captions).mean(0, keepdim=True))  # neutral: what they say
+    assert torch.equal(concept.phrases[0].tokens[:, :75], concept.baseline[:, :75])
+    assert torch.equal(concept.empty, tiny_encoding(clip, ""))
     plain = tiny.sample(model)
     cre = ConceptGuardCRE.execute(model, concept, floor=0.0)
     edited = [cre.args[0], ConceptGuardEIUP.execute(model, concept, -2.0).args[0]]
