@@ -24,10 +24,11 @@ from ..editing.learn_concept import concept_of
 from ..editing.network import gradients
 from ..editing.spec import Concept, EditSpec
 from ..nodes.learn_concept import learn
+from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 Row = dict[str, Any]
-SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 200, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
+SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 300, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
                             "resume": False, "checkpoint_every": 0}
 
 
@@ -49,9 +50,10 @@ def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **
 
 
 def edits(demo: Demo, concept: Concept, strength: float, floor: float) -> dict[str, Any]:
-    erasure = EditSpec("erasure", concept, end_percent=0.8, options=EIUPOptions(weights=(-2.0,)))
+    erasure = EditSpec("erasure", concept, options=EIUPOptions(weights=(-strength,), evidence="alike"))
     cre = demo.erase(concept, strength, replace(DEFAULTS, floor=floor))
-    return {f"CRE, strength {strength:g}, floor {floor:g}": cre, "EIUP, weight -2": add_edit(demo.model, erasure)}
+    return {f"CRE, strength {strength:g}, floor {floor:g}": cre,
+            f"EIUP alike, weight -{strength:g}": add_edit(demo.model, erasure)}
 
 
 def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture], others: Sequence[world.Picture],
@@ -62,8 +64,10 @@ def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture
     for name, model in {"unedited": demo.model, **edits(demo, concept, strength, floor)}.items():
         verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
         found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
+        objects = Rate.of([v.found(p.objects[0]) for p, v in zip(own, verdicts, strict=False)])
         kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own):], strict=True)])
-        out.append({"concept": what, "edit": name, "its own prompts": found, "other prompts' objects": kept})
+        out.append({"concept": what, "edit": name, "its own prompts": found, "their objects": objects,
+                    "other prompts' objects": kept})
         print("  ".join(f"{k} {v}" for k, v in out[-1].items()), flush=True)
     return out
 
@@ -85,8 +89,9 @@ def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 
     plain = object_prompts(names, count * 6 // 5, seed)
     out = compare(demo, f"a style ({style}: {len(shown)} pictures)", concept,
                   style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed,
-                  strength=3.0, floor=0.0)  # a style is part of everything in the picture
-    shown, _ = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
-    concept = learned(demo, shown, [""], "an object", **settings)
+                  strength=2.5, floor=0.0)  # a style is part of everything in the picture
+    shown, of = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
+    around = [p.caption.partition(world.article(thing))[2] or "a picture" for p in of]  # style and background alone
+    concept = learned(demo, shown, around, "an object", **settings)
     return out + compare(demo, f"an object ({thing}: {len(shown)} pictures)", concept,
-                         object_prompts([thing], count, seed), plain, is_thing, seed)
+                         object_prompts([thing], count, seed), plain, is_thing, seed, strength=STRENGTH)
