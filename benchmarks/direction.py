@@ -16,11 +16,11 @@ import torch
 from ..demo import world
 from ..demo.judge import Verdict
 from ..editing.binding import add_edit
-from ..editing.decoders import decoder
 from ..editing.direction import direction_of
 from ..editing.eiup import DEFAULTS as EIUP
+from ..editing.gates import in_flight_gate
 from ..editing.safe_region import Settings, random_like
-from ..editing.spec import Concept, Direction, EditSpec, Gate, InFlight
+from ..editing.spec import Concept, Direction, EditSpec, Gate
 from ..nodes.direction import drawn
 from ..nodes.train_direction import learn
 from .gates import shipped
@@ -54,8 +54,7 @@ OPEN = Gate()
 def watching(demo: Demo, name: str) -> Gate:
     """Opens where the picture, a third of the way, shows the concept; it is then drawn again from the start."""
     judge = shipped(name)
-    look, key, models = decoder(judge, demo.vae)
-    return Gate(inflight=InFlight(key, look, 0.3, judge.threshold, restart=True, models=models))
+    return in_flight_gate(judge, demo.vae, 0.3, judge.threshold)
 
 
 def moved(demo: Demo, direction: Direction, strength: float = 1.0, gate: Gate = OPEN) -> Any:
