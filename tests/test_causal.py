@@ -135,6 +135,22 @@ def test_shared_steps_give_the_same_runs_for_fewer_calls(search: Any, start: int
         assert share < (0.17 if search is bisect else 0.22)
 
 
+@pytest.mark.parametrize(("p", "q"), [(0.5, 0.0), (0.65, 0.0), (0.25, 0.25), (0.35, 0.05)])
+def test_what_an_exact_search_costs(p: float, q: float) -> None:
+    """The share of the printed algorithm's model calls that its docstring says."""
+    steps = 200
+    prefixes = Prefixes(lambda x, i, window: [x] * (steps - i), torch.zeros(1), steps)
+    f = needs(round(p * steps), round((1 - q) * steps))
+
+    def confidence(a: int, b: int) -> float:
+        prefixes.run(a, b)
+        return f(a, b)
+
+    found = assess_with_exclusion(confidence, steps)
+    share = prefixes.calls / naive_calls(found.probes, steps, literal=True)
+    assert share == pytest.approx((p - p**2 / 2 + q**2 / 2) / (2 * (p + q)), abs=0.01)
+
+
 # --- percents --------------------------------------------------------------------------------------------------------
 
 
