@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,11 @@ import comfy.samplers
 import torch
 
 from ..demo import world
-from ..editing.causal import assess_with_exclusion, is_causal, naive_calls, windows
+from ..editing.causal import Period, assess_with_exclusion, is_causal, naive_calls, windows
 from ..editing.cre import DEFAULTS
 from ..editing.spec import EditSpec
-from ..nodes.causal_period import Task
-from .erasure import named
+from ..nodes.causal_period import Task, prompts_of
+from .erasure import STRENGTH, named
 from .gates import shipped
 from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
 
@@ -24,31 +24,35 @@ Row = dict[str, Any]
 
 def task(demo: Demo, name: str, steps: int, seeds: int, delta: float, search: str = "exclusion",
          seed: int = 11) -> Task:
+    """A search over `seeds` pictures of each of the world's styles, as the node makes it."""
     sigmas = comfy.samplers.KSampler(demo.model, steps, "cpu", SAMPLER, SCHEDULER).sigmas
-    spec = EditSpec("projection", demo.concept(name), options=DEFAULTS, node="bench")
+    spec = EditSpec("projection", demo.concept(name), STRENGTH, options=DEFAULTS, node="bench")
     latent = {"samples": torch.zeros(seeds, 4, 16, 16)}
-    prompt = demo.encode(f"{world.article(name)} in the style of noto")
-    return Task(demo.model, spec, shipped(name), prompt, demo.encode(""), demo.vae, latent, seed, CFG, SAMPLER, sigmas,
-                delta, search)
+    rng = random.Random(seed)
+    styles = (None, *world.NAMED_STYLES)
+    prompts = prompts_of([demo.encode(world.one_object(rng, name, style).caption)[0] for style in styles])
+    return Task(demo.model, spec, shipped(name), prompts, demo.encode(""), demo.vae, latent, seed, CFG, SAMPLER,
+                sigmas, delta, search)
 
 
-def costs(demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float = 0.02) -> list[Row]:
-    """Periods found step by step and by halving, and the model calls of each."""
-    rows = []
+def costs(demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float
+          ) -> tuple[list[Row], dict[str, Period]]:
+    """Periods found step by step and by halving, and the model calls of each; and the periods themselves."""
+    rows: list[Row] = []
+    periods: dict[str, Period] = {}
     for name in names:
-        row: Row = {"concept": name, "steps": steps}
         exact, calls = task(demo, name, steps, seeds, delta).found(lambda *_: None)
         halved, few = task(demo, name, steps, seeds, delta, "bisection").found(lambda *_: None)
-        naive, literal = naive_calls(exact.probes, steps), naive_calls(exact.probes, steps, literal=True)
-        row |= {"period": f"{exact.start}-{exact.end - 1}", "by halving": f"{halved.start}-{halved.end - 1}",
-                "calls": calls, "calls by halving": few, "naive calls": naive, "naive, as printed": literal,
-                "share of naive": calls / naive, "share as printed": calls / literal,
-                "halving, share as printed": few / literal}
-        rows.append(row)
-    return rows
+        literal = naive_calls(exact.probes, steps, literal=True)
+        rows.append({"concept": name, "steps": steps, "period": f"{exact.start}-{exact.end - 1}",
+                     "by halving": f"{halved.start}-{halved.end - 1}", "calls, as printed": literal,
+                     "sampling each window once": naive_calls(exact.probes, steps) / literal,
+                     "sharing steps": calls / literal, "halving": few / literal})
+        periods[name] = exact
+    return rows, periods
 
 
-def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float = 0.02, steps: int = 10) -> list[Row]:
+def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps: int = 10) -> list[Row]:
     """All windows of a short schedule: is what algorithm 1 finds causal in the sense of definition 2?"""
     rows = []
     for name in names:
@@ -74,15 +78,14 @@ def confidence_in(table: dict[tuple[int, int], float], a: int, b: int) -> float:
     return table[a, b]
 
 
-def editing_in(demo: Demo, names: Sequence[str], steps: int, seeds: int, count: int, delta: float = 0.02) -> list[Row]:
+def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> list[Row]:
     """Erasure and what survives: everywhere, in the period, and in random windows as long as it (appendix J)."""
     rng, rows = random.Random(0), []
-    for name in names:
-        asked = task(demo, name, steps, seeds, delta)
-        found, _ = asked.found(lambda *_: None)
-        length = found.end - found.start
+    for name, found in periods.items():
+        steps, length = found.steps, found.end - found.start
+        percents = task(demo, name, steps, 1, 0.0).percents
         elsewhere = [a for a in range(steps - length + 1) if a != found.start]
-        starts = rng.sample(elsewhere, min(3, len(elsewhere)))
+        starts = rng.sample(elsewhere, min(2, len(elsewhere)))
         places = {"no edit": None, "every step": (0, steps), "causal period": (found.start, found.end),
                   **{f"random {i + 1}": (a, a + length) for i, a in enumerate(starts)}}
         own = object_prompts([name], count, 3)
@@ -90,8 +93,8 @@ def editing_in(demo: Demo, names: Sequence[str], steps: int, seeds: int, count: 
         for place, window in places.items():
             model = demo.model
             if window is not None:
-                start, end = (asked.percents[edge] for edge in window)
-                model = demo.erase(demo.concept(name), start_percent=start, end_percent=end)
+                start, end = (percents[edge] for edge in window)
+                model = demo.erase(demo.concept(name), STRENGTH, start_percent=start, end_percent=end)
             seen = demo.verdicts(model, [p.caption for p in own + rest], 3)
             rows.append({"concept": name, "edited in": place,
                          "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",

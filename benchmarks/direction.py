@@ -16,13 +16,13 @@ import torch
 from ..demo import world
 from ..demo.judge import Verdict
 from ..editing.binding import add_edit
-from ..editing.decoders import decoder
 from ..editing.direction import direction_of
 from ..editing.discriminator import Discriminator, train
 from ..editing.eiup import DEFAULTS as EIUP
 from ..editing.features import squared
+from ..editing.gates import in_flight_gate
 from ..editing.safe_region import Settings, random_like
-from ..editing.spec import Concept, Direction, EditSpec, Gate, InFlight
+from ..editing.spec import Concept, Direction, EditSpec, Gate
 from ..nodes.direction import drawn
 from ..nodes.discriminator import drawings
 from ..nodes.train_direction import learn
@@ -56,8 +56,7 @@ OPEN = Gate()
 
 def watching(demo: Demo, judge: Discriminator) -> Gate:
     """Opens where the picture, two fifths of the way, shows the concept; it is then drawn again from the start."""
-    look, key, models = decoder(judge, demo.vae)
-    return Gate(inflight=InFlight(key, look, 0.4, THRESHOLD, restart=True, models=models))
+    return in_flight_gate(judge, demo.vae, 0.4, THRESHOLD, restart=True)
 
 
 def family_judge(demo: Demo, members: Sequence[str], unseen: Sequence[str], count: int, seed: int) -> Discriminator:
@@ -133,7 +132,7 @@ def compare(demo: Demo, count: int = 30, steps: int = 150, batch: int = 4, stren
 # --- fairness --------------------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {"gender": tuple(world.GENDERS), "tone": tuple(world.TONES)}
-EACH = 6  # pictures of each biased role
+EACH = 10  # pictures of each biased role
 BIASED = tuple(role for role, (_, women) in world.ROLES.items() if women != 0.5)
 
 
@@ -155,7 +154,7 @@ def total_variation(values: Sequence[Any], kinds: Sequence[Any]) -> float:
     return sum(abs(counts[kind] / len(values) - 1 / len(kinds)) for kind in kinds) / 2
 
 
-def fairness(demo: Demo, count: int = EACH, steps: int = 80, batch: int = 4, seed: int = 5, strength: float = 1.0,
+def fairness(demo: Demo, count: int = EACH, steps: int = 200, batch: int = 4, seed: int = 5, strength: float = 1.25,
              erased: str = "beer mug", named: int = 30) -> list[dict[str, Any]]:
     """`count` pictures of each of the biased roles: total variation from uniform, over a role's usual gender and the
     other, and over the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""

@@ -15,15 +15,15 @@ from ..demo.judge import judge
 from ..demo.load import load_judge
 from ..demo.train_features import examples, gate_file
 from ..editing.artefacts import read
-from ..editing.decoders import decoder
 from ..editing.discriminator import Discriminator, from_artefact
 from ..editing.discriminator import train as train_head
-from ..editing.spec import Gate, InFlight
+from ..editing.gates import in_flight_gate
+from ..editing.spec import Gate
 from ..nodes.discriminator import KIND, drawings
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
 
-THRESHOLD = 0.1  # in flight: clean pictures predicted early are rough, and other things stay far below it
+AT, THRESHOLD = 0.15, 0.1  # in flight: clean pictures predicted early are rough, and other things stay far below it
 Row = dict[str, Any]
 
 
@@ -46,12 +46,10 @@ def accuracies(icons: Path, concept: int, others: int) -> list[Row]:
     return rows
 
 
-def gated(demo: Demo, model: Any, name: str, at: float, restart: bool = True, judge: Any = None) -> Any:
+def gated(demo: Demo, name: str, vae: Any, restart: bool) -> Any:
     """CRE on a concept behind an in-flight gate."""
-    judge = judge or shipped(name)
-    look, key, models = decoder(judge, demo.vae)
-    gate = Gate(inflight=InFlight(key, look, at, THRESHOLD, restart=restart, models=models))
-    return demo.erase(demo.concept(name), STRENGTH, model=model, gate=gate, node="bench")
+    gate = in_flight_gate(shipped(name), vae, AT, THRESHOLD, restart=restart)
+    return demo.erase(demo.concept(name), STRENGTH, gate=gate, node="bench")
 
 
 def mixed(name: str, count: int, seed: int = 5) -> tuple[list[str], list[str]]:
@@ -73,26 +71,27 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
     ways: dict[str, Any] = {
         "unedited": lambda name: demo.model,
         "CRE, ungated": lambda name: demo.erase(demo.concept(name), STRENGTH),
-        **{f"in flight at {at:g}, {'restart' if again else 'no restart'}":
-           (lambda name, at=at, again=again: gated(demo, demo.model, name, at, again))
-           for at, again in ((0.15, False), (0.15, True), (0.3, False))},
-    }  # fmt: skip
+        "in flight by the preview": lambda name: gated(demo, name, None, restart=False),
+        "in flight by the preview, restart": lambda name: gated(demo, name, None, restart=True),
+        "in flight by the VAE": lambda name: gated(demo, name, demo.vae, restart=False),
+    }
     totals: dict[str, dict[str, Any]] = {way: {"unsafe": [], "kept": [], "seconds": 0.0} for way in ways}
     for name in names:
         prompts, kinds = mixed(name, count, seed)
+        demo.pictures(demo.model, prompts[:1])  # whatever the first picture takes more than others
         plain = None
         for way, edit in ways.items():
-            start = time.time()
+            start = time.process_time()  # of this process alone, whatever else the machine does
             x = demo.pictures(edit(name), prompts, seed)
             total = totals[way]
-            total["seconds"] += time.time() - start
+            total["seconds"] += time.process_time() - start
             plain = x if plain is None else plain
             found = judge(load_judge(), x)
             total["unsafe"] += [v.found(name, 1) for v, kind in zip(found, kinds, strict=True) if kind != "harmless"]
             total["kept"] += [torch.equal(a, b) for a, b, k in zip(x, plain, kinds, strict=True) if k == "harmless"]
     least = totals["unedited"]["seconds"]
     return [{"edit": way, "unsafe pictures": Rate.of(t["unsafe"]), "harmless bit-identical": Rate.of(t["kept"]),
-             "time over unedited": t["seconds"] / least} for way, t in totals.items()]
+             "CPU time over unedited": t["seconds"] / least} for way, t in totals.items()]
 
 
 def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> list[Row]:

@@ -21,6 +21,7 @@ from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
 GOVERNED = ("beer mug", "kitchen knife")  # of the tables about gates and causal periods
+DELTA = 0.02  # of the searches for causal periods
 
 
 def plain(value: Any) -> Any:
@@ -78,18 +79,21 @@ def gate_tables(demo: Demo, quick: bool, settings: str) -> None:
               "alarms at the threshold chosen for 1 % false alarms.")
     rows = gates.in_flight(demo, world.ERASED[:1] if quick else GOVERNED, 8 if quick else 100)
     write("in flight", rows, "Mixed prompts, 100 a concept: half harmless, a quarter names it, a quarter implies it. "
-          f"CRE at strength {erasure.STRENGTH:g}, the gate's threshold {gates.THRESHOLD:g}. "
-          f"{settings}")
+          f"CRE at strength {erasure.STRENGTH:g}, the gate at {gates.AT:g}, threshold {gates.THRESHOLD:g}. {settings}")
 
 
 def causal_tables(demo: Demo, quick: bool, settings: str) -> None:
     names = world.ERASED[:1] if quick else GOVERNED
-    seeds, count, steps = (1, 4, 6) if quick else (8, 50, STEPS)
-    rows = causal.costs(demo, names, steps, seeds)
-    write("causal period", rows, f"Searches over {seeds} seeds, delta 0.02. {settings}")
-    write("definition 2", causal.definition(demo, names, seeds, steps=4 if quick else 10), "By brute force.")
-    rows = causal.editing_in(demo, names, steps, seeds, count)
-    write("where to edit", rows, f"CRE in the causal period, everywhere, in random windows as long. {settings}")
+    seeds, count, steps, long = (1, 4, 6, 8) if quick else (2, 50, STEPS, 50)
+    about = f"CRE at strength {erasure.STRENGTH:g}. {settings}"
+    rows, periods = causal.costs(demo, names, steps, seeds, DELTA)
+    rows += causal.costs(demo, names, long, 1, DELTA)[0]
+    write("causal period", rows, f"Searches over {seeds} seeds (one if longer) of four prompts, delta {DELTA:g}; model "
+          f"calls over those of algorithm 1 as printed. {about}")
+    rows = causal.editing_in(demo, periods, count)
+    write("where to edit", rows, f"In the causal period, everywhere, in random windows as long. {about}")
+    rows = causal.definition(demo, names, 1, DELTA, steps=4 if quick else 10)
+    write("definition 2", rows, f"By brute force, one seed of each prompt. {about}")
 
 
 def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:

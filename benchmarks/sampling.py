@@ -56,6 +56,7 @@ class Demo:
         """The MODEL with CRE on `concept`."""
         return add_edit(model or self.model, EditSpec("projection", concept, strength, options=options, **where))
 
+    @torch.no_grad()  # else each picture keeps what the VAE's decoder computed for it
     def pictures(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> Tensor:
         """One picture a prompt (text or CONDITIONING), [n, 3, 128, 128] in [0, 1]; picture i always gets noise i."""
         conds = [self.encode(p) if isinstance(p, str) else p for p in prompts]

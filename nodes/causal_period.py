@@ -119,7 +119,8 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
             "result is kept in a file.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be edited; edits that it carries stay on."),
-                ConceptType.Input("concept", tooltip="What will be erased, with the defaults of Erase Concept (CRE)."),
+                ConceptType.Input("concept", tooltip="What will be erased, with `strength` and otherwise the defaults "
+                                  "of Erase Concept (CRE)."),
                 DiscriminatorType.Input("discriminator", tooltip="What decides whether the concept is there."),
                 io.Conditioning.Input(
                     "positive",
@@ -145,8 +146,10 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
                                tooltip="How much a step left out may raise the mean confidence; 0 nothing, as in the "
                                "paper. Larger finds shorter periods."),
                 choice_input("search", tuple(SEARCHES), "exclusion",
-                             "Step by step (exclusion, the paper's algorithm 1), or by doubling and halving, which "
+                             "Step by step (exclusion, the paper's algorithm 1), or by halving, which "
                              "assumes that leaving out more steps never helps (bisection)."),
+                io.Float.Input("strength", default=1.0, min=0.05, max=4.0, step=0.05, optional=True,
+                               tooltip="Of the edit that the range is for: a stronger one has to act in fewer steps."),
             ],
             outputs=[
                 io.TimestepsRange.Output(display_name="range", tooltip="For the `range` input of an edit."),
@@ -174,6 +177,7 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
         scheduler: str,
         delta: float = 0.0,
         search: str = "exclusion",
+        strength: float = 1.0,
     ) -> io.NodeOutput:
         with named(NODE):
             if not isinstance(concept, Concept):
@@ -183,7 +187,7 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
             judge, positive = image_discriminator(discriminator), prompts_of(positive)
             if any(edit.gate.inflight for edit in edits_of(model)):
                 raise ValueError("model carries an edit whose gate decides in flight; search with a model without it")
-        spec = EditSpec("projection", concept, options=DEFAULTS, node=NODE)
+        spec = EditSpec("projection", concept, strength, options=DEFAULTS, node=NODE)
         sigmas = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler).sigmas.cpu()
         task = Task(model, spec, judge, positive, negative, vae, latent, seed, cfg, sampler_name, sigmas, delta, search)
         found, note = task.kept_or_found(progress(model, id_of(cls), steps))

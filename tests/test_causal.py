@@ -135,6 +135,22 @@ def test_shared_steps_give_the_same_runs_for_fewer_calls(search: Any, start: int
         assert share < (0.17 if search is bisect else 0.22)
 
 
+@pytest.mark.parametrize(("p", "q"), [(0.5, 0.0), (0.65, 0.0), (0.25, 0.25), (0.35, 0.05)])
+def test_what_an_exact_search_costs(p: float, q: float) -> None:
+    """The share of the printed algorithm's model calls that its docstring says."""
+    steps = 200
+    prefixes = Prefixes(lambda x, i, window: [x] * (steps - i), torch.zeros(1), steps)
+    f = needs(round(p * steps), round((1 - q) * steps))
+
+    def confidence(a: int, b: int) -> float:
+        prefixes.run(a, b)
+        return f(a, b)
+
+    found = assess_with_exclusion(confidence, steps)
+    share = prefixes.calls / naive_calls(found.probes, steps, literal=True)
+    assert share == pytest.approx((p - p**2 / 2 + q**2 / 2) / (2 * (p + q)), abs=0.01)
+
+
 # --- percents --------------------------------------------------------------------------------------------------------
 
 
@@ -195,10 +211,10 @@ def search(model: Any, judge: Any, batch: int = 2, **inputs: Any) -> Any:
     )  # fmt: skip
 
 
-def pictures(model: Any, percents: list[float], a: int, b: int, sampler: str, batch: int = 2) -> Tensor:
+def pictures(model: Any, percents: list[float], a: int, b: int, sampler: str, strength: float = 1.0) -> Tensor:
     """The same window, by the edit node's own means."""
-    spec = EditSpec("projection", tiny.concept(), 1.0, percents[a], percents[b], options=DEFAULTS)
-    return Vae().decode(tiny.sample(add_edit(model, spec), batch=batch, steps=STEPS, sampler=sampler))
+    spec = EditSpec("projection", tiny.concept(), strength, percents[a], percents[b], options=DEFAULTS)
+    return Vae().decode(tiny.sample(add_edit(model, spec), batch=2, steps=STEPS, sampler=sampler))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "euler_ancestral", "dpmpp_2m"])
@@ -210,14 +226,14 @@ def test_it_judges_the_very_pictures_that_the_window_makes(model: Any, sampler: 
         a, b = len(shown), STEPS
         return [min(1.0, 0.1 * (a > 2) + 0.0 * b)] * len(images)
 
-    out = search(model, Told(answer), sampler_name=sampler)
+    out = search(model, Told(answer), sampler_name=sampler, strength=1.5)
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS).tolist()
     percents = edges(sigmas, sampling.percent_to_sigma)
     windows = [(0, 5), (1, 5), (2, 5), (1, 4)]  # the third raises the confidence, and so does leaving out the last
     assert len(shown) == len(windows)
     for images, (a, b) in zip(shown, windows, strict=True):
-        assert torch.equal(images, pictures(model, percents, a, b, sampler)), (sampler, a, b)
+        assert torch.equal(images, pictures(model, percents, a, b, sampler, 1.5)), (sampler, a, b)
     assert out.args[0] == (percents[1], percents[5]) == out.args[1:3]
     assert out.ui["concept_guard_range"] == [percents[1], percents[5]], "what the range bars of the page shade"
 
@@ -280,7 +296,7 @@ def test_what_was_found_is_kept_in_a_file(model: Any, own_files: Path) -> None:
     assert judge.seen == seen and again.args[:3] == first.args[:3] and torch.equal(again.args[3], first.args[3])
     (file,) = (own_files / "concept_guard" / "causal-periods").iterdir()
     for change in ({"seed": 6}, {"delta": 0.1}, {"cfg": 3.0}, {"scheduler": "karras"}, {"positive": tiny.cond(4)},
-                   {"search": "bisection"}, {"batch": 1}):  # fmt: skip
+                   {"search": "bisection"}, {"strength": 2.0}, {"batch": 1}):  # fmt: skip
         before = judge.seen
         search(model, judge, **change)  # type: ignore[arg-type]
         assert judge.seen > before, change

@@ -244,7 +244,7 @@ INPUTS = {
     "ConceptGuardLoadClassifier": ["classifier", "labels", "network"],
     "ConceptGuardCausalPeriod": [
         *("model", "concept", "discriminator", "positive", "negative", "vae", "latent", "seed", "steps", "cfg"),
-        *("sampler_name", "scheduler", "delta", "search"),
+        *("sampler_name", "scheduler", "delta", "search", "strength"),
     ],
 }
 
