@@ -49,16 +49,16 @@ def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **
     return concept_of(found)
 
 
-def edits(demo: Demo, concept: Concept, strength: float, floor: float) -> dict[str, Any]:
-    erasure = EditSpec("erasure", concept, options=EIUPOptions(weights=(-strength,), evidence="alike"))
-    cre = demo.erase(concept, strength, replace(DEFAULTS, floor=floor))
-    return {f"CRE, strength {strength:g}, floor {floor:g}": cre,
-            f"EIUP alike, weight -{strength:g}": add_edit(demo.model, erasure)}
+def edits(demo: Demo, concept: Concept, strengths: Sequence[float], floor: float) -> dict[str, Any]:
+    options, most = replace(DEFAULTS, floor=floor), max(strengths)
+    erasure = EditSpec("erasure", concept, options=EIUPOptions(weights=(-most,), evidence="alike"))
+    return {**{f"CRE, strength {s:g}, floor {floor:g}": demo.erase(concept, s, options) for s in strengths},
+            f"EIUP alike, weight -{most:g}": add_edit(demo.model, erasure)}
 
 
 def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture], others: Sequence[world.Picture],
-            shown: Callable[[world.Picture, Verdict], bool], seed: int, strength: float = 1.0,
-            floor: float = DEFAULTS.floor) -> list[Row]:  # fmt: skip
+            shown: Callable[[world.Picture, Verdict], bool], seed: int,
+            strengths: Sequence[float] = (STRENGTH,), floor: float = DEFAULTS.floor) -> list[Row]:  # fmt: skip
     """The concept's own prompts and others', unedited and edited."""
     out = []
     for name, model in {"unedited": demo.model, **edits(demo, concept, strength, floor)}.items():
@@ -89,9 +89,9 @@ def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 
     plain = object_prompts(names, count * 6 // 5, seed)
     out = compare(demo, f"a style ({style}: {len(shown)} pictures)", concept,
                   style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed,
-                  strength=2.5, floor=0.0)  # a style is part of everything in the picture
+                  strengths=(2.0, 3.0), floor=0.0)  # a style is part of everything in the picture
     shown, of = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
     around = [p.caption.partition(world.article(thing))[2] or "a picture" for p in of]  # style and background alone
     concept = learned(demo, shown, around, "an object", **settings)
     return out + compare(demo, f"an object ({thing}: {len(shown)} pictures)", concept,
-                         object_prompts([thing], count, seed), plain, is_thing, seed, strength=STRENGTH)
+                         object_prompts([thing], count, seed), plain, is_thing, seed)

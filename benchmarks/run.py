@@ -119,8 +119,7 @@ def kpop_table(demo: Demo, name: str, quick: bool, settings: str) -> None:
     done = []
     for row in kpop.rows(demo, dict(list(methods.items())[:1]) if quick else methods, **few):
         done.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    write(name, done, about)
+        write(name, done, about)  # whatever comes after
 
 
 def main() -> None:
