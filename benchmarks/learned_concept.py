@@ -61,7 +61,7 @@ def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture
             strengths: Sequence[float] = (STRENGTH,), floor: float = DEFAULTS.floor) -> list[Row]:  # fmt: skip
     """The concept's own prompts and others', unedited and edited."""
     out = []
-    for name, model in {"unedited": demo.model, **edits(demo, concept, strength, floor)}.items():
+    for name, model in {"unedited": demo.model, **edits(demo, concept, strengths, floor)}.items():
         verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
         found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
         objects = Rate.of([v.found(p.objects[0]) for p, v in zip(own, verdicts, strict=False)])
