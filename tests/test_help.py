@@ -14,6 +14,7 @@ from conceptguard.nodes import NODES
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 LOCALES = sorted((ROOT / "locales").glob("*"))
+SCRIPTS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js")))
 
 
 def strings(folder: Path, name: str) -> dict[str, Any]:
@@ -45,6 +46,23 @@ def test_a_locale_translates_every_node_and_input(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", LOCALES, ids=lambda folder: folder.name)
 def test_a_locale_translates_every_setting_and_command(folder: Path) -> None:
-    scripts = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js")))
-    ids = {found.replace(".", "_") for found in re.findall(r'"(ConceptGuard\.[A-Za-z]+\.[A-Za-z]+)"', scripts)}
+    ids = {found.replace(".", "_") for found in re.findall(r'"(ConceptGuard\.[A-Za-z]+\.[A-Za-z]+)"', SCRIPTS)}
     assert set(strings(folder, "settings")) | set(strings(folder, "commands")) == ids
+
+
+@pytest.mark.parametrize("folder", LOCALES, ids=lambda folder: folder.name)
+def test_a_locale_translates_every_word_of_the_page(folder: Path) -> None:
+    words = strings(folder, "main")["conceptGuard"]
+    assert set(words) == set(re.findall(r'\bt\("([^"]+)"', SCRIPTS))
+    for english, translated in words.items():
+        assert translated != english and sorted(holes(english)) == sorted(holes(translated)), english
+
+
+def holes(text: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", text)
+
+
+def test_the_page_says_nothing_that_no_locale_can_translate() -> None:
+    """Texts of elements, their titles and errors go through `t`; settings and commands have files of their own."""
+    spoken = r'\b(?:text|title|placeholder|ariaLabel|alt|error): ["`][A-Za-z]|(?:button|Error)\(["`]|return ["`][A-Z]'
+    assert re.findall(f"(?m)^.*(?:{spoken}).*$", SCRIPTS.replace('title: "ConceptGuard"', "")) == []
