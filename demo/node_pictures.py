@@ -21,27 +21,29 @@ BEFORE = {
     "CONCEPT_GUARD_DIRECTION": "ConceptGuardLoadDirection",
     "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardLoadDiscriminator", "CONCEPT_GUARD_PROMPT": "ConceptGuardLoadPrompt",
     "CONDITIONING": "CLIPTextEncode", "IMAGE": "LoadImage", "LATENT": "EmptyLatentImage",
-    "MODEL": "ConceptGuardLoadDemo", "VAE": "ConceptGuardLoadDemo",
+    "LORA_MODEL": "ConceptGuardTrainKPOP", "MODEL": "ConceptGuardLoadDemo", "VAE": "ConceptGuardLoadDemo",
 }  # fmt: skip
 BEHIND = {
     "CLIP": "CLIPTextEncode", "CONCEPT_GUARD_CONCEPT": "ConceptGuardCRE",
     "CONCEPT_GUARD_DIRECTION": "ConceptGuardSafeDirection", "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardImageGate",
     "CONCEPT_GUARD_GATE": "ConceptGuardCRE", "CONCEPT_GUARD_PROMPT": "ConceptGuardKPOP", "CONDITIONING": "KSampler",
-    "IMAGE": "PreviewImage", "MODEL": "KSampler", "TIMESTEPS_RANGE": "ConceptGuardCRE", "VAE": "VAEDecode",
+    "IMAGE": "PreviewImage", "LORA_MODEL": "ConceptGuardSaveWeights", "MODEL": "KSampler",
+    "TIMESTEPS_RANGE": "ConceptGuardCRE", "VAE": "VAEDecode",
 }  # fmt: skip
 
-# Where that is not what the node is for: its neighbours' types and nodes.
-NEIGHBOURS: dict[str, dict[str, str]] = {
-    "ConceptGuardKPOP": {"MODEL": "LoraLoader"},
-    "ConceptGuardSaveConcept": {"CONCEPT_GUARD_CONCEPT": "ConceptGuardLearnConcept"},
-    "ConceptGuardSaveDirection": {"CONCEPT_GUARD_DIRECTION": "ConceptGuardTrainDirection"},
-    "ConceptGuardSaveDiscriminator": {"CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardTrainDiscriminator"},
-    "ConceptGuardSavePreset": {"MODEL": "ConceptGuardCRE"},
-    "ConceptGuardSavePrompt": {"CONCEPT_GUARD_PROMPT": "ConceptGuardTrainKPOP"},
-    "ConceptGuardSaveWeights": {"MODEL": "ConceptGuardTrainKPOP"},
-    "ConceptGuardTrainDirection": {"CONCEPT_GUARD_DIRECTION": "ConceptGuardSaveDirection"},
-    "ConceptGuardTrainDiscriminator": {"CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardSaveDiscriminator"},
-    "ConceptGuardTrainKPOP": {"CONCEPT_GUARD_PROMPT": "ConceptGuardSavePrompt"},
+# Where that is not what the node is for: "<" a type that it takes and what gives it, ">" one that it gives.
+NEIGHBOURS = {
+    "ConceptGuardConceptMap": {"<LATENT": "KSampler"},
+    "ConceptGuardKPOP": {"<MODEL": "LoraLoader"},
+    "ConceptGuardPresetGate": {">CONCEPT_GUARD_GATE": "ConceptGuardApplyPreset"},
+    "ConceptGuardSaveConcept": {"<CONCEPT_GUARD_CONCEPT": "ConceptGuardLearnConcept"},
+    "ConceptGuardSaveDirection": {"<CONCEPT_GUARD_DIRECTION": "ConceptGuardTrainDirection"},
+    "ConceptGuardSaveDiscriminator": {"<CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardTrainDiscriminator"},
+    "ConceptGuardSavePreset": {"<MODEL": "ConceptGuardCRE"},
+    "ConceptGuardSavePrompt": {"<CONCEPT_GUARD_PROMPT": "ConceptGuardTrainKPOP"},
+    "ConceptGuardTrainDirection": {">CONCEPT_GUARD_DIRECTION": "ConceptGuardSaveDirection"},
+    "ConceptGuardTrainDiscriminator": {">CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardSaveDiscriminator"},
+    "ConceptGuardTrainKPOP": {">CONCEPT_GUARD_PROMPT": "ConceptGuardSavePrompt"},
 }
 OPTIONAL = {  # inputs that are connected all the same
     "ConceptGuardInFlightGate": ["vae"], "ConceptGuardPresetGate": ["vae", "image"],
@@ -49,6 +51,10 @@ OPTIONAL = {  # inputs that are connected all the same
 }  # fmt: skip
 TYPED = {
     "ConceptGuardConcept": {"text": "a kitchen knife", "keep": "a spoon"},
+    "ConceptGuardLoadClassifier": {"classifier": "resnet18.safetensors"},
+    "ConceptGuardLoadConcept": {"file": "from-pictures_00001.safetensors"},
+    "ConceptGuardLoadDirection": {"file": "drinks_00001.safetensors"},
+    "ConceptGuardLoadPrompt": {"file": "keys/drinks_00001.safetensors"},
     "ConceptGuardApplyPreset": {"preset": (ROOT / "presets" / "no-weapons.json").read_text(encoding="utf-8")},
 }
 
@@ -79,7 +85,8 @@ CHAIN = """([kind, needed, before, behind, typed]) => {
         if (into >= 0) node.connect(slot, target, into);
     }
     const [width, height] = node.computeSize();
-    node.setSize([Math.max(width, 300), height]);
+    const told = node.widgets?.some(each => each.name === 'preset_view') ? 130 : 0; // a preset is worth its words
+    node.setSize([Math.max(width, 300), height + told]);
     node.pos = [0, 0];
     const others = Object.values(made).filter(each => each !== node);
     for (const each of others) each.collapse(true);
@@ -109,8 +116,10 @@ ARRANGE = """margin => {
 }"""
 
 
-def needed(definition: dict[str, Any]) -> list[str]:
-    return list(definition["input_order"].get("required", ()))
+def around(kind: str, side: str) -> dict[str, str]:
+    """What stands on one side of a node, by type."""
+    own = {key[1:]: node for key, node in NEIGHBOURS.get(kind, {}).items() if key[0] == side}
+    return (BEFORE if side == "<" else BEHIND) | own
 
 
 def taken(host: Host, names: Sequence[str] = ()) -> Iterator[tuple[str, Image.Image]]:
@@ -123,16 +132,15 @@ def taken(host: Host, names: Sequence[str] = ()) -> Iterator[tuple[str, Image.Im
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise SetupError("there is no Playwright here", "bring it with `make browser`") from None
-    settle(host.base, SETTINGS)
+    settle(host.base, {**SETTINGS, "Comfy.NodeBadge.NodeSourceBadgeMode": "None"})
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1600, "height": 1400})
         page.goto(host.url, wait_until="commit")
         page.wait_for_function(f"() => window.app?.graph && window.LiteGraph?.registered_node_types?.{kinds[0]}")
         for kind in kinds:
-            instead = NEIGHBOURS.get(kind, {})
-            inputs = needed(known[kind]) + OPTIONAL.get(kind, [])
-            page.evaluate(CHAIN, [kind, inputs, BEFORE | instead, BEHIND | instead, TYPED.get(kind, {})])
+            inputs = [*known[kind]["input_order"].get("required", ()), *OPTIONAL.get(kind, ())]
+            page.evaluate(CHAIN, [kind, inputs, around(kind, "<"), around(kind, ">"), TYPED.get(kind, {})])
             page.wait_for_timeout(600)  # drawn, and the words under a preset have come
             clip = page.evaluate(ARRANGE, MARGIN)
             page.wait_for_timeout(400)

@@ -65,8 +65,8 @@ def stacked(rows: list[Image.Image]) -> Image.Image:
     return out
 
 
-def keep(picture: Image.Image, path: Path) -> None:
-    picture.save(path, quality=85, method=6)
+def keep(picture: Image.Image, path: Path, quality: int = 85) -> None:
+    picture.save(path, quality=quality, method=6)
     print(f"{path.relative_to(ROOT)}: {picture.size}, {path.stat().st_size / 1024:.0f} KB", flush=True)
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     with Host() as host:
         lora.write(host.base / "models" / "loras")
         for node, picture in node_pictures.taken(host, names):
-            keep(picture, HELP / f"{node}.webp")
+            keep(picture, HELP / f"{node}.webp", quality=70)
         for name in TEMPLATES:
             if names and name not in names:
                 continue

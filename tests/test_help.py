@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from conceptguard.nodes import NODES
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "web" / "docs"
 SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 LOCALES = sorted((ROOT / "locales").glob("*"))
 SCRIPTS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "web").glob("*.*js")))
@@ -24,12 +26,34 @@ def strings(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("node_id", SCHEMAS)
 def test_a_node_has_a_page_of_help(node_id: str) -> None:
-    page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    page = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
     assert page.startswith("# ") and len(page) > 200
 
 
+@pytest.mark.parametrize("node_id", SCHEMAS)
+def test_a_page_of_help_has_pictures_that_are_there(node_id: str) -> None:
+    """Beside the page, for the page names them as the host resolves them: relative to web/docs/."""
+    pictures = pictures_of(node_id)
+    assert f"{node_id}.webp" in pictures
+    for name in pictures:
+        with Image.open(DOCS / name) as picture:
+            picture.load()
+        assert "/" not in name and (DOCS / name).stat().st_size <= 25 * 1024, name
+
+
+def test_no_picture_is_left_over_and_all_are_small() -> None:
+    """Those of the pages and no others."""
+    files = [path for path in DOCS.iterdir() if path.suffix != ".md"]
+    assert {path.name for path in files} == {name for node_id in SCHEMAS for name in pictures_of(node_id)}
+    assert sum(path.stat().st_size for path in files) <= 600 * 1024
+
+
+def pictures_of(node_id: str) -> list[str]:
+    return re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / f"{node_id}.md").read_text(encoding="utf-8"))
+
+
 def test_a_page_of_help_belongs_to_a_node() -> None:
-    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} <= set(SCHEMAS)
+    assert {path.stem for path in DOCS.glob("*.md")} <= set(SCHEMAS)
 
 
 @pytest.mark.parametrize("folder", LOCALES, ids=lambda folder: folder.name)
