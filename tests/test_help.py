@@ -28,6 +28,7 @@ def strings(folder: Path, name: str) -> dict[str, Any]:
 def test_a_node_has_a_page_of_help(node_id: str) -> None:
     page = (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
     assert page.startswith("# ") and len(page) > 200
+    assert [each.id for each in SCHEMAS[node_id].inputs if f"`{each.id}`" not in page] == [], "each input has its line"
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)

@@ -56,6 +56,19 @@ def test_a_concept_map_is_shown_on_its_node(browser: Browser) -> None:
     browser.set("ConceptGuard.Maps.Show", True)
 
 
+def test_a_page_of_help_shows_its_pictures(browser: Browser) -> None:
+    cre = "app.graph._nodes.find(n => n.type === 'ConceptGuardCRE')"
+    browser.load(workflow("erase-a-concept"))
+    browser.look_at(cre)
+    browser.js(f"() => {{ app.canvas.deselectAll?.(); app.canvas.selectNode({cre}) }}")
+    browser.page.get_by_test_id("info-button").click()
+    browser.wait("""() => { const shown = [...document.querySelectorAll('.node-help-content img')];
+        return shown.some(each => each.src.endsWith('/ConceptGuardCRE.webp'))
+            && shown.every(each => each.naturalWidth > 0) }""")
+    browser.picture("help")
+    browser.open()
+
+
 @pytest.fixture
 def chinese(browser: Browser) -> Iterator[Browser]:
     browser.open(**{"Comfy.Locale": "zh"})
