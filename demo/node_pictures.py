@@ -86,7 +86,7 @@ CHAIN = """([kind, needed, before, behind, typed]) => {
     }
     const [width, height] = node.computeSize();
     const told = node.widgets?.some(each => each.name === 'preset_view') ? 130 : 0; // a preset is worth its words
-    node.setSize([Math.max(width, 300), height + told]);
+    node.setSize([Math.max(width, 250), height + told]);
     node.pos = [0, 0];
     const others = Object.values(made).filter(each => each !== node);
     for (const each of others) each.collapse(true);
@@ -98,7 +98,7 @@ ARRANGE = """margin => {
     for (const side of '<>') {
         const column = others.filter(each => each.side === side);
         for (const [i, each] of column.entries()) {
-            const x = side === '<' ? -60 - wide(each) : node.size[0] + 60;
+            const x = side === '<' ? -40 - wide(each) : node.size[0] + 40;
             each.pos = [x, (i - (column.length - 1) / 2) * 50 + Math.min(node.size[1] / 2, 90)];
         }
     }

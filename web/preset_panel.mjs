@@ -14,7 +14,7 @@ export const STYLE = `
 .cg-presets button { padding: 3px 8px; border-radius: 4px; border: 1px solid var(--border-color, #4e4e4e); cursor: pointer;
   background: var(--comfy-input-bg, #222); color: inherit; font: inherit; }
 .cg-presets button:hover, .cg-presets button:focus-visible { border-color: var(--p-primary-color, #60a5fa); }
-.cg-presets .card { border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px; padding: 8px; }
+.cg-presets .card { border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px; padding: 8px; margin-top: 6px; }
 .cg-presets .card.new { border: 2px solid var(--p-primary-color, #60a5fa); }
 .cg-presets .name { font-weight: 600; }
 .cg-presets .about { opacity: 0.85; margin: 2px 0 6px; white-space: pre-line; }

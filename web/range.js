@@ -14,8 +14,9 @@ const SHOW = "ConceptGuard.Range.Show";
 const WINDOW = "ConceptGuard.Range.Window";
 const FOUND = "concept_guard_range"; // in what a search tells when it has run, and among its properties, which are saved
 const setting = (id) => app.extensionManager?.setting?.get(id);
+const HEIGHT = 34; // pixels; the host takes the margins off what a widget asks for
 const STYLE = `
-.cg-range { box-sizing: border-box; width: 100%; height: 34px; padding: 2px 10px; touch-action: none; user-select: none;
+.cg-range { box-sizing: border-box; width: 100%; height: ${HEIGHT}px; padding: 2px 10px; touch-action: none; user-select: none;
   color: var(--input-text, #ddd); font: 10px/12px sans-serif; }
 .cg-range .track { position: relative; height: 16px; border-radius: 8px; background: var(--comfy-input-bg, #222);
   border: 1px solid var(--border-color, #4e4e4e); box-sizing: border-box; cursor: default; }
@@ -238,7 +239,7 @@ function addRange(node, first, last) {
   view.root.conceptGuardNode = node;
   const widget = node.addDOMWidget("range_view", "CONCEPT_GUARD_RANGE_VIEW", view.root, {
     serialize: false, hideOnZoom: false, getValue: () => "", setValue() {},
-    getMinHeight: () => 34, getMaxHeight: () => 34, margin: 4,
+    getMinHeight: () => HEIGHT + 8, getMaxHeight: () => HEIGHT + 8, margin: 4,
   });
   widget.serialize = false;
   const paint = () => {
