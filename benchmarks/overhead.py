@@ -53,6 +53,7 @@ EDITED: dict[str, tuple[list[EditSpec], float, float | None]] = {
     "CRE, 10 concepts": (cre(SHAPE, 10), 1.10, None),
     "EIUP, 1 concept": (eiup(SHAPE), 1.02, 1.05),
     "EIUP, 1 concept, evidence": (eiup(SHAPE, evidence="share"), 1.02, 1.05),
+    "EIUP, 1 concept, alike": (eiup(SHAPE, evidence="alike"), 1.02, 1.05),
     "EIUP joint, 1 concept": (eiup(SHAPE, form="joint"), 1.02, 1.05),
     "CRE, inactive": (cre(SHAPE, 1, end_percent=0.0), 1.00, 1.00),
 }
@@ -187,13 +188,15 @@ def kept(side: int = 8) -> int:
     return live_bytes() - before
 
 
+# After what the host itself has loaded by then: its API nodes, which come first, bring pydantic.
 IMPORT = """
-import runpy, sys, time
+import gc, runpy, sys, time
 run = runpy.run_path("tools/run.py")
 from pathlib import Path
 run["register"]()
 run["use_comfyui"](Path(sys.argv[1]), cpu=True)
-import comfy.samplers, comfy.sd, comfy.utils, comfy_api.latest, folder_paths, nodes
+import comfy.samplers, comfy.sd, comfy.utils, comfy_api.latest, comfy_api_nodes.apis, folder_paths, nodes
+gc.collect()
 start = time.perf_counter()
 import asyncio, conceptguard
 async def load(): return await (await conceptguard.comfy_entrypoint()).get_node_list()

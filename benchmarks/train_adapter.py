@@ -27,7 +27,7 @@ from ..editing.spec import EditSpec
 from ..nodes.files import DEMO_WEIGHT_FILE
 from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
 
-GRID = (-1.0, -2.0, -4.0, -8.0)
+GRID = (-1.0, -1.5)
 
 
 def weakest(found: Callable[[float, list[int]], Sequence[bool]], n: int, grid: Sequence[float]) -> Tensor:
@@ -74,7 +74,7 @@ def pairs_of(demo: Demo, name: str, count: int, evidence: str, grid: Sequence[fl
 
     def spec(weight: float) -> EditSpec:
         options = EIUPOptions("separate", (weight,), evidence)
-        return EditSpec("erasure", concept, end_percent=0.8, options=options, node="train-adapter")
+        return EditSpec("erasure", concept, options=options, node="train-adapter")
 
     def found(weight: float, chosen: list[int]) -> list[bool]:
         # All pictures each time: picture i has noise i.
@@ -104,7 +104,7 @@ def names_of(model: Any) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make train-adapter", description=__doc__)
     parser.add_argument("--count", type=int, default=48, help="pictures of each concept")
-    parser.add_argument("--evidence", choices=adapters.EVIDENCE, default=EIUPOptions().evidence)
+    parser.add_argument("--evidence", choices=adapters.EVIDENCE, default="alike")
     parser.add_argument("--weights", default=",".join(f"{w:g}" for w in GRID), help="weights to try, weakest first")
     parser.add_argument("--steps", type=int, default=2000, help="of the regressor's training")
     parser.add_argument("--concepts", type=int, default=len(world.ERASED), help="how many of the demo world's concepts")

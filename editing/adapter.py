@@ -21,7 +21,7 @@ from . import artefacts
 from .artefacts import Artefact
 from .data import Shared, digest
 
-EVIDENCE = ("none", "share")  # what A_e is multiplied with before it is averaged (eiup.py)
+EVIDENCE = ("none", "share", "alike")  # eiup.py; "share" also multiplies the A_e that are averaged here
 KIND = "eiup-weight"
 MEND = "choose a file that `make train-adapter` wrote, or set auto to off"
 

@@ -84,10 +84,8 @@ def projection(
     a, x = (less(each, A0, options.width) for each in (A, At))
     s = s[..., None, None]  # [K, ..., 1, 1]
     along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
-    if options.floor:  # where the cosine is at least that
-        s = s * (along >= options.floor * square.sqrt() * a.norm(dim=-1, keepdim=True))
-    if kept is not None:
-        s = s * (along >= likeness(a, less(kept.found, A0, options.width), kept.of) * square.sqrt())
+    near = None if kept is None else likeness(a, less(kept.found, A0, options.width), kept.of)
+    s = s * alike(a, along, square.sqrt(), options.floor, near)
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
     if options.negative == "clip":
@@ -100,6 +98,18 @@ def less(x: Tensor, A0: Tensor | None, width: str) -> Tensor:
     """x [..., H, d] less the baseline, in fp32; at full width [..., 1, H d], one "head" as wide as all."""
     x = x.float() if A0 is None else x.float() - A0
     return x.flatten(-2)[..., None, :] if width == "full" else x
+
+
+def alike(a: Tensor, along: Tensor, norm: Tensor, floor: float, near: Tensor | None = None) -> Tensor | float:
+    """1 where a's cosine with x_k is at least `floor` and its `likeness` to x_k that to a kept prompt, `near`; else 0.
+
+    along, norm: a . x_k and ||x_k||, [K, ..., H, 1].
+    """
+    found = along >= floor * norm * a.norm(dim=-1, keepdim=True) if floor else None
+    if near is not None:
+        own = along >= near * norm
+        found = own if found is None else found & own
+    return 1.0 if found is None else found.float()
 
 
 def likeness(a: Tensor, y: Tensor, of: Tensor) -> Tensor:

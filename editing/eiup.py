@@ -5,6 +5,12 @@ arXiv 2408.01014 and its successor GIE (ICLR 2025), whose code reads
     out = A V + sum_j w_j A_e[:, j] v_j,      A_e = softmax(Q K_e^T / sqrt d),  j over the concept's own tokens
 
 w_j < 0 takes the concept's features away, 0 leaves them, w_j > 0 adds them. DEFAULTS are what an input left alone gets.
+
+A text encoder may say most of a thing at its start, end and padding, which the own tokens lack: then this takes little
+away, and a large w_j destroys the picture. Evidence "alike" re-weights all that the erasure prompt At adds to what
+ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines and neighbours as in cre.py):
+
+    out = A + w E (At - A0),      E = 1 where cos(A - A0, At - A0) >= FLOOR, else 0
 """
 
 from __future__ import annotations
@@ -18,7 +24,10 @@ from torch import Tensor
 from .adapter import EVIDENCE, Adapter
 from .append import CONTEXT
 from .attention import attend, logits
+from .cre import DEFAULTS as CRE
+from .cre import Kept, alike, less, likeness
 
+FLOOR = CRE.floor
 CHOICES = {"form": ("separate", "joint"), "evidence": EVIDENCE}
 
 
@@ -28,7 +37,8 @@ class EIUPOptions:
 
     weights: w_j, one for all phrases of the concept, or one for each phrase.
     evidence: "share" multiplies A_e by the share of the attention that the concept's own tokens would get beside the
-    prompt's; "none" does not. Only for a softmax of its own: a shared one weighs both kinds of tokens anyway.
+    prompt's; "none" does not; "alike" edits only where the picture's features are like the erasure prompt's, and there
+    all of them. Only for a softmax of its own: a shared one weighs both kinds of tokens anyway.
     auto: finds the weight of each phrase and image at the first step; `weights` then scale it, -1 being as trained.
     """
 
@@ -51,6 +61,11 @@ class EIUPOptions:
     def nothing(self) -> bool:
         """With a softmax of its own, a weight of 0 leaves the attention as it was; in a shared one it does not."""
         return self.form == "separate" and not any(self.weights)
+
+    @property
+    def baseline(self) -> str:
+        """What A and the erasure prompt's output are compared with, as CREOptions has it."""
+        return "neutral" if self.form == "separate" and self.evidence == "alike" else "none"
 
     def weight(self, phrase: int) -> float:
         return self.weights[0] if len(self.weights) == 1 else self.weights[phrase]
@@ -81,3 +96,14 @@ def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
     log_Z = logits(q, k).logsumexp(-1) - math.log(k.shape[1] / CONTEXT)  # [R, H, N]
     shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
     return torch.stack(shares).transpose(2, 3)[..., None]
+
+
+def steered(A: Tensor, At: Tensor, s: Tensor, A0: Tensor, kept: Kept | None = None) -> Tensor:
+    """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
+
+    A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...].
+    """
+    a, x = (less(each, A0, "full") for each in (A, At))
+    along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+    near = None if kept is None else likeness(a, less(kept.found, A0, "full"), kept.of)
+    return (s[..., None, None] * alike(a, along, norm, FLOOR, near) * x).sum(0).reshape(A.shape)

@@ -153,24 +153,28 @@ class Path:
 
 
 class KPOP:
-    """The alternating training. concepts: the set E, each a text of one row; all have the same number of tokens."""
+    """The alternating training. concepts: the set E, each a text of one row; all have the same number of tokens.
+
+    neutral: what each is to become, one text for all in the paper. What a concept's text says besides, a style or a
+    place, its neutral one may say as well: it is not unlearned then.
+    """
 
     def __init__(
-        self, predict: Predict, sampling: Sampling, concepts: Sequence[Text], neutral: Text, empty: Text,
+        self, predict: Predict, sampling: Sampling, concepts: Sequence[Text], neutral: Sequence[Text], empty: Text,
         deltas: Deltas, prompt: LearnedPrompt, shape: Sequence[int], options: KPOPOptions,
     ) -> None:  # fmt: skip
         self.predict, self.deltas, self.prompt, self.options = predict, deltas, prompt, options
-        self.concepts, self.neutral = concepts, neutral.rows(options.batch)
+        self.concepts, self.neutral = concepts, neutral
         self.path = Path(predict, sampling, empty, shape, options)
         self.adam = torch.optim.Adam(deltas.tensors.values(), lr=options.lr)
         self.prompt_adam = torch.optim.Adam(prompt.tensors.values(), lr=options.prompt_lr)
 
     def step(self, i: int) -> float:
         """One iteration; returns L_R."""
-        z, sigma, c = self.noisy(i)
+        z, sigma, c, c_n = self.noisy(i)
         s = torch.full((len(z),), sigma, device=z.device)
         with torch.no_grad(), self.deltas.off():
-            e_e, e_n = self.predict(z, s, c), self.predict(z, s, self.neutral)
+            e_e, e_n = self.predict(z, s, c), self.predict(z, s, c_n)
         target, outputs = neutral_target(e_n, e_e, self.options.overshoot), []
 
         def with_prompt() -> Tensor:
@@ -196,14 +200,14 @@ class KPOP:
         self.path.z = onward
         return loss
 
-    def noisy(self, i: int) -> tuple[Tensor, float, Text]:
-        """z_t, its noise level and the concepts that it is drawn towards, for iteration i."""
+    def noisy(self, i: int) -> tuple[Tensor, float, Text, Text]:
+        """z_t, its noise level, the concepts that it is drawn towards and their neutral texts, for iteration i."""
         n = self.options.path_steps
         start, j = (i // n * n, i % n) if self.options.path == "chain" else (i, 0)
         generator = draws(self.options.seed, start)
         levels = self.path.levels(generator)
         which = torch.randint(len(self.concepts), (self.options.batch,), generator=generator).tolist()
-        c = Text.stack([self.concepts[w] for w in which])
+        c, c_n = (Text.stack([texts[w] for w in which]) for texts in (self.concepts, self.neutral))
         if self.options.path == "fresh":
             j = int(torch.randint(n, (), generator=generator))
             self.path.begin(levels[0], generator)
@@ -215,7 +219,7 @@ class KPOP:
         elif j == 0:
             self.path.begin(levels[0], generator)
         self.towards = levels[j + 1]
-        return self.path.z, levels[j], c
+        return self.path.z, levels[j], c, c_n
 
     def prompt_state(self) -> dict[str, Tensor]:
         tensors = self.prompt.tensors.items()

@@ -17,7 +17,7 @@ from .attention import attend, logits, split_heads
 from .blocks import BlockKey, select_blocks
 from .cre import CREOptions, Kept, projection
 from .direction import shift
-from .eiup import reweighted, share
+from .eiup import EIUPOptions, reweighted, share, steered
 from .spec import Direction, EditSpec
 from .tokens import KV, TokenSets, gather
 
@@ -44,19 +44,20 @@ class Steering:
     keep: the prompts of their neighbours, and whose each is, [K, M].
     """
 
-    options: CREOptions
+    options: CREOptions | EIUPOptions
     prompts: list[KV]
     keep: list[KV]
 
     def __post_init__(self) -> None:
         self.owner = torch.cat([kv.owner for kv in self.prompts])
+        self.scale = torch.cat([kv.scale for kv in self.prompts])
         if self.keep:
             concepts = self.owner[1:] if self.options.baseline == "neutral" else self.owner
             self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
 
     def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
-        s = s[self.owner][:, :, None]
+        s = (s[self.owner] * self.scale[:, None])[:, :, None]
         sets = len(s) + sum(len(kv.owner) for kv in self.keep)
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         pieces = [self._project(*piece, s, observe) for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)]
@@ -70,7 +71,10 @@ class Steering:
         if observe is not None:
             observe(A=A, At=At, A0=A0, s=s, options=self.options)
         kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
-        return projection(A, At, s, self.options, A0, kept)
+        if isinstance(self.options, CREOptions):
+            return projection(A, At, s, self.options, A0, kept)
+        assert A0 is not None
+        return steered(A, At, s, A0, kept)
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ class EIUPEdit(Edit):
     concept: Source
     weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=64)] = (-1.0,)
     form: Literal["separate", "joint"] = "separate"
-    evidence: Literal["none", "share"] = "none"
+    evidence: Literal["none", "share", "alike"] = "none"
 
     @model_validator(mode="after")
     def _a_weight_for_each_phrase(self) -> EIUPEdit:

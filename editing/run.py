@@ -68,11 +68,12 @@ class Backbone:
                 f'{kind} "{spec.source.name}" was made with a text encoder of width {spec.source.width}, but '
                 f"{self.name} reads one of width {self.width}; make the {kind} with the CLIP that belongs to this model"
             )
-        baseline = isinstance(spec.options, CREOptions) and spec.options.baseline == "neutral"
-        if baseline and isinstance(spec.source, Concept) and spec.source.baseline is None:
+        compared = spec.options is not None and spec.options.baseline == "neutral"
+        if compared and isinstance(spec.source, Concept) and spec.source.baseline is None:
+            without = 'baseline to "none"' if isinstance(spec.options, CREOptions) else "another evidence"
             raise spec.error(
                 f'concept "{spec.source.name}" has nothing neutral to be compared with; connect a CLIPTextEncode '
-                'with ordinary words, or none, to its `neutral` input, or set baseline to "none"'
+                f"with ordinary words, or none, to its `neutral` input, or set {without}"
             )
         auto = spec.options.auto if isinstance(spec.options, EIUPOptions) else None
         if auto is not None and auto.blocks != self.block_names:

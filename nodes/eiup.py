@@ -20,8 +20,9 @@ TOOLTIPS = {
     "form": "Give the erasure prompt's tokens a softmax of their own (separate), in which weight 0 leaves the picture "
     "as it was, or let them share the prompt's (joint), in which even weight 0 draws attention away from it.",
     "evidence": "Separate form: count the concept's tokens for what they are (none), or only as far as the picture "
-    "turns to them rather than to the prompt (share), so that pictures without the concept change less. "
-    "The joint form always does.",
+    "turns to them rather than to the prompt (share), so that pictures without the concept change less; or find the "
+    "features that are like the concept's, compared with the concept's neutral prompts, and re-weight all of them "
+    "(alike), for text encoders that say things in more than their own words. The joint form always weighs both.",
     "weights": "A weight for each phrase of the concept, one number a line; 0 leaves that phrase alone. "
     "Empty: `weight` for all of them.",
     "auto": "Find the weight of each phrase and picture at the first step, with a file of the models folder "

@@ -89,9 +89,10 @@ def kpop_inputs() -> list[io.Input]:
         io.Model.Input("model", tooltip="The model to erase from; it stays as it is."),
         io.Clip.Input("clip", tooltip="Its text encoder."),
         io.String.Input("text", multiline=True, tooltip="What to erase, one concept a line; all of them at once."),
-        io.String.Input("neutral", default="a photo",
-                        tooltip="What a prompt that names the concept is to give instead. Empty: what no prompt "
-                                "gives."),
+        io.String.Input("neutral", multiline=True, default="a photo",
+                        tooltip="What a prompt that names the concept is to give instead: one line for all concepts, "
+                                "or a line for each ('a photo of a cat' for 'a photo of a knife': what both say is "
+                                "kept). Empty: what no prompt gives."),
         io.String.Input("name", default="", tooltip="What to call the result. Empty: the first concept."),
         io.Int.Input("width", default=512, min=16, max=4096, step=8,
                      tooltip="Of the pictures it learns from, in pixels: the model's own size. 0 is refused."),
@@ -180,8 +181,9 @@ def learn(
     recipe, lines = Recipe(**inputs), [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError("text is empty; write what to erase, one concept a line")
+    neutral = neutral_lines(recipe.neutral, len(lines))
     backbone = fingerprint_of(model, NODE)
-    encoded = [encode(clip, line) for line in (*lines, recipe.neutral, "")]  # while the card has room for the encoder
+    encoded = [encode(clip, line) for line in (*lines, *neutral, "")]  # while the card has room for the encoder
     network = network_of(model, recipe.precision, recipe.checkpointing)
     training, texts = training_of(network, encoded, recipe)
     settings = {**recipe.about, "concepts": lines, "texts": digest(t.c.cpu() for t in texts)[:20],
@@ -196,13 +198,23 @@ def learn(
     return LoRA(training.deltas.lora(), about), prompt, losses
 
 
+def neutral_lines(neutral: str, count: int) -> list[str]:
+    """What each of so many concepts is to become."""
+    lines = [line.strip() for line in neutral.splitlines() if line.strip()] or [""]
+    if len(lines) not in (1, count):
+        raise ValueError(f"neutral has {len(lines)} lines for the {count} of text; write one line for all, or one for "
+                         "each")  # fmt: skip
+    return lines if len(lines) == count else lines * count
+
+
 def training_of(network: Network, encoded: Sequence[Any], recipe: Recipe) -> tuple[KPOP, list[Text]]:
-    """The training, and all the texts that it reads. encoded: the concepts, the neutral text and the empty one."""
+    """The training, and all the texts that it reads. encoded: the concepts, the neutral text of each, the empty one."""
     h, w = recipe.height // 8, recipe.width // 8
     texts = [network.text(conditioning, h, w) for conditioning in encoded]
     if len({each.c.shape[1] for each in texts}) > 1:
         raise ValueError("text: every concept must fit into one piece of prompt (75 tokens); shorten the longest line")
-    *concepts, neutral, empty = texts
+    *concepts, empty = texts
+    concepts, neutral = concepts[: len(concepts) // 2], concepts[len(concepts) // 2 :]
     start = prompt_start(recipe.prompt_start, recipe.mechanism, recipe.prompt_size, concepts[0].c, recipe.seed)
     prompt = LearnedPrompt(start, recipe.mechanism, recipe.places, recipe.keys_and_values)
     deltas = Deltas(chosen(network.unet, recipe.weights), recipe.rank, recipe.seed)

@@ -69,6 +69,25 @@ def eiup(
     return out
 
 
+def eiup_alike(
+    A: Tensor, At: Sequence[Tensor], w: Sequence[float], A0: Tensor, floor: float,
+    keep: Sequence[Sequence[Tensor]] = (),
+) -> Tensor:
+    """A + sum_p w_p E_p (At_p - A0) of one row, E_p being 1 where cos(A - A0, At_p - A0) >= floor and no neighbour's is
+    larger. A, At_p, A0: [N, C]; keep: for each phrase what is found in its neighbours' prompts."""
+    out = A.double().clone()
+    for position in range(len(A)):
+        base = A0[position].double()
+        a = A[position].double() - base
+        for p, each in enumerate(At):
+            t = each[position].double() - base
+            cosine = a @ t / (a.norm() * t.norm())
+            others = [y[position].double() - base for y in (keep[p] if keep else ())]
+            if cosine >= floor and all(a @ y / (a.norm() * y.norm()) <= cosine for y in others):
+                out[position] += w[p] * t
+    return out
+
+
 def share(q: Tensor, k: Tensor, k_own: Tensor, heads: int, pieces: int) -> Tensor:
     """What part of one softmax over one copy of the prompt and a concept's own tokens the latter get: [N, heads]."""
     out = torch.zeros(len(q), heads, dtype=torch.double)

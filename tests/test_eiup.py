@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conceptguard.editing import adapter as adapters
+from conceptguard.editing import eiup as eiup_module
 from conceptguard.editing.adapter import Adapter
 from conceptguard.editing.attention import split_heads
 from conceptguard.editing.binding import add_edit, edits_of
 from conceptguard.editing.cre import DEFAULTS as CRE
-from conceptguard.editing.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share
+from conceptguard.editing.cre import Kept
+from conceptguard.editing.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share, steered
 from conceptguard.editing.spec import EditSpec, Gate
 from conceptguard.nodes import files
 from conceptguard.nodes.eiup import ConceptGuardEIUP, parse_weights
@@ -90,6 +92,52 @@ def test_every_block_follows_the_formula_with_evidence(model: Any, pieces: int) 
             w = [weight * (j in phrase.own) for j in range(77)]
             expected = reference.eiup(expected, q, k_e, v_e, w, h, found)
         torch.testing.assert_close(call["out"][-1].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_what_is_alike_loses_all_of_it(neighbours: int) -> None:
+    A, A0, w = random(2, 50, H, D), 0.3 * random(2, 50, H, D, seed=1), [-1.0, 0.5]
+    At = torch.stack([A + 2 * random(2, 50, H, D, seed=2 + p) for p in range(2)])
+    found = torch.stack([A + 2 * random(2, 50, H, D, seed=5 + m) for m in range(neighbours)]) if neighbours else None
+    kept = None if found is None else Kept(found, torch.ones(2, neighbours, dtype=torch.bool))
+    taken = steered(A, At, -torch.tensor(w)[:, None, None].expand(2, 2, 50), A0, kept)
+    changed = 0
+    for r in range(2):
+        keep = [] if found is None else [[y[r].flatten(1) for y in found]] * 2
+        expected = reference.eiup_alike(A[r].flatten(1), [x[r].flatten(1) for x in At], w, A0[r].flatten(1), 0.5, keep)
+        torch.testing.assert_close((A - taken)[r].flatten(1).double(), expected, rtol=1e-5, atol=1e-5)
+        changed += int((expected != A[r].flatten(1).double()).any(-1).sum())
+    assert 0 < changed < 100, "some positions are alike, some are not"
+
+
+@pytest.mark.parametrize("length", [77, 154])
+def test_every_block_loses_what_is_alike(model: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eiup_module, "FLOOR", 0.05)  # a random network finds little alike
+    options, concept = EIUPOptions("separate", (-1.0, 0.5), "alike"), tiny.concept("knife", 100, 2)
+    concept = replace(concept, keep=tiny.concept("spoon", 300).phrases)
+    edited = add_edit(model, EditSpec("erasure", concept, options=options, node="Test"))
+    with tiny.Recorder(model) as seen:
+        tiny.sample(edited, tiny.cond(1, length), tiny.cond(2, length), steps=1)
+    changed = 0
+    for key, (call,) in seen.calls.items():
+        q, k, v = (call[name][-1] for name in "qkv")
+
+        def found(tokens: Tensor, q: Tensor = q, key: Any = key) -> Tensor:
+            return reference.attention(q, seen.project(key, "k", tokens), seen.project(key, "v", tokens),
+                                       seen.heads(key))
+
+        A, At = reference.attention(q, k, v, seen.heads(key)), [found(each.tokens[0]) for each in concept.phrases]
+        keep = [[found(each.tokens[0]) for each in concept.keep]] * 2
+        expected = reference.eiup_alike(A, At, options.weights, found(concept.baseline[0]), 0.05, keep)
+        torch.testing.assert_close(call["out"][-1].double(), expected, rtol=1e-3, atol=1e-4)
+        changed += int((expected != A.double()).any(-1).sum())
+    assert changed
+
+
+def test_alike_needs_something_to_compare_with(model: Any) -> None:
+    bare = replace(tiny.concept("knife"), empty=None, neutral=None)
+    with pytest.raises(ValueError, match='Test: concept "knife" has nothing neutral .* or set another evidence'):
+        add_edit(model, EditSpec("erasure", bare, options=EIUPOptions(evidence="alike"), node="Test"))
 
 
 def test_evidence_and_none_live_side_by_side(model: Any) -> None:
@@ -293,7 +341,7 @@ def test_a_weight_for_each_phrase(model: Any, form: str) -> None:
         ({"weights": "-1\nnan"}, "weight is nan"),
         ({"weights": "-1\n-1\n-1"}, 'weights has 3 numbers, but concept "knife" has 2 phrases; give one'),
         ({"form": "both"}, "form is 'both'; choose one of separate, joint"),
-        ({"evidence": "much"}, "evidence is 'much'; choose one of none, share"),
+        ({"evidence": "much"}, "evidence is 'much'; choose one of none, share, alike"),
         ({"start_percent": 0.9, "end_percent": 0.2}, "start_percent 0.9 lies after"),
         ({"blocks": "sideways"}, 'blocks: cannot read "sideways"'),
         ({"auto": "gone.safetensors"}, 'auto: "gone.safetensors" is not in the models folder concept_guard'),

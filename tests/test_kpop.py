@@ -72,7 +72,7 @@ def toy(options: KPOPOptions) -> tuple[KPOP, Layer, list[tuple[Tensor, float, Te
         return respond(layer(c), z)
 
     concepts = [Text(torch.full((1, 2, 3), 0.5 + i)) for i in range(2)]
-    neutral, empty = Text(torch.full((1, 2, 3), -1.0)), Text(torch.zeros(1, 2, 3))
+    neutral, empty = [Text(torch.full((1, 2, 3), -1.0 - i)) for i in range(2)], Text(torch.zeros(1, 2, 3))
     prompt = LearnedPrompt(torch.full((1, 2, 3), 0.3))
     training = KPOP(predict, Line(), concepts, neutral, empty, Deltas({"layer": layer}), prompt, (4, 2, 2), options)
     return training, layer, seen
@@ -97,7 +97,7 @@ class ByHandAdam:
 def test_the_alternating_updates_follow_equations_5_to_7(lam: float, overshoot: float) -> None:
     options = KPOPOptions(**{**CUT.__dict__, "lam": lam, "overshoot": overshoot, "batch": 2, "seed": 4})
     training, layer, seen = toy(options)
-    theta, neutral = layer.weight.double(), torch.full((2, 2, 3), -1.0, dtype=torch.double)
+    theta = layer.weight.double()
     weights = ByHandAdam(theta, options.lr)
     p = ByHandAdam(torch.full((2, 3), 0.3, dtype=torch.double), options.prompt_lr)
     for i in range(7):
@@ -108,7 +108,7 @@ def test_the_alternating_updates_follow_equations_5_to_7(lam: float, overshoot: 
         def out(w: Tensor, c: Tensor, p: Tensor | None = None, z: Tensor = z) -> Tensor:
             return respond((c if p is None else torch.cat([c, p.expand(len(c), -1, -1)], 1)) @ w.T, z)
 
-        e_e, e_n = out(theta, c), out(theta, neutral)
+        e_e, e_n = out(theta, c), out(theta, -0.5 - c)  # each concept's own neutral text
         target = e_n - overshoot * (e_e - e_n)
         x = p.x.clone().requires_grad_()
         (out(weights.x, c, x) - e_e).square().mean().backward()  # eq. 5
@@ -190,7 +190,8 @@ def training_of(
     deltas = Deltas(chosen(net.unet, weights), rank, made.seed)
     prompt = prompt or LearnedPrompt(prompt_start("noise", "concat", 3, text(net, 11).c, 0))
     concepts = [text(net, 11), text(net, 12)]
-    return KPOP(net, net.sampling, concepts, text(net, 13), text(net, 2), deltas, prompt, net.shape(8, 8), made)
+    neutral = [text(net, 13)] * len(concepts)
+    return KPOP(net, net.sampling, concepts, neutral, text(net, 2), deltas, prompt, net.shape(8, 8), made)
 
 
 def z_and_sigma(batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -318,7 +319,7 @@ def test_a_model_that_the_host_loaded_while_executing_can_be_trained_on() -> Non
         made = net.text([[c, {}]], 8, 8), net.text([[empty, {}]], 8, 8)
         deltas = Deltas(chosen(net.unet, "cross-attention"))
         prompt = LearnedPrompt(prompt_start("concept", "concat", 3, made[0].c, 0))
-        training = KPOP(net, net.sampling, made[:1], made[1], made[1], deltas, prompt, net.shape(8, 8), CUT)
+        training = KPOP(net, net.sampling, made[:1], made[1:2], made[1], deltas, prompt, net.shape(8, 8), CUT)
         assert training.step(0) > 0
 
 

@@ -10,12 +10,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.benchmarks.train_adapter import GRID, first_look, names_of, pairs_of, prompts, report, weakest
+from conceptguard.benchmarks.train_adapter import first_look, names_of, pairs_of, prompts, report, weakest
 from conceptguard.demo import world
 from conceptguard.editing import adapter as adapters
 from conceptguard.editing.binding import add_edit, edits_of
 from conceptguard.editing.eiup import EIUPOptions
 from conceptguard.editing.spec import EditSpec
+
+GRID = (-1.0, -2.0, -4.0, -8.0)
 
 
 def test_the_weakest_weight_that_is_enough() -> None:
