@@ -5,7 +5,7 @@ ARGS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser serve bench train-demo train-features train-adapter lock clean
+.PHONY: help demo test browser pictures serve bench train-demo train-features train-adapter lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ test: ## lint, types and the whole test suite
 
 browser: ## bring what the browser tests need beside the rest: chromium, Playwright, a newer frontend
 	@$(RUN) tools.browser
+
+pictures: ## thumbnails of the templates and pictures of the help pages; needs `make browser`
+	@$(RUN) demo.pictures $(ARGS)
 
 serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
 	@$(RUN) tools.serve --port $(PORT) $(ARGS)

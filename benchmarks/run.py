@@ -16,7 +16,7 @@ from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
 from ..tools.environment import ROOT
-from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, readings
+from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, presets, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
 
 OUTPUT = ROOT / "output" / "bench"
@@ -124,7 +124,7 @@ def kpop_table(demo: Demo, name: str, quick: bool, settings: str) -> None:
 
 def main() -> None:
     tables = ("overhead", "judge", "unedited", "readings", "cosines", "erasure", "eiup", "direction", "fair", "gates",
-              "causal", "governed", "mitigation", "learned-concept", *KPOP)
+              "causal", "governed", "mitigation", "presets", "learned-concept", *KPOP)
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", choices=tables, action="append", help="one table (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
@@ -170,6 +170,13 @@ def main() -> None:
               f"{settings}")
     if "mitigation" in wanted:
         mitigation_tables(demo, quick, settings)
+    if "presets" in wanted:
+        rows = []
+        for row in presets.rows(demo, 2 if quick else 30):
+            rows.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        write("presets", rows, "The shipped presets, as Apply Safety Preset puts them on the model; found, or its "
+              f"object, style or role kept. {settings}")
     if "direction" in wanted:
         rows = direction.compare(demo, 4, 4, 2, (1.0,), singles=(), families=("drinks",), examples=12) if quick else \
             direction.compare(demo)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -56,3 +56,19 @@ def host() -> Iterator[Host]:
 
     with Host() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A MODEL of SD1's kind, with few and random weights."""
+    import tiny
+
+    return tiny.sd1()
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    """A CLIP for it."""
+    import tiny
+
+    return tiny.clip()

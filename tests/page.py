@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from conceptguard.tools.browser import SETTINGS, settle
 from conceptguard.tools.host import Host
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENSHOTS = os.environ.get("CONCEPT_GUARD_SCREENSHOTS")
 PATIENCE = 120_000  # ms: a busy machine is no reason to fail
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.EnableTooltips": False}
 
 
 def kept(host: Host) -> list[Path]:
@@ -52,10 +52,8 @@ class Browser:
 
     def open(self, **settings: Any) -> None:
         """Load the page anew, with settings of the user's."""
-        file = self.host.base / "user" / "default" / "comfy.settings.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         self.settings.update(settings)
-        file.write_text(json.dumps(self.settings), encoding="utf-8")
+        settle(self.host.base, self.settings)
         self.page.goto(self.host.url, wait_until="commit")
         self.wait("() => window.app?.graph && window.LiteGraph?.registered_node_types?.ConceptGuardApplyPreset"
                   " && app.extensionManager?.getSidebarTabs?.().some(t => t.id === 'ConceptGuard')")  # fmt: skip

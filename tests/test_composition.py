@@ -52,11 +52,6 @@ def all_equal(pictures: Sequence[Tensor]) -> bool:
     return all(torch.equal(picture, pictures[0]) for picture in pictures)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
 # --- our own ---------------------------------------------------------------------------------------------------------
 
 

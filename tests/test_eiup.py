@@ -49,11 +49,6 @@ def node(model: Any, *args: Any, **inputs: Any) -> Any:
     return ConceptGuardEIUP.execute(model, *args, **inputs).args[0]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
 # --- evidence --------------------------------------------------------------------------------------------------------
 
 

@@ -29,11 +29,6 @@ def cre(model: Any, concept: Concept | None = None, options: CREOptions = tiny.C
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
 def unedited(model: Any) -> Tensor:
     return tiny.sample(model)
 

@@ -29,11 +29,6 @@ def prompt(model: Any, **inputs: Any) -> Any:
     )
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
 @pytest.mark.parametrize("transformer", [True, False], ids=["block and transformer", "block"])
 def test_ip_adapter_in_any_order(model: Any, transformer: bool) -> None:
     after, before = ip_adapter(cre(model), transformer), cre(ip_adapter(model, transformer))

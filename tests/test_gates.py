@@ -19,11 +19,6 @@ STEPS = 6
 HELP = Path(__file__).resolve().parent.parent / "web" / "docs"
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
 def cre(model: Any, gate: Gate, **inputs: Any) -> Any:
     return add_edit(model, EditSpec("projection", tiny.concept(), options=tiny.CRE, gate=gate, node="Test", **inputs))
 

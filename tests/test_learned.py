@@ -36,16 +36,6 @@ SMALL: dict[str, Any] = dict(width=64, height=64, steps=4, learning_rate=1e-2, p
                              prompt_size=2, checkpointing=False)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny.clip()
-
-
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("concept_guard", "loras"):

@@ -41,11 +41,6 @@ def look(model: Any, batch: int = 1, concept: Any = CONCEPT, positive: Any = Non
     return ConceptGuardConceptMap.execute(model, concept, positive, latent(batch), **inputs).args
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
 # --- what is collected -----------------------------------------------------------------------------------------------
 
 

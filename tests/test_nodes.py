@@ -23,16 +23,6 @@ from conceptguard.nodes.concept import ConceptGuardConcept, ConceptGuardConceptF
 from conceptguard.nodes.cre import ConceptGuardCRE
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny.clip()
-
-
 def make(node: Any, *args: Any, **kwargs: Any) -> Any:
     return node.execute(*args, **kwargs).args[0]
 

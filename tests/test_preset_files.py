@@ -50,16 +50,6 @@ LEARNED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny.clip()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def models_folder() -> Iterator[Path]:
     """The learned files in the models folder, two folders deep."""

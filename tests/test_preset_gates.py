@@ -39,16 +39,6 @@ class Vae:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny.clip()
-
-
-@pytest.fixture(scope="module")
 def knife() -> Any:
     return make(ConceptGuardLoadDiscriminator, "demo: kitchen knife")
 

@@ -31,16 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "presets").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny.sd1()
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny.clip()
-
-
 # --- reading and writing ---------------------------------------------------------------------------------------------
 
 

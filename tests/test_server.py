@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lora
 import pytest
 
+from conceptguard.demo import lora
 from conceptguard.tools.host import Host, HostError
 from conceptguard.tools.workflow import to_api
 

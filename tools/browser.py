@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .environment import SetupError, cache_root, explain, fresh, locked, pip
 
 PLAYWRIGHT = "playwright==1.65.2"
 NEWER = "comfyui-frontend-package==1.58.1"
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]  # fmt: skip
+# A user's settings, so that nothing but the graph is on the page.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.EnableTooltips": False}
 
 
 def chromium() -> str | None:
     """The browser to test with: `$CONCEPT_GUARD_CHROMIUM`, or the one that is installed."""
     known = ("chromium", "chromium-browser", "google-chrome")
     return os.environ.get("CONCEPT_GUARD_CHROMIUM") or next(filter(None, map(shutil.which, known)), None)
+
+
+def settle(base: Path, settings: Mapping[str, Any]) -> None:
+    """Give the user of the server on `base` these settings; a page takes them when it is loaded."""
+    file = base / "user" / "default" / "comfy.settings.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def frontend_folder() -> Path:

@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { remount } from "./remount.mjs";
+import { t } from "./words.mjs";
 
 const SHOW = "ConceptGuard.Maps.Show";
 const STYLE = `
@@ -13,7 +14,7 @@ const STYLE = `
 function picture(file) {
   const made = new Image();
   made.src = api.apiURL(`/view?${new URLSearchParams(file)}`);
-  made.alt = "concept map";
+  made.alt = t("concept map");
   return made;
 }
 

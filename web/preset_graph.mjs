@@ -1,6 +1,7 @@
 // Presets in the graph: as a node of their own, or put into a model's line.
 
 import { app } from "../../scripts/app.js";
+import { t } from "./words.mjs";
 
 const APPLY = "ConceptGuardApplyPreset";
 
@@ -59,16 +60,16 @@ function clipBefore(node, graph) {
 export function apply(text) {
   const graph = shownGraph();
   const selected = Object.values(app.canvas.selected_nodes ?? {})[0];
-  if (!selected) throw new Error("Select the node whose model is to be edited: a sampler, or a loader.");
+  if (!selected) throw new Error(t("Select the node whose model is to be edited: a sampler, or a loader."));
   if (selected.type === APPLY) {
     write(selected, text);
     remember();
-    return "The selected node now holds this preset.";
+    return t("The selected node now holds this preset.");
   }
   const [into, from] = [slotOf(selected.inputs, "MODEL"), slotOf(selected.outputs, "MODEL")];
   const link = into >= 0 && selected.inputs[into].link != null && linkOf(graph, selected.inputs[into].link);
   const origin = link ? graph.getNodeById(link.origin_id) : from >= 0 ? selected : null;
-  if (!origin) throw new Error("The selected node has no model connected; select a sampler, or a loader.");
+  if (!origin) throw new Error(t("The selected node has no model connected; select a sampler, or a loader."));
   const slot = link ? link.origin_slot : from;
   const targets = link
     ? [[selected, into]]
@@ -81,5 +82,5 @@ export function apply(text) {
   clip?.[0].connect(clip[1], node, slotOf(node.inputs, "CLIP"));
   for (const [target, at] of targets) node.connect(slotOf(node.outputs, "MODEL"), target, at);
   remember();
-  return clip ? "The preset stands in the model's line." : "The preset stands in the model's line; connect its clip.";
+  return clip ? t("The preset stands in the model's line.") : t("The preset stands in the model's line; connect its clip.");
 }

@@ -2,6 +2,7 @@
 
 import * as store from "./preset_store.mjs";
 import { apply, insert } from "./preset_graph.mjs";
+import { t } from "./words.mjs";
 
 export const STYLE = `
 .cg-presets { display: flex; flex-direction: column; gap: 8px; height: 100%; padding: 10px; box-sizing: border-box;
@@ -13,7 +14,7 @@ export const STYLE = `
 .cg-presets button { padding: 3px 8px; border-radius: 4px; border: 1px solid var(--border-color, #4e4e4e); cursor: pointer;
   background: var(--comfy-input-bg, #222); color: inherit; font: inherit; }
 .cg-presets button:hover, .cg-presets button:focus-visible { border-color: var(--p-primary-color, #60a5fa); }
-.cg-presets .card { border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px; padding: 8px; }
+.cg-presets .card { border: 1px solid var(--border-color, #4e4e4e); border-radius: 6px; padding: 8px; margin-top: 6px; }
 .cg-presets .card.new { border: 2px solid var(--p-primary-color, #60a5fa); }
 .cg-presets .name { font-weight: 600; }
 .cg-presets .about { opacity: 0.85; margin: 2px 0 6px; white-space: pre-line; }
@@ -37,7 +38,7 @@ const button = (text, title, onclick) => make("button", { type: "button", text, 
 /** What a preset is and will do. */
 function told(preset) {
   if (!preset.ok) return [make("div", { className: "error", text: preset.error })];
-  const by = [preset.author && `by ${preset.author}`, preset.licence, preset.base_models?.join(", ")].filter(Boolean);
+  const by = [preset.author && t("by {author}", preset), preset.licence, preset.base_models?.join(", ")].filter(Boolean);
   const item = (line, i) => {
     const made = make("li", { text: line });
     if (preset.why?.[i]) make("div", { className: "hint", text: preset.why[i], parent: made });
@@ -57,17 +58,18 @@ export class PresetPanel {
     this.pending = null; // what was brought and not yet kept
     this.lists = { shipped: [], own: [] };
     this.message = make("div", { className: "hint", role: "status" });
-    this.search = make("input", { type: "search", placeholder: "Search presets", ariaLabel: "Search presets" });
+    this.search = make("input", { type: "search", placeholder: t("Search presets"), ariaLabel: t("Search presets") });
     this.search.oninput = () => this.draw();
-    this.box = make("textarea", { placeholder: "Paste a preset's text here", ariaLabel: "Paste a preset's text here" });
+    const paste = t("Paste a preset's text here");
+    this.box = make("textarea", { placeholder: paste, ariaLabel: paste });
     this.box.oninput = () => this.box.value.trim() && this.bring(this.box.value);
     const file = make("input", { type: "file", accept: ".json,.safetensors,application/json", hidden: true });
     file.onchange = () => file.files[0] && this.bringFile(file.files[0]).then(() => (file.value = ""));
     this.preview = make("div", {});
     this.body = make("div", {});
-    const load = button("Import a file", "A preset file; you see what it does before it is kept", () => file.click());
+    const load = button(t("Import a file"), t("A preset file; you see what it does before it is kept"), () => file.click());
     this.root.append(this.search, make("div", { className: "row" }, load, file), this.box,
-      make("div", { className: "hint", text: "You can also drop a preset file here or on the canvas." }),
+      make("div", { className: "hint", text: t("You can also drop a preset file here or on the canvas.") }),
       this.message, this.preview, this.body);
     for (const kind of ["keydown", "keyup", "keypress", "paste", "copy", "cut"])
       this.root.addEventListener(kind, (event) => event.stopPropagation()); // the canvas listens too
@@ -147,47 +149,50 @@ export class PresetPanel {
       !words || [preset.name, preset.description, ...(preset.does ?? [])].join("\n").toLowerCase().includes(words);
     const list = (title, presets, mine) => {
       const found = presets.filter(wanted);
-      const empty = presets.length ? "None of them matches." : "None yet: import one, or keep one of the others.";
+      const none = t("None yet: import one, or keep one of the others.");
+      const empty = presets.length ? t("None of them matches.") : none;
       return [make("h3", { text: title }),
         ...(found.length ? found.map((each) => this.card(each, mine)) : [make("div", { className: "hint", text: empty })])];
     };
-    this.body.replaceChildren(...list("Your presets", this.lists.own, true),
-      ...list("From ConceptGuard", this.lists.shipped, false));
+    this.body.replaceChildren(...list(t("Your presets"), this.lists.own, true),
+      ...list(t("From ConceptGuard"), this.lists.shipped, false));
   }
 
   pendingCard(found) {
-    const keep = button("Keep", "Store it among your presets", () => this.act(async () => {
+    const keep = button(t("Keep"), t("Store it among your presets"), () => this.act(async () => {
       await store.keep(found.text, found.name);
       this.dismiss();
       await this.refresh();
-      return "Kept.";
+      return t("Kept.");
     }));
-    const close = button(found.ok ? "Discard" : "Close", "Store nothing", () => this.dismiss());
+    const close = button(found.ok ? t("Discard") : t("Close"), t("Store nothing"), () => this.dismiss());
     const row = found.ok ? [keep, this.insertButton(found), this.applyButton(found), close] : [close];
     return make("div", { className: "card new" },
-      make("div", { className: "name", text: found.ok ? found.name : "This is not a preset" }),
-      ...(found.ok ? [make("div", { className: "hint", text: "Not stored yet. It will do this:" })] : []),
+      make("div", { className: "name", text: found.ok ? found.name : t("This is not a preset") }),
+      ...(found.ok ? [make("div", { className: "hint", text: t("Not stored yet. It will do this:") })] : []),
       ...told(found), make("div", { className: "row" }, ...row));
   }
 
   insertButton(preset) {
-    return button("Insert", "Add a node that holds this preset", () => this.act(() => {
+    return button(t("Insert"), t("Add a node that holds this preset"), () => this.act(() => {
       insert(preset.text);
-      return "A node with this preset was added; connect its model and clip.";
+      return t("A node with this preset was added; connect its model and clip.");
     }));
   }
 
   applyButton(preset) {
-    return button("Apply", "Put it into the selected node's model line", () => this.act(() => apply(preset.text)));
+    return button(t("Apply"), t("Put it into the selected node's model line"), () => this.act(() => apply(preset.text)));
   }
 
   card(preset, mine) {
     const details = make("details", {}, make("summary", { className: "name", text: preset.name ?? preset.path }), ...told(preset));
     const buttons = preset.ok ? [this.insertButton(preset), this.applyButton(preset),
-      button("Export", "Download it as a file", () => this.act(() => this.download(preset))),
-      button("Copy", "Copy its text", () => this.act(() => this.copy(preset)))] : [];
-    if (mine && preset.ok) buttons.push(button("Rename", "Give it another name", () => this.rename(preset, details)));
-    if (mine) buttons.push(button("Delete", "Delete it from your presets", (event) => this.erase(preset, event.target)));
+      button(t("Export"), t("Download it as a file"), () => this.act(() => this.download(preset))),
+      button(t("Copy"), t("Copy its text"), () => this.act(() => this.copy(preset)))] : [];
+    if (mine && preset.ok)
+      buttons.push(button(t("Rename"), t("Give it another name"), () => this.rename(preset, details)));
+    if (mine)
+      buttons.push(button(t("Delete"), t("Delete it from your presets"), (event) => this.erase(preset, event.target)));
     return make("div", { className: "card" }, details, make("div", { className: "row" }, ...buttons));
   }
 
@@ -200,15 +205,15 @@ export class PresetPanel {
 
   async copy(preset) {
     await navigator.clipboard.writeText(preset.text);
-    return "Copied.";
+    return t("Copied.");
   }
 
   rename(preset, details) {
-    const input = make("input", { value: preset.name, maxLength: 80, ariaLabel: "New name" });
+    const input = make("input", { value: preset.name, maxLength: 80, ariaLabel: t("New name") });
     const done = () => this.act(async () => {
       await store.rename(preset, input.value.trim());
       await this.refresh();
-      return "Renamed.";
+      return t("Renamed.");
     });
     input.onkeydown = (event) => {
       if (event.key === "Enter") done();
@@ -220,14 +225,15 @@ export class PresetPanel {
 
   /** Asks once more, in the button itself. */
   erase(preset, asked) {
-    if (asked.textContent === "Delete") {
-      asked.textContent = "Really delete?";
+    if (!asked.dataset.asked) {
+      asked.dataset.asked = "yes";
+      asked.textContent = t("Really delete?");
       return;
     }
     this.act(async () => {
       await store.remove(preset.path);
       await this.refresh();
-      return "Deleted.";
+      return t("Deleted.");
     });
   }
 }

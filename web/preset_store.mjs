@@ -4,6 +4,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { t } from "./words.mjs";
 
 export const MAX_BYTES = 2 * 1024 * 1024; // of a file with learned files; the server says what is too much of what
 export const FOLDER_SETTING = "ConceptGuard.Presets.Folder";
@@ -20,21 +21,21 @@ export function folder() {
 /** What the server finds in a document, text or bytes: {ok, name, does, ...} or {ok: false, error}. */
 export async function check(document) {
   const size = document?.length ?? document?.byteLength;
-  if (!(size <= MAX_BYTES)) return { ok: false, error: "It is larger than 2 MB." };
+  if (!(size <= MAX_BYTES)) return { ok: false, error: t("It is larger than 2 MB.") };
   const answer = await api.fetchApi("/concept_guard/presets/check", { method: "POST", body: document });
-  if (!answer.ok) return { ok: false, error: `The server did not check it (${answer.status}).` };
+  if (!answer.ok) return { ok: false, error: t("The server did not check it ({status}).", answer) };
   return answer.json();
 }
 
 /** What a file that somebody brought holds: text, or the bytes of a .safetensors file. */
 export async function contentsOf(file) {
-  if (file.size > MAX_BYTES) throw new Error("It is larger than 2 MB; a preset is smaller.");
+  if (file.size > MAX_BYTES) throw new Error(t("It is larger than 2 MB; a preset is smaller."));
   const bytes = await file.arrayBuffer();
   if (file.name.toLowerCase().endsWith(".safetensors")) return bytes;
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
-    throw new Error("It is not text; a preset is a .json or .safetensors file that ConceptGuard wrote.");
+    throw new Error(t("It is not text; a preset is a .json or .safetensors file that ConceptGuard wrote."));
   }
 }
 
@@ -54,7 +55,7 @@ export function looksLikePreset(document) {
 export async function exported(preset) {
   if (!JSON.parse(preset.text).files?.length) return [new Blob([preset.text], { type: "application/json" }), "json"];
   const answer = await api.fetchApi("/concept_guard/presets/pack", { method: "POST", body: preset.text });
-  if (!answer.ok) throw new Error((await answer.json().catch(() => null))?.error ?? `It was not made (${answer.status}).`);
+  if (!answer.ok) throw new Error((await answer.json().catch(() => null))?.error ?? t("It was not made ({status}).", answer));
   return [await answer.blob(), "safetensors"];
 }
 
@@ -71,7 +72,7 @@ export async function own() {
   const files = (await api.listUserDataFullInfo(base)).filter((file) => file.path.endsWith(".json"));
   const read = async (file) => {
     const path = `${base}/${file.path}`;
-    if (file.size > MAX_BYTES) return { path, text: "", ok: false, error: "It is larger than 2 MB." };
+    if (file.size > MAX_BYTES) return { path, text: "", ok: false, error: t("It is larger than 2 MB.") };
     const answer = await api.getUserData(path);
     const text = answer.ok ? await answer.text() : "";
     return { path, text, ...(await check(text)) };
@@ -86,13 +87,13 @@ const random = () => Array.from(crypto.getRandomValues(new Uint8Array(5)), (b) =
 export async function keep(text, name) {
   const path = `${folder()}/${slug(name)}-${random()}.json`;
   const answer = await api.storeUserData(path, text, { overwrite: false, stringify: false, throwOnError: false });
-  if (!answer.ok) throw new Error(`It was not stored (${answer.status} ${answer.statusText}).`);
+  if (!answer.ok) throw new Error(t("It was not stored ({status} {statusText}).", answer));
   return path;
 }
 
 export async function remove(path) {
   const answer = await api.deleteUserData(path);
-  if (!answer.ok && answer.status !== 404) throw new Error(`It was not deleted (${answer.status}).`);
+  if (!answer.ok && answer.status !== 404) throw new Error(t("It was not deleted ({status}).", answer));
 }
 
 /** A new name: written as a new document first, so that a failure in between leaves both, never none. */

@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { PresetPanel, STYLE } from "./preset_panel.mjs";
 import { remount } from "./remount.mjs";
 import { check, contentsOf, DEFAULT_FOLDER, FOLDER_SETTING, looksLikePreset, MAX_BYTES } from "./preset_store.mjs";
+import { t } from "./words.mjs";
 
 const TAB = "ConceptGuard";
 const NODE_STYLE = `
@@ -55,7 +56,7 @@ function addWords(node) {
     const found = now.trim() ? await check(now).catch(() => null) : { ok: false, error: "" };
     if (shown !== now) return; // typed on meanwhile
     root.replaceChildren();
-    if (!found?.ok) return line("span", found?.error || "Choose a preset in the ConceptGuard panel.", found?.error && "error");
+    if (!found?.ok) return line("span", found?.error || t("Choose a preset in the ConceptGuard panel."), found?.error && "error");
     line("b", found.name);
     [...found.does, ...found.files].forEach((each) => line("span", each));
     found.missing.forEach((each) => line("span", each, "error"));
@@ -101,7 +102,7 @@ app.registerExtension({
   },
   setup() {
     app.extensionManager.registerSidebarTab({
-      id: TAB, icon: "pi pi-shield", title: "ConceptGuard", tooltip: "Safety presets", type: "custom",
+      id: TAB, icon: "pi pi-shield", title: "ConceptGuard", tooltip: t("Safety presets"), type: "custom",
       render(element) {
         element.append(thePanel().root);
         thePanel().refresh();

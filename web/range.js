@@ -8,12 +8,15 @@ import { api } from "../../scripts/api.js";
 import { outputOf, sourceOf, targetsOf } from "./graph.mjs";
 import { remount } from "./remount.mjs";
 import { moved, rounded, stepsIn, windowIn } from "./window.mjs";
+import { t } from "./words.mjs";
 
 const SHOW = "ConceptGuard.Range.Show";
 const WINDOW = "ConceptGuard.Range.Window";
+const FOUND = "concept_guard_range"; // in what a search tells when it has run, and among its properties, which are saved
 const setting = (id) => app.extensionManager?.setting?.get(id);
+const HEIGHT = 34; // pixels; the host takes the margins off what a widget asks for
 const STYLE = `
-.cg-range { box-sizing: border-box; width: 100%; height: 34px; padding: 2px 10px; touch-action: none; user-select: none;
+.cg-range { box-sizing: border-box; width: 100%; height: ${HEIGHT}px; padding: 2px 10px; touch-action: none; user-select: none;
   color: var(--input-text, #ddd); font: 10px/12px sans-serif; }
 .cg-range .track { position: relative; height: 16px; border-radius: 8px; background: var(--comfy-input-bg, #222);
   border: 1px solid var(--border-color, #4e4e4e); box-sizing: border-box; cursor: default; }
@@ -48,10 +51,10 @@ function samplerAfter(node) {
   return null;
 }
 
-/** What a search upstream of the `range` input found when it last ran: [start, end]. */
+/** What a search upstream of the `range` input found when it last ran, also before a reload: [start, end]. */
 function foundPeriod(node) {
   const source = sourceOf(node, "range");
-  const found = source && outputOf(source)?.concept_guard_range;
+  const found = source && (outputOf(source)?.[FOUND] ?? source.properties?.[FOUND]);
   return Array.isArray(found) && found.length === 2 && found.every(Number.isFinite) ? found : null;
 }
 
@@ -61,8 +64,10 @@ function stepsNote(node, start, end) {
   const [steps, scheduler, denoise] = ["steps", "scheduler", "denoise"].map((name) => widgetOf(sampler, name)?.value);
   const held = stepsIn(start, end, steps, scheduler, denoise ?? 1);
   if (held === null) return "";
-  if (!held.length) return `none of ${steps} steps`;
-  return held[0] === held[1] ? `step ${held[0]} of ${steps}` : `steps ${held[0]}-${held[1]} of ${steps}`;
+  if (!held.length) return t("none of {all} steps", { all: steps });
+  const [first, last] = held;
+  const values = { first, last, all: steps };
+  return first === last ? t("step {first} of {all}", values) : t("steps {first}-{last} of {all}", values);
 }
 
 function element(tag, className, parent) {
@@ -79,7 +84,7 @@ class RangeView {
     this.track = element("div", "track", this.root);
     this.found = element("div", "found", this.track);
     this.bar = element("div", "bar", this.track);
-    this.handles = { start: this.handle("start", "Start of the edit"), end: this.handle("end", "End of the edit") };
+    this.handles = { start: this.handle("start", t("Start of the edit")), end: this.handle("end", t("End of the edit")) };
     this.note = element("div", "note", this.root);
     this.root.addEventListener("pointerdown", (event) => this.grab(event));
     this.root.addEventListener("dblclick", (event) => {
@@ -198,12 +203,12 @@ class RangeView {
   }
 
   words(start, end, off, found) {
-    if (off && found) return `found: ${Math.round(100 * found[0])}-${Math.round(100 * found[1])} %`;
-    if (off) return "set by its input";
-    if (start > end) return "start lies after end";
-    if (start === end) return "never active";
-    const steps = stepsNote(this.node, start, end);
-    return steps || `${Math.round(100 * start)}-${Math.round(100 * end)} % of the timesteps`;
+    const percent = ([from, to]) => ({ start: Math.round(100 * from), end: Math.round(100 * to) });
+    if (off && found) return t("found: {start}-{end} %", percent(found));
+    if (off) return t("set by its input");
+    if (start > end) return t("start lies after end");
+    if (start === end) return t("never active");
+    return stepsNote(this.node, start, end) || t("{start}-{end} % of the timesteps", percent([start, end]));
   }
 }
 
@@ -211,9 +216,16 @@ function chain(owner, name, after) {
   const before = owner[name];
   owner[name] = function (...args) {
     const result = before?.apply(this, args);
-    after();
+    after(...args);
     return result;
   };
+}
+
+/** A search keeps what it found, so that it is shaded after a reload too. */
+function keepFound(search) {
+  chain(search, "onExecuted", (output) => {
+    if (output?.[FOUND]) search.properties[FOUND] = [...output[FOUND]];
+  });
 }
 
 /** Give a new edit the window of the settings; one that is loaded gets its own afterwards. */
@@ -227,7 +239,7 @@ function addRange(node, first, last) {
   view.root.conceptGuardNode = node;
   const widget = node.addDOMWidget("range_view", "CONCEPT_GUARD_RANGE_VIEW", view.root, {
     serialize: false, hideOnZoom: false, getValue: () => "", setValue() {},
-    getMinHeight: () => 34, getMaxHeight: () => 34, margin: 4,
+    getMinHeight: () => HEIGHT + 8, getMaxHeight: () => HEIGHT + 8, margin: 4,
   });
   widget.serialize = false;
   const paint = () => {
@@ -281,6 +293,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!String(node.comfyClass).startsWith("ConceptGuard")) return;
+    if (node.comfyClass === "ConceptGuardCausalPeriod") keepFound(node);
     const [first, last] = ["start_percent", "end_percent"].map((name) => widgetOf(node, name));
     if (!first || !last) return;
     startWith(node, first, last);

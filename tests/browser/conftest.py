@@ -11,18 +11,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import lora
 import pytest
 from page import PATIENCE, Browser
 
+from conceptguard.demo import lora
+from conceptguard.tools.browser import ARGUMENTS, newer_frontend
 from conceptguard.tools.browser import chromium as chromium_here
-from conceptguard.tools.browser import newer_frontend
 from conceptguard.tools.host import Host
-
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-]  # fmt: skip
 
 
 def need(what: object, name: str) -> None:

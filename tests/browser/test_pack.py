@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,52 @@ def test_a_concept_map_is_shown_on_its_node(browser: Browser) -> None:
     browser.set("ConceptGuard.Maps.Show", True)
 
 
-def test_the_nodes_and_their_settings_speak_chinese(browser: Browser) -> None:
+def test_a_page_of_help_shows_its_pictures(browser: Browser) -> None:
+    cre = "app.graph._nodes.find(n => n.type === 'ConceptGuardCRE')"
+    browser.load(workflow("erase-a-concept"))
+    browser.look_at(cre)
+    browser.js(f"() => {{ app.canvas.deselectAll?.(); app.canvas.selectNode({cre}) }}")
+    browser.page.get_by_test_id("info-button").click()
+    browser.wait("""() => { const shown = [...document.querySelectorAll('.node-help-content img')];
+        return shown.some(each => each.src.endsWith('/ConceptGuardCRE.webp'))
+            && shown.every(each => each.naturalWidth > 0) }""")
+    browser.picture("help")
+    browser.open()
+
+
+@pytest.fixture
+def chinese(browser: Browser) -> Iterator[Browser]:
+    browser.open(**{"Comfy.Locale": "zh"})
+    yield browser
+    browser.open(**{"Comfy.Locale": "en"})
+
+
+def test_the_panel_and_the_range_speak_chinese(chinese: Browser) -> None:
+    words = strings("zh", "main")["conceptGuard"]
+    chinese.load(workflow("erase-a-concept"))
+    chinese.look_at("app.graph._nodes.find(n => n.type === 'ConceptGuardCRE')")
+    steps = words["steps {first}-{last} of {all}"].format(first=1, last=20, all=20)
+    chinese.page.locator(".cg-range .note").first.get_by_text(steps).wait_for()
+    if not chinese.page.locator(".cg-presets").count():
+        chinese.js("() => app.extensionManager.sidebarTab.toggleSidebarTab('ConceptGuard')")
+    chinese.page.get_by_placeholder(words["Search presets"]).wait_for()
+    for text in ("Import a file", "From ConceptGuard", "Apply"):
+        chinese.page.locator(".cg-presets").get_by_text(words[text], exact=True).first.wait_for()
+    chinese.picture("chinese")
+
+
+def test_the_nodes_and_their_settings_speak_chinese(chinese: Browser) -> None:
+    browser = chinese
     nodes, settings = (strings("zh", name) for name in ("nodeDefs", "settings"))
     served = browser.host.get("/api/i18n")["zh"]
     assert nodes.items() <= served["nodeDefs"].items() and settings.items() <= served["settings"].items()
     if not browser.newer:
         return  # it puts its own texts in a language's place when it has loaded them, and loses those of packs
-    browser.open(**{"Comfy.Locale": "zh"})
     titles = browser.js("ids => ids.map(id => LiteGraph.registered_node_types[id].title)", list(nodes))
     assert titles == [texts["display_name"] for texts in nodes.values()]
     show_settings(browser)
     for texts in settings.values():
         browser.page.get_by_text(texts["name"], exact=True).first.wait_for()
-    browser.open(**{"Comfy.Locale": "en"})
 
 
 def test_the_settings_page_tells_where_learned_files_are(browser: Browser) -> None:

@@ -99,6 +99,19 @@ def test_the_period_that_a_search_found_is_shaded(browser: Browser) -> None:
     browser.picture("range-found")
 
 
+def test_the_shade_outlives_a_reload_of_the_page(browser: Browser) -> None:
+    browser.load(workflow("find-causal-period"))
+    before = browser.js("() => app.graph.serialize().nodes.map(n => n.widgets_values)")
+    browser.found("app.graph._nodes.find(n => n.type === 'ConceptGuardCausalPeriod').id", 0.2, 0.65)
+    saved = browser.js("() => JSON.stringify(app.graph.serialize())")
+    assert [node.get("widgets_values") for node in json.loads(saved)["nodes"]] == before
+    browser.open()
+    browser.load(json.loads(saved))
+    browser.look_at(NODE)
+    browser.wait(SHADED)
+    assert browser.page.locator(".cg-range .note").first.inner_text() == "found: 20-65 %"
+
+
 def test_the_bar_counts_the_steps_of_the_sampler_behind_it(browser: Browser) -> None:
     browser.load(workflow("erase-a-concept"))
     browser.look_at(NODE)

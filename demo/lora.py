@@ -1,4 +1,4 @@
-"""A LoRA for the demo model, small and random: what an example workflow's Load LoRA finds in the tests' server."""
+"""A LoRA for the demo model, small and random: what an example workflow's Load LoRA finds in tests and pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from conceptguard.demo.load import MODEL_FILE
+from .load import MODEL_FILE
 
 NAME = "concept-guard-demo.safetensors"
 RANK = 2
