@@ -1,8 +1,9 @@
 """`make train-adapter`: learn EIUP's automatic weight on the demo model, and ship it beside the demo weights.
 
-A pair is what the first step's attention finds of a concept in one picture, and the weight that picture calls for: 0
-where the judge does not find the concept anyway, else the weakest of a few weights with which it is gone. Pictures are
-of prompts that name the concept, of scenes that hold it unnamed, and of everything else.
+A pair is what the first step's attention finds of a concept in one picture (with evidence "alike", in what part of it),
+and the weight that picture calls for: 0 where the judge does not find the concept anyway, else the weakest of a few
+weights with which it is gone. Pictures are of prompts that name the concept, of scenes that hold it unnamed, and of
+everything else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..editing.spec import EditSpec
 from ..nodes.files import DEMO_WEIGHT_FILE
 from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
 
-GRID = (-1.0, -1.5)
+GRID = (-1.0,)
 
 
 def weakest(found: Callable[[float, list[int]], Sequence[bool]], n: int, grid: Sequence[float]) -> Tensor:

@@ -98,12 +98,20 @@ def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
     return torch.stack(shares).transpose(2, 3)[..., None]
 
 
+def where_alike(A: Tensor, At: Tensor, A0: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+    """E_p, 1 where the picture's features are like phrase p's, else 0, [P, ...]; and At_p - A0, [P, ..., 1, H d]."""
+    a, x = (less(each, A0, "full") for each in (A, At))
+    along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+    near = None if kept is None else likeness(a, less(kept.found, A0, "full"), kept.of)
+    E = alike(a, along, norm, FLOOR, near)
+    assert isinstance(E, Tensor)
+    return E[..., 0, 0], x
+
+
 def steered(A: Tensor, At: Tensor, s: Tensor, A0: Tensor, kept: Kept | None = None) -> Tensor:
     """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
 
     A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...].
     """
-    a, x = (less(each, A0, "full") for each in (A, At))
-    along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
-    near = None if kept is None else likeness(a, less(kept.found, A0, "full"), kept.of)
-    return (s[..., None, None] * alike(a, along, norm, FLOOR, near) * x).sum(0).reshape(A.shape)
+    E, x = where_alike(A, At, A0, kept)
+    return ((s * E)[..., None, None] * x).sum(0).reshape(A.shape)

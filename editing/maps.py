@@ -1,7 +1,8 @@
 """Where a concept is found: the attention of its own tokens, collected while the host calls the model.
 
 The map of a phrase in one cross-attention is sum_{j own} A_e[:, j] (eiup.py), the share of each position's attention to
-the concept's prompt that its own tokens get, averaged over the heads.
+the concept's prompt that its own tokens get, averaged over the heads. With evidence "alike" it is E: 1 where the
+prompt's output is like the concept's, and edits act.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .attention import logits, split_heads
 from .blocks import BlockKey
 from .data import Shared
 from .eiup import EIUPOptions, share
+from .plan import Steering
 from .spec import Concept, EditSpec, Phrase
 
 SCALES = ("picture", "batch", "none")
@@ -31,19 +33,24 @@ class Watch(Shared):
         assert isinstance(spec.source, Concept) and isinstance(spec.options, EIUPOptions)
         self.spec = spec
         self.phrases = spec.source.phrases
-        self.evidence = spec.options.evidence == "share"
+        self.evidence = spec.options.evidence
         self.maps: dict[BlockKey, list[Tensor]] = {}  # of each model call, [P, images, h, w]
 
     @torch.no_grad()
-    def see(self, key: BlockKey, attn: Any, q: Tensor, k: Tensor, chunks: Sequence[int], shape: Sequence[int]) -> None:
-        """One cross-attention of one model call. q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
+    def see(
+        self, key: BlockKey, attn: Any, A: Tensor, q: Tensor, k: Tensor, chunks: Sequence[int], shape: Sequence[int]
+    ) -> None:
+        """One cross-attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
 
         chunks: which cond each equal part of the batch serves; the parts of the conditional one (0) count alike.
         """
         conds = [i for i, cond in enumerate(chunks) if cond == 0]
-        q, k = (x.unflatten(0, (len(chunks), -1))[conds].flatten(0, 1) for x in (q, k))
-        q, k = split_heads(q, attn.heads), split_heads(k, attn.heads)
-        found = torch.stack([self._found(attn, q, k, phrase) for phrase in self.phrases])  # [P, R, N]
+        rows = (x.unflatten(0, (len(chunks), -1))[conds].flatten(0, 1) for x in (A, q, k))
+        A, q, k = (split_heads(x, attn.heads) for x in rows)
+        if self.evidence == "alike":
+            found = Steering.of(self.spec, attn, q.device, q.dtype).alike(A, q)  # [P, R, N]
+        else:
+            found = torch.stack([self._found(attn, q, k, phrase) for phrase in self.phrases])
         maps = found.unflatten(1, (len(conds), -1)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
@@ -52,14 +59,15 @@ class Watch(Shared):
         own = list(phrase.own)
         K = split_heads(attn.to_k(phrase.tokens.to(q)), attn.heads)  # [1, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]
-        if self.evidence:
+        if self.evidence == "share":
             A_e = A_e * share(q, k, [K[:, own]])[0, ..., 0]
         return A_e.mean(-1)
 
     def features(self, blocks: Iterable[BlockKey]) -> Tensor:
-        """A_e of one own token, averaged over heads and positions, in each of the blocks: [P, images, B] on the CPU."""
+        """A_e of one own token, or E, averaged over heads and positions, in each of the blocks: [P, images, B] on the
+        CPU."""
         means = [torch.stack(self.maps[key]).mean((0, 3, 4)) for key in blocks]  # B times [P, images]
-        own = torch.tensor([len(phrase.own) for phrase in self.phrases])
+        own = torch.tensor([1 if self.evidence == "alike" else len(phrase.own) for phrase in self.phrases])
         return torch.stack(means, -1).cpu() / own[:, None, None]
 
     def heat(self, height: int, width: int) -> Tensor:

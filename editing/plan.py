@@ -17,9 +17,9 @@ from .attention import attend, logits, split_heads
 from .blocks import BlockKey, select_blocks
 from .cre import CREOptions, Kept, projection
 from .direction import shift
-from .eiup import EIUPOptions, reweighted, share, steered
+from .eiup import EIUPOptions, reweighted, share, steered, where_alike
 from .spec import Direction, EditSpec
-from .tokens import KV, TokenSets, gather
+from .tokens import KV, Solved, TokenSets, gather
 
 Observer = Callable[..., None]
 Window = tuple[int, ...] | None  # the images of a batch that a context window shows
@@ -54,6 +54,23 @@ class Steering:
         if self.keep:
             concepts = self.owner[1:] if self.options.baseline == "neutral" else self.owner
             self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
+
+    @classmethod
+    def bound(cls, sets: Solved, attn: Any, dtype: torch.dtype) -> Steering:
+        prompts, keep = ([part.bind(attn, dtype) for part in parts] for parts in (sets.phrases, sets.keep))
+        return cls(sets.options, prompts, keep)
+
+    @classmethod
+    def of(cls, spec: EditSpec, attn: Any, device: torch.device, dtype: torch.dtype) -> Steering:
+        """One edit alone."""
+        (sets,) = gather([spec], [0], device).steering
+        return cls.bound(sets, attn, dtype)
+
+    def alike(self, A: Tensor, q: Tensor) -> Tensor:
+        """E of each phrase of an erasure (eiup.py): [P, R, N]."""
+        A0, *At = found_in(self.prompts, q)
+        kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
+        return where_alike(A, torch.stack(At), A0, kept)[0]
 
     def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
@@ -90,10 +107,7 @@ class BlockEdits:
         self.heads: int = attn.heads
         self.joined = [each.bind(attn, dtype) for each in sets.joined]
         self.separate = [each.bind(attn, dtype) for each in sets.separate]
-        self.steering = [
-            Steering(each.options, *([part.bind(attn, dtype) for part in parts] for parts in (each.phrases, each.keep)))
-            for each in sets.steering
-        ]
+        self.steering = [Steering.bound(each, attn, dtype) for each in sets.steering]
 
     def apply(
         self, A: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, foreign: bool, observe: Observer | None

@@ -223,7 +223,7 @@ class Run(Shared):
         A = self.attention(q, k, v, extra) if before is None else before(q, k, v, extra)
         if call.watch is not None and key in call.watched:
             attn = self.backbone.blocks[key].attn2
-            call.watch.see(key, attn, q, k, chunks_of(extra), extra["activations_shape"])
+            call.watch.see(key, attn, A, q, k, chunks_of(extra), extra["activations_shape"])
         rows = call.plan.rows(chunks_of(extra), q.shape[0], window_of(extra)) if key in call.plan.blocks else None
         if rows is None:
             return A

@@ -14,14 +14,13 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..editing.binding import add_watch
-from ..editing.eiup import DEFAULTS, EIUPOptions
+from ..editing.eiup import CHOICES, DEFAULTS, EIUPOptions
 from ..editing.maps import SCALES, Watch, painted, scaled
 from ..editing.spec import Concept, EditSpec
 from .inputs import CATEGORY, blocks_input, check, choice_input, named, where
 from .types import ConceptType
 
 NODE = "ConceptGuardConceptMap"
-EVIDENCE = ("none", "share")  # what a map can show of eiup.py's
 EDGES = ("area", "mask", "set_area_to_bounds")  # of a conditioning that serves a part of the picture
 
 
@@ -108,10 +107,11 @@ class ConceptGuardConceptMap(io.ComfyNode):
                 ),
                 choice_input(
                     "evidence",
-                    EVIDENCE,
+                    CHOICES["evidence"],
                     DEFAULTS.evidence,
                     "What to show: the attention of the concept's words (none), or only as far as the picture turns to "
-                    "them rather than to the prompt (share).",
+                    "them rather than to the prompt (share); or where the picture's features are like the concept's, "
+                    "compared with its neutral prompts: where edits act (alike).",
                 ),
                 choice_input(
                     "scale",

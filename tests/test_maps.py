@@ -11,6 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from conceptguard.editing import eiup
 from conceptguard.editing.binding import RUN, add_edit, add_watch
 from conceptguard.editing.cre import DEFAULTS as CRE
 from conceptguard.editing.eiup import EIUPOptions
@@ -65,6 +66,27 @@ def test_a_map_is_the_attention_of_the_concepts_own_tokens(make: Any, evidence: 
                 if evidence == "share":
                     own = own * reference.share(q, k, K[list(phrase.own)], h, 1)
                 torch.testing.assert_close(found[p, image].double().flatten(), own.mean(-1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_map_of_what_is_alike_shows_where_edits_act(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eiup, "FLOOR", 0.05)  # a random network finds little alike
+    saw = watch(evidence="alike")
+    with tiny.Recorder(model) as seen:
+        tiny.sample(add_watch(model, saw), batch=2, steps=1)
+    for key, (call,) in seen.calls.items():
+        (found,), h = saw.maps[key], seen.heads(key)
+        for p, phrase in enumerate(CONCEPT.phrases):
+            for image in range(2):
+                q, k, v = (call[name][2 + image] for name in "qkv")
+
+                def output(tokens: Tensor, q: Tensor = q, key: Any = key, h: int = h) -> Tensor:
+                    return reference.attention(q, seen.project(key, "k", tokens), seen.project(key, "v", tokens), h)
+
+                A = reference.attention(q, k, v, h)
+                edited = reference.eiup_alike(A, [output(phrase.tokens[0])], [1.0], output(CONCEPT.baseline[0]), 0.05)
+                torch.testing.assert_close(found[p, image].flatten() > 0, (edited != A.double()).any(-1))
+    features = saw.features(saw.maps)
+    assert features.shape == (2, 2, len(saw.maps)) and 0 < features.mean() < 1
 
 
 def test_looking_changes_no_bit(model: Any) -> None:
