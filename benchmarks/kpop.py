@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "KPOP, neutral a cat": {"towards": "a cat", "keep": ()},
     "KPOP, neutral the neighbour": {"keep": ()},
     "KPOP, and keeping what is preserved": {},
+    "the same, lambda 0.6, 600 steps": {"lam": 0.6, "steps": 600},
     "the same, no prompt": {"lam": 0.0},
     "ESD, same budget": {"towards": "", "keep": (), "lam": 0.0, "overshoot": 1.0},
 }
