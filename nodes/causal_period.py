@@ -149,7 +149,8 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
                              "Step by step (exclusion, the paper's algorithm 1), or by halving, which "
                              "assumes that leaving out more steps never helps (bisection)."),
                 io.Float.Input("strength", default=1.0, min=0.05, max=4.0, step=0.05, optional=True,
-                               tooltip="Of the edit that the range is for: a stronger one has to act in fewer steps."),
+                               tooltip="Of the edit that the range is for: a stronger one has to act in fewer steps. "
+                               "0 would edit nothing and is refused."),
             ],
             outputs=[
                 io.TimestepsRange.Output(display_name="range", tooltip="For the `range` input of an edit."),
