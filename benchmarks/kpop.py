@@ -41,13 +41,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # The paper's table 5, table 6 and figure 5; fewer steps show what differs.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "additive": {"mechanism": "additive"},
-    "size 1": {"prompt_size": 1},
     "size 10, all blocks, lambda 0.3": {},
+    "size 1": {"prompt_size": 1},
     "size 100": {"prompt_size": 100},
     "middle": {"blocks": "middle"},
     "middle and up": {"blocks": "middle and up"},
     "lambda 0.01": {"lam": 0.01},
+    "lambda 3": {"lam": 3.0},
+    "additive": {"mechanism": "additive"},
     "lambda 0.1": {"lam": 0.1},
     "lambda 10": {"lam": 10.0},
     "two prompts (keys, values)": {"keys_and_values": "two"},

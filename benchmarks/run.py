@@ -107,7 +107,7 @@ def mitigation_tables(demo: Demo, quick: bool, settings: str) -> None:
 
 
 KPOP: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
-    "kpop": (kpop.METHODS, {}), "kpop-ablations": (kpop.ABLATIONS, {"steps": 150, "count": 4})}
+    "kpop": (kpop.METHODS, {}), "kpop-ablations": (kpop.ABLATIONS, {"steps": 100, "count": 3})}
 
 
 def kpop_table(demo: Demo, name: str, quick: bool, settings: str) -> None:
