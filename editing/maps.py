@@ -8,6 +8,7 @@ prompt's output is like the concept's, and edits act.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Watch(Shared):
 
     def __init__(self, spec: EditSpec) -> None:
         assert isinstance(spec.source, Concept) and isinstance(spec.options, EIUPOptions)
-        self.spec = spec
+        self.spec, self.concept = spec, spec.source
         self.phrases = spec.source.phrases
         self.evidence = spec.options.evidence
         self.maps: dict[BlockKey, list[Tensor]] = {}  # of each model call, [P, images, h, w]
@@ -47,15 +48,15 @@ class Watch(Shared):
         conds = [i for i, cond in enumerate(chunks) if cond == 0]
         rows = (x.unflatten(0, (len(chunks), -1))[conds].flatten(0, 1) for x in (A, q, k))
         A, q, k = (split_heads(x, attn.heads) for x in rows)
-        if self.evidence == "alike":
-            found = Steering.of(self.spec, attn, q.device, q.dtype).alike(A, q)  # [P, R, N]
-        else:
-            found = torch.stack([self._found(attn, q, k, phrase) for phrase in self.phrases])
+        found = torch.stack([self._found(attn, A, q, k, phrase) for phrase in self.phrases])  # [P, R, N]
         maps = found.unflatten(1, (len(conds), -1)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
-    def _found(self, attn: Any, q: Tensor, k: Tensor, phrase: Phrase) -> Tensor:
-        """q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
+    def _found(self, attn: Any, A: Tensor, q: Tensor, k: Tensor, phrase: Phrase) -> Tensor:
+        """A, q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
+        if self.evidence == "alike":
+            alone = replace(self.spec, source=replace(self.concept, phrases=(phrase,)))
+            return Steering.of(alone, attn, q.device, q.dtype).alike(A, q)
         own = list(phrase.own)
         K = split_heads(attn.to_k(phrase.tokens.to(q)), attn.heads)  # [1, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]

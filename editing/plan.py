@@ -67,10 +67,10 @@ class Steering:
         return cls.bound(sets, attn, dtype)
 
     def alike(self, A: Tensor, q: Tensor) -> Tensor:
-        """E of each phrase of an erasure (eiup.py): [P, R, N]."""
-        A0, *At = found_in(self.prompts, q)
+        """E of an erasure's one phrase (eiup.py): [R, N]."""
+        found = found_in(self.prompts, q)
         kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
-        return where_alike(A, torch.stack(At), A0, kept)[0]
+        return where_alike(A, found[1:], found[0], kept)[0][0]
 
     def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""

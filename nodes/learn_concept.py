@@ -20,7 +20,7 @@ from ..editing.network import gradients
 from ..editing.spec import Concept
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, file_output, named, prefix_input
-from .training import conduct, encode, network_of, train_inputs, weights_key
+from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
 from .types import ConceptType
 
 KIND = "concept"
@@ -86,7 +86,7 @@ def learn(
 ) -> tuple[Artefact, list[float]]:  # fmt: skip
     """The learned concept as its file holds it, and the losses. Within `gradients`."""
     backbone, pixels = fingerprint_of(model, LEARN), checked(images)
-    lines = captions_of(captions, len(pixels))
+    lines = lines_for("captions", captions, len(pixels), "pictures")
     options = ConceptOptions(tokens, learning_rate, batch_size, seed)
     with torch.no_grad():
         latents = vae.encode(pixels)
@@ -117,14 +117,6 @@ def checked(images: Any) -> Tensor:
         raise ValueError(f"images are of {images.shape[2]}x{images.shape[1]} pixels, too small to learn from; scale "
                          "them to the model's own size")  # fmt: skip
     return images[:, :height, :width, :3].float().clone()
-
-
-def captions_of(captions: str, count: int) -> list[str]:
-    lines = [line.strip() for line in captions.splitlines() if line.strip()] or [""]
-    if len(lines) not in (1, count):
-        raise ValueError(f"captions has {len(lines)} lines for {count} pictures; write one line a picture, or one for "
-                         "all")  # fmt: skip
-    return lines if len(lines) == count else lines * count
 
 
 def place(clip: Any, caption: str, length: int, tokens: int) -> int:

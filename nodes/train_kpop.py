@@ -30,7 +30,7 @@ from ..editing.learning import Text
 from ..editing.network import Network, gradients
 from ..editing.spec import Prompt
 from .inputs import CATEGORY, choice_input, named
-from .training import conduct, encode, network_of, train_inputs, weights_key
+from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
 from .types import LoRAType, PromptType
 
 NODE = "ConceptGuardTrainKPOP"
@@ -181,7 +181,7 @@ def learn(
     recipe, lines = Recipe(**inputs), [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError("text is empty; write what to erase, one concept a line")
-    neutral = neutral_lines(recipe.neutral, len(lines))
+    neutral = lines_for("neutral", recipe.neutral, len(lines), "concepts")
     backbone = fingerprint_of(model, NODE)
     encoded = [encode(clip, line) for line in (*lines, *neutral, "")]  # while the card has room for the encoder
     network = network_of(model, recipe.precision, recipe.checkpointing)
@@ -196,15 +196,6 @@ def learn(
     about = {"format": FORMAT, "kind": "weights", "method": METHOD, "name": name, "backbone": backbone,
              "concepts": json.dumps(lines), "training": json.dumps(made), "version": package_version()}  # fmt: skip
     return LoRA(training.deltas.lora(), about), prompt, losses
-
-
-def neutral_lines(neutral: str, count: int) -> list[str]:
-    """What each of so many concepts is to become."""
-    lines = [line.strip() for line in neutral.splitlines() if line.strip()] or [""]
-    if len(lines) not in (1, count):
-        raise ValueError(f"neutral has {len(lines)} lines for the {count} of text; write one line for all, or one for "
-                         "each")  # fmt: skip
-    return lines if len(lines) == count else lines * count
 
 
 def training_of(network: Network, encoded: Sequence[Any], recipe: Recipe) -> tuple[KPOP, list[Text]]:

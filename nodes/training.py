@@ -44,6 +44,14 @@ def train_inputs(checkpointing: bool) -> list[io.Input]:
     ]  # fmt: skip
 
 
+def lines_for(name: str, text: str, count: int, what: str) -> list[str]:
+    """The lines of the input `name`, one for each of `count` things; a single one, or none, serves for all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if len(lines) not in (1, count):
+        raise ValueError(f"{name} has {len(lines)} lines for {count} {what}; write one line for each, or one for all")
+    return lines if len(lines) == count else lines * count
+
+
 def network_of(model: Any, precision: str, checkpointing: bool) -> Network:
     return Network(model, DTYPES[precision], checkpointing)
 

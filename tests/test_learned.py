@@ -31,6 +31,7 @@ from conceptguard.nodes.kpop import (
 )
 from conceptguard.nodes.learn_concept import ConceptGuardLearnConcept, ConceptGuardLoadConcept, ConceptGuardSaveConcept
 from conceptguard.nodes.train_kpop import BLOCKS, ConceptGuardTrainKPOP
+from conceptguard.nodes.train_kpop import learn as learn_kpop
 
 SMALL: dict[str, Any] = dict(width=64, height=64, steps=4, learning_rate=1e-2, prompt_learning_rate=1e-1, path_steps=3,
                              prompt_size=2, checkpointing=False)  # fmt: skip
@@ -184,11 +185,12 @@ def test_the_prompt_is_read_where_it_was_learned(model: Any, clip: Any) -> None:
     ("changes", "message"),
     [
         ({"text": "  \n"}, "text is empty"),
+        ({"neutral": "a\nb\nc"}, "neutral has 3 lines for 1 concepts; write one line for each, or one for all"),
         ({"text": "a " * 80}, "75 tokens"),
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 1e30}, "no number after 2 steps"),
     ],
-    ids=["nothing", "long", "steps", "nan"],
+    ids=["nothing", "neutral", "long", "steps", "nan"],
 )
 def test_bad_input_names_the_node_and_leaves_nothing(
     model: Any, clip: Any, folders: Path, changes: dict[str, Any], message: str
@@ -197,6 +199,17 @@ def test_bad_input_names_the_node_and_leaves_nothing(
     with pytest.raises(ValueError, match=f"ConceptGuardTrainKPOP: .*{message}"):
         ConceptGuardTrainKPOP.execute(model, clip, **inputs)
     assert not list((folders / "loras").iterdir()) and not unfinished(folders)
+
+
+def test_each_concept_has_its_own_neutral_text(model: Any, clip: Any) -> None:
+    """A text that is neutral to itself asks for no change: its removal loss is 0, as the weights still are."""
+    def first_loss(neutral: str) -> float:
+        with gradients():
+            inputs = {**SMALL, "steps": 1, "lam": 0.0, "overshoot": 0.0, "resume": False, "neutral": neutral}
+            return learn_kpop(model, clip, "kitchen knife\nbeer mug", None, **inputs)[2][0]
+
+    assert first_loss("kitchen knife\nbeer mug") == 0 < first_loss("beer mug\nkitchen knife")
+    assert first_loss("a cat") == first_loss("a cat\na cat")
 
 
 def test_other_things_than_prompts_and_weights_are_refused(model: Any, folders: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -70,12 +71,14 @@ def test_a_map_is_the_attention_of_the_concepts_own_tokens(make: Any, evidence: 
 
 def test_a_map_of_what_is_alike_shows_where_edits_act(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eiup, "FLOOR", 0.05)  # a random network finds little alike
-    saw = watch(evidence="alike")
+    long = replace(CONCEPT.phrases[0], tokens=tiny.tokens(400, 154))  # another length than the baseline, and first
+    concept = replace(CONCEPT, phrases=(long, CONCEPT.phrases[1]))
+    saw = Watch(EditSpec("erasure", concept, options=EIUPOptions(evidence="alike"), node="Test"))
     with tiny.Recorder(model) as seen:
         tiny.sample(add_watch(model, saw), batch=2, steps=1)
     for key, (call,) in seen.calls.items():
         (found,), h = saw.maps[key], seen.heads(key)
-        for p, phrase in enumerate(CONCEPT.phrases):
+        for p, phrase in enumerate(concept.phrases):
             for image in range(2):
                 q = call["q"][2 + image]
 
