@@ -15,6 +15,7 @@ demo: ## erase a concept on the demo model; pictures and report in output/demo/
 
 test: ## lint, types and the whole test suite
 	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
 	@$(RUN) tools.typecheck
 	@$(RUN) -m pytest $(ARGS)
 

@@ -22,8 +22,9 @@ from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
 Row = dict[str, Any]
 
 
-def task(demo: Demo, name: str, steps: int, seeds: int, delta: float, search: str = "exclusion",
-         seed: int = 11) -> Task:
+def task(
+    demo: Demo, name: str, steps: int, seeds: int, delta: float, search: str = "exclusion", seed: int = 11
+) -> Task:
     """A search over `seeds` pictures of each of the world's styles, as the node makes it."""
     sigmas = comfy.samplers.KSampler(demo.model, steps, "cpu", SAMPLER, SCHEDULER).sigmas
     spec = EditSpec("projection", demo.concept(name), STRENGTH, options=DEFAULTS, node="bench")
@@ -31,12 +32,26 @@ def task(demo: Demo, name: str, steps: int, seeds: int, delta: float, search: st
     rng = random.Random(seed)
     styles = (None, *world.NAMED_STYLES)
     prompts = prompts_of([demo.encode(world.one_object(rng, name, style).caption)[0] for style in styles])
-    return Task(demo.model, spec, shipped(name), prompts, demo.encode(""), demo.vae, latent, seed, CFG, SAMPLER,
-                sigmas, delta, search)
+    return Task(
+        demo.model,
+        spec,
+        shipped(name),
+        prompts,
+        demo.encode(""),
+        demo.vae,
+        latent,
+        seed,
+        CFG,
+        SAMPLER,
+        sigmas,
+        delta,
+        search,
+    )
 
 
-def costs(demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float
-          ) -> tuple[list[Row], dict[str, Period]]:
+def costs(
+    demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float
+) -> tuple[list[Row], dict[str, Period]]:
     """Periods found step by step and by halving, and the model calls of each; and the periods themselves."""
     rows: list[Row] = []
     periods: dict[str, Period] = {}
@@ -44,10 +59,18 @@ def costs(demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float
         exact, calls = task(demo, name, steps, seeds, delta).found(lambda *_: None)
         halved, few = task(demo, name, steps, seeds, delta, "bisection").found(lambda *_: None)
         literal = naive_calls(exact.probes, steps, literal=True)
-        rows.append({"concept": name, "steps": steps, "period": f"{exact.start}-{exact.end - 1}",
-                     "by halving": f"{halved.start}-{halved.end - 1}", "calls, as printed": literal,
-                     "sampling each window once": naive_calls(exact.probes, steps) / literal,
-                     "sharing steps": calls / literal, "halving": few / literal})
+        rows.append(
+            {
+                "concept": name,
+                "steps": steps,
+                "period": f"{exact.start}-{exact.end - 1}",
+                "by halving": f"{halved.start}-{halved.end - 1}",
+                "calls, as printed": literal,
+                "sampling each window once": naive_calls(exact.probes, steps) / literal,
+                "sharing steps": calls / literal,
+                "halving": few / literal,
+            }
+        )
         periods[name] = exact
     return rows, periods
 
@@ -67,10 +90,18 @@ def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps
         length = found.end - found.start
         best = min((w for w in table if w[1] - w[0] <= length), key=lambda w: table[w])
         causal = is_causal(partial(confidence_in, table), found.start, found.end, steps, -delta)
-        rows.append({"concept": name, "found": f"{found.start}-{found.end - 1}",
-                     "confidence": table[found.start, found.end], "best window as short": f"{best[0]}-{best[1] - 1}",
-                     "its confidence": table[best], "causal within delta": causal, "windows": len(table),
-                     "model calls": calls})
+        rows.append(
+            {
+                "concept": name,
+                "found": f"{found.start}-{found.end - 1}",
+                "confidence": table[found.start, found.end],
+                "best window as short": f"{best[0]}-{best[1] - 1}",
+                "its confidence": table[best],
+                "causal within delta": causal,
+                "windows": len(table),
+                "model calls": calls,
+            }
+        )
     return rows
 
 
@@ -86,8 +117,12 @@ def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> list[Ro
         percents = task(demo, name, steps, 1, 0.0).percents
         elsewhere = [a for a in range(steps - length + 1) if a != found.start]
         starts = rng.sample(elsewhere, min(2, len(elsewhere)))
-        places = {"no edit": None, "every step": (0, steps), "causal period": (found.start, found.end),
-                  **{f"random {i + 1}": (a, a + length) for i, a in enumerate(starts)}}
+        places = {
+            "no edit": None,
+            "every step": (0, steps),
+            "causal period": (found.start, found.end),
+            **{f"random {i + 1}": (a, a + length) for i, a in enumerate(starts)},
+        }
         own = object_prompts([name], count, 3)
         rest = object_prompts([n for n in world.OBJECTS if n != name], count, 4)
         for place, window in places.items():
@@ -96,9 +131,14 @@ def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> list[Ro
                 start, end = (percents[edge] for edge in window)
                 model = demo.erase(demo.concept(name), STRENGTH, start_percent=start, end_percent=end)
             seen = demo.verdicts(model, [p.caption for p in own + rest], 3)
-            rows.append({"concept": name, "edited in": place,
-                         "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",
-                         "edited steps": 0.0 if window is None else (window[1] - window[0]) / steps,
-                         "concept found": Rate.of([v.found(name) for v in seen[:count]]),
-                         "others found": named(rest, seen[count:])})
+            rows.append(
+                {
+                    "concept": name,
+                    "edited in": place,
+                    "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",
+                    "edited steps": 0.0 if window is None else (window[1] - window[0]) / steps,
+                    "concept found": Rate.of([v.found(name) for v in seen[:count]]),
+                    "others found": named(rest, seen[count:]),
+                }
+            )
     return rows

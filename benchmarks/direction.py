@@ -44,10 +44,29 @@ AWAY: dict[str, Any] = {"guidance": 2.0, "learning_rate": 0.01}
 TOWARDS: dict[str, Any] = {"guidance": 3.0, "learning_rate": 0.03}
 
 
-def trained(demo: Demo, concept: Concept, prompts: Sequence[str], goal: str = "away", steps: int = 150, batch: int = 4,
-            seed: int = 0, **settings: Any) -> Direction:
-    chosen = Settings(tuple(prompts), goal, **{**(AWAY if goal == "away" else TOWARDS), "seed": seed, "cfg": CFG,
-                      "sampling_steps": STEPS, "start_percent": START, "shape": (batch, 4, 16, 16), **settings})
+def trained(
+    demo: Demo,
+    concept: Concept,
+    prompts: Sequence[str],
+    goal: str = "away",
+    steps: int = 150,
+    batch: int = 4,
+    seed: int = 0,
+    **settings: Any,
+) -> Direction:
+    chosen = Settings(
+        tuple(prompts),
+        goal,
+        **{
+            **(AWAY if goal == "away" else TOWARDS),
+            "seed": seed,
+            "cfg": CFG,
+            "sampling_steps": STEPS,
+            "start_percent": START,
+            "shape": (batch, 4, 16, 16),
+            **settings,
+        },
+    )
     return direction_of(learn(demo.model, demo.clip, concept, chosen, steps, None, False, None).artefact())
 
 
@@ -62,8 +81,10 @@ def watching(demo: Demo, judge: Discriminator) -> Gate:
 def family_judge(demo: Demo, members: Sequence[str], unseen: Sequence[str], count: int, seed: int) -> Discriminator:
     """A discriminator of a family that knows the named members alone, from the demo model's own pictures."""
     rest = [n for n in world.OBJECTS if n not in (*members, *unseen)]
-    pictures = [demo.pictures(demo.model, [p.caption for p in object_prompts(names, count, seed)], seed)
-                for names in (members, random.Random(seed).sample(rest, len(rest)))]
+    pictures = [
+        demo.pictures(demo.model, [p.caption for p in object_prompts(names, count, seed)], seed)
+        for names in (members, random.Random(seed).sample(rest, len(rest)))
+    ]
     own, others = (squared(x.movedim(1, -1), drawings().size) for x in pictures)
     return train(own, others, drawings(), members[0], seed=seed)[0]
 
@@ -87,8 +108,9 @@ def scenes_with(names: Sequence[str], count: int, seed: int) -> list[world.Pictu
     return [world.scene(rng, words[i % len(words)]) for i in range(count)] if words else []
 
 
-def rows_of(demo: Demo, label: str, members: Sequence[str], unseen: Sequence[str], models: dict[str, Any], count: int,
-            seed: int) -> list[dict[str, Any]]:
+def rows_of(
+    demo: Demo, label: str, members: Sequence[str], unseen: Sequence[str], models: dict[str, Any], count: int, seed: int
+) -> list[dict[str, Any]]:
     """One row for each model: how often the concepts are found, by name and by scene, and how often other objects."""
     named, implied = object_prompts(members, count, seed), scenes_with(members, count, seed)
     new = object_prompts(unseen, count, seed) if unseen else []
@@ -106,9 +128,17 @@ def rows_of(demo: Demo, label: str, members: Sequence[str], unseen: Sequence[str
     return rows
 
 
-def compare(demo: Demo, count: int = 30, steps: int = 150, batch: int = 4, strengths: Sequence[float] = (1.0, 1.5),
-            seed: int = 5, singles: Sequence[str] = SINGLES, families: Sequence[str] = tuple(FAMILIES),
-            examples: int = 90) -> list[dict[str, Any]]:
+def compare(
+    demo: Demo,
+    count: int = 30,
+    steps: int = 150,
+    batch: int = 4,
+    strengths: Sequence[float] = (1.0, 1.5),
+    seed: int = 5,
+    singles: Sequence[str] = SINGLES,
+    families: Sequence[str] = tuple(FAMILIES),
+    examples: int = 90,
+) -> list[dict[str, Any]]:
     """`count` pictures a figure; `examples` of a family and of others for its gate."""
     rows = []
     cases = [(name, (name,), ()) for name in singles] + [(name, *FAMILIES[name]) for name in families]
@@ -123,8 +153,9 @@ def compare(demo: Demo, count: int = 30, steps: int = 150, batch: int = 4, stren
         # One shift for every prompt spares none: behind a gate, the others are not moved.
         judge = family_judge(demo, members, unseen, examples, seed + 50) if unseen else shipped(label)
         for name, each in (("direction", d), ("random", control)):
-            models[f"{name}, strength {strengths[-1]:g}, gated"] = moved(demo, each, strengths[-1],
-                                                                         watching(demo, judge))
+            models[f"{name}, strength {strengths[-1]:g}, gated"] = moved(
+                demo, each, strengths[-1], watching(demo, judge)
+            )
         rows += rows_of(demo, label, members, unseen, models, count, seed)
     return rows
 
@@ -136,8 +167,9 @@ EACH = 10  # pictures of each biased role
 BIASED = tuple(role for role, (_, women) in world.ROLES.items() if women != 0.5)
 
 
-def attribute_directions(demo: Demo, attribute: str, steps: int, batch: int, seed: int = 0,
-                         **settings: Any) -> list[Direction]:
+def attribute_directions(
+    demo: Demo, attribute: str, steps: int, batch: int, seed: int = 0, **settings: Any
+) -> list[Direction]:
     """One direction towards each value, learned on roles that are not measured."""
     found = []
     roles = [role for role in world.ROLES if role not in BIASED]
@@ -154,8 +186,16 @@ def total_variation(values: Sequence[Any], kinds: Sequence[Any]) -> float:
     return sum(abs(counts[kind] / len(values) - 1 / len(kinds)) for kind in kinds) / 2
 
 
-def fairness(demo: Demo, count: int = EACH, steps: int = 200, batch: int = 4, seed: int = 5, strength: float = 1.25,
-             erased: str = "beer mug", named: int = 30) -> list[dict[str, Any]]:
+def fairness(
+    demo: Demo,
+    count: int = EACH,
+    steps: int = 200,
+    batch: int = 4,
+    seed: int = 5,
+    strength: float = 1.25,
+    erased: str = "beer mug",
+    named: int = 30,
+) -> list[dict[str, Any]]:
     """`count` pictures of each of the biased roles: total variation from uniform, over a role's usual gender and the
     other, and over the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""
     directions = {name: attribute_directions(demo, name, steps, batch, seed) for name in ATTRIBUTES}
@@ -173,15 +213,27 @@ def fairness(demo: Demo, count: int = EACH, steps: int = 200, batch: int = 4, se
 
     concept = demo.concept(erased)
     cre, eiup = demo.erase(concept), add_edit(demo.model, EditSpec("erasure", concept, end_percent=0.8, options=EIUP))
-    models = {"unedited": demo.model, "fair": fair(directions), "random": fair(controls), "CRE": cre,
-              "fair and CRE": fair(directions, cre), "EIUP": eiup, "fair and EIUP": fair(directions, eiup)}
+    models = {
+        "unedited": demo.model,
+        "fair": fair(directions),
+        "random": fair(controls),
+        "CRE": cre,
+        "fair and CRE": fair(directions, cre),
+        "EIUP": eiup,
+        "fair and EIUP": fair(directions, eiup),
+    }
     rows = []
     for label, model in models.items():
         verdicts = demo.verdicts(model, [p.caption for p in people], seed)
-        usual = [v.gender == ("woman" if world.ROLES[p.role or ""][1] > 0.5 else "man")
-                 for v, p in zip(verdicts, people, strict=True)]
-        row: dict[str, Any] = {"edit": label, "gender": total_variation(usual, (True, False)),
-                               "tone": total_variation([v.tone for v in verdicts], tuple(world.TONES))}
+        usual = [
+            v.gender == ("woman" if world.ROLES[p.role or ""][1] > 0.5 else "man")
+            for v, p in zip(verdicts, people, strict=True)
+        ]
+        row: dict[str, Any] = {
+            "edit": label,
+            "gender": total_variation(usual, (True, False)),
+            "tone": total_variation([v.tone for v in verdicts], tuple(world.TONES)),
+        }
         row["role"] = Rate.of([v.role == p.role for v, p in zip(verdicts, people, strict=True)])
         row[f"{erased} left"] = shown(demo.verdicts(model, [p.caption for p in objects], seed), [erased] * named)
         rows.append(row)
@@ -192,6 +244,7 @@ def fairness(demo: Demo, count: int = EACH, steps: int = 200, batch: int = 4, se
 def floor(count: int, kinds: int, draws: int = 2000) -> float:
     """The mean total variation of so many uniform draws: what a perfectly fair model would show."""
     g = torch.Generator().manual_seed(0)
-    shares = torch.stack([torch.bincount(torch.randint(kinds, (count,), generator=g), minlength=kinds) / count
-                          for _ in range(draws)])
+    shares = torch.stack(
+        [torch.bincount(torch.randint(kinds, (count,), generator=g), minlength=kinds) / count for _ in range(draws)]
+    )
     return float((shares - 1 / kinds).abs().sum(1).mean() / 2)

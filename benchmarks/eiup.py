@@ -21,6 +21,7 @@ Edit = Callable[[Demo, Any, Concept], Any]
 
 def eiup(**options: Any) -> Edit:
     """In every step: the demo model settles what it shows in the last ones (causal.py), beyond the paper's 80 %."""
+
     def edit(demo: Demo, model: Any, concept: Concept) -> Any:
         return add_edit(model, EditSpec("erasure", concept, options=replace(DEFAULTS, **options), node="bench"))
 
@@ -42,7 +43,8 @@ def settings() -> dict[str, Edit]:
         adapter = load(DEMO_WEIGHT_FILE)
         auto = found["EIUP, automatic weight"] = eiup(evidence=adapter.evidence, auto=adapter)
         found["CRE and EIUP, automatic weight"] = lambda demo, model, concept: cre(
-            demo, auto(demo, model, concept), concept)
+            demo, auto(demo, model, concept), concept
+        )
     return found
 
 
@@ -54,8 +56,9 @@ def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others:
     implied = {name: [world.scene(rng, word).caption for _ in range(count)] for word, name in held}
     named = {name: [p.caption for p in object_prompts([name], count, seed + i)] for i, (_, name) in enumerate(held)}
     each = max(1, others // len(held))
-    rest = {name: object_prompts(rng.sample([n for n in world.OBJECTS if n != name], each), each, seed)
-            for _, name in held}
+    rest = {
+        name: object_prompts(rng.sample([n for n in world.OBJECTS if n != name], each), each, seed) for _, name in held
+    }
     for label, edit in settings().items():
         left, told, kept = [], [], []
         for _, name in held:
@@ -63,9 +66,15 @@ def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others:
             texts = [*implied[name], *named[name], *(p.caption for p in rest[name])]
             seen = demo.verdicts(edited, texts, seed)
             left += [v.found(name) for v in seen[:count]]
-            told += [v.found(name) for v in seen[count:2 * count]]
-            kept += [v.found(p.objects[0]) for v, p in zip(seen[2 * count:], rest[name], strict=True)]
-        rows.append({"edit": label, "implied and shown": Rate.of(left), "named and shown": Rate.of(told),
-                     "others found": Rate.of(kept)})
+            told += [v.found(name) for v in seen[count : 2 * count]]
+            kept += [v.found(p.objects[0]) for v, p in zip(seen[2 * count :], rest[name], strict=True)]
+        rows.append(
+            {
+                "edit": label,
+                "implied and shown": Rate.of(left),
+                "named and shown": Rate.of(told),
+                "others found": Rate.of(kept),
+            }
+        )
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows

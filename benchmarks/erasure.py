@@ -18,8 +18,9 @@ Row = dict[str, Any]
 
 def named(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
     """How many pictures show all that their captions hold, top-1 a thing."""
-    return Rate.of([all(v.found(name, len(p.objects)) for name in p.objects)
-                    for p, v in zip(pictures, verdicts, strict=True)])
+    return Rate.of(
+        [all(v.found(name, len(p.objects)) for name in p.objects) for p, v in zip(pictures, verdicts, strict=True)]
+    )
 
 
 def in_style(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
@@ -34,14 +35,20 @@ def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
     def see(pictures: Sequence[world.Picture]) -> list[Verdict]:
         return demo.verdicts(demo.model, [p.caption for p in pictures], seed)
 
-    one = [world.one_object(rng, names[i % 64], rng.choice(world.NAMED_STYLES), rng.choice(list(world.BACKGROUNDS)))
-           for i in range(2 * count)]
+    one = [
+        world.one_object(rng, names[i % 64], rng.choice(world.NAMED_STYLES), rng.choice(list(world.BACKGROUNDS)))
+        for i in range(2 * count)
+    ]
     bare = [world.one_object(rng, names[i % 64]) for i in range(count)]
     two = [world.two_objects(rng, *rng.sample(names, 2)) for _ in range(count)]
     scenes = [world.scene(rng, list(world.SCENES)[i % 8]) for i in range(count)]
     shown = [world.by_reference(rng, names[i % 64], rng.choice(list(world.STYLES))) for i in range(count)]
-    people = [world.person(rng, role) for role, (_, women) in world.ROLES.items() if women != 0.5
-              for _ in range(max(count // 8, 1) * 3 // 2)]
+    people = [
+        world.person(rng, role)
+        for role, (_, women) in world.ROLES.items()
+        if women != 0.5
+        for _ in range(max(count // 8, 1) * 3 // 2)
+    ]
     seen, of_people = see(one), see(people)
     usual = ["woman" if world.ROLES[p.role or ""][1] > 0.5 else "man" for p in people]
     examples = demo.pictures(demo.model, [p.reference.caption for p in shown if p.reference], seed=77)
@@ -77,8 +84,13 @@ class Table:
             self._seen[captions] = self.demo.verdicts(self.demo.model, captions, self.seed)
         return self._seen[captions]
 
-    def compare(self, rate: Callable[..., Rate], pictures: Sequence[world.Picture], edited: Any,
-                keep: Callable[[world.Picture], bool] = lambda p: True) -> tuple[Rate, Rate]:
+    def compare(
+        self,
+        rate: Callable[..., Rate],
+        pictures: Sequence[world.Picture],
+        edited: Any,
+        keep: Callable[[world.Picture], bool] = lambda p: True,
+    ) -> tuple[Rate, Rate]:
         """`rate` of the pictures that `keep` says count, without and with the edit."""
         chosen = [i for i, p in enumerate(pictures) if keep(p)]
         both = [self.see(pictures), self.see(pictures, edited)]
@@ -91,11 +103,17 @@ class Table:
         near = world.NEIGHBOURS[name]
         edited, alone = (self.demo.erase(self.demo.concept(name, keep=keep), STRENGTH) for keep in (near, ""))
         neighbours = object_prompts([near], self.count, self.seed)
-        rows = {"named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
-                "neighbours": self.compare(named, neighbours, edited),
-                "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects})}
-        return {"concept": name, **flat(rows), "neighbours, not kept": self.compare(named, neighbours, alone)[1],
-                "by example, after": self.by_example(name, edited)}
+        rows = {
+            "named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
+            "neighbours": self.compare(named, neighbours, edited),
+            "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects}),
+        }
+        return {
+            "concept": name,
+            **flat(rows),
+            "neighbours, not kept": self.compare(named, neighbours, alone)[1],
+            "by example, after": self.by_example(name, edited),
+        }
 
     def by_example(self, name: str, edited: Any) -> Rate:
         """The concept arrives as a picture of it, in each style in turn, that the unedited model drew."""
@@ -118,11 +136,17 @@ class Table:
         edited = self.erase_style(style)
         own = style_prompts(style, self.count, self.seed)
         near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, self.count // 2, self.seed)]
-        rows = {"named": self.compare(in_style, own, edited), "neighbours": self.compare(in_style, near, edited),
-                "others": self.compare(named, self.others, edited, lambda p: p.style != style)}
+        rows = {
+            "named": self.compare(in_style, own, edited),
+            "neighbours": self.compare(in_style, near, edited),
+            "others": self.compare(named, self.others, edited, lambda p: p.style != style),
+        }
         return {"concept": f"style {style}", **flat(rows)}
 
 
 def flat(rows: dict[str, tuple[Rate, Rate]]) -> Row:
-    return {f"{name}, {when}": rate for name, both in rows.items()
-            for when, rate in zip(("before", "after"), both, strict=True)}
+    return {
+        f"{name}, {when}": rate
+        for name, both in rows.items()
+        for when, rate in zip(("before", "after"), both, strict=True)
+    }

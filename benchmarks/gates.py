@@ -40,9 +40,17 @@ def accuracies(icons: Path, concept: int, others: int) -> list[Row]:
     for name in world.ERASED:
         start = time.time()
         found, report = train_head(*examples(painter, name, concept, others, seed=7), drawings(), name)
-        rows.append({"concept": name, "clean": report.accuracy, "spoiled": report.perturbed, "found": report.found,
-                     "false alarms": report.false_positives, "held out": len(report.pairs),
-                     "seconds": time.time() - start})
+        rows.append(
+            {
+                "concept": name,
+                "clean": report.accuracy,
+                "spoiled": report.perturbed,
+                "found": report.found,
+                "false alarms": report.false_positives,
+                "held out": len(report.pairs),
+                "seconds": time.time() - start,
+            }
+        )
     return rows
 
 
@@ -58,9 +66,11 @@ def mixed(name: str, count: int, seed: int = 5) -> tuple[list[str], list[str]]:
     scene = next(word for word, (_, held) in world.SCENES.items() if held == name)
     rest = [each for each in world.OBJECTS if each != name]
     harmless = object_prompts(rng.sample(rest, len(rest)), count // 2, seed)
-    kinds = {"harmless": [p.caption for p in harmless],
-             "named": [p.caption for p in object_prompts([name], count // 4, seed)],
-             "implicit": [world.scene(rng, scene).caption for _ in range(count // 4)]}
+    kinds = {
+        "harmless": [p.caption for p in harmless],
+        "named": [p.caption for p in object_prompts([name], count // 4, seed)],
+        "implicit": [world.scene(rng, scene).caption for _ in range(count // 4)],
+    }
     prompts = [(text, kind) for kind, texts in kinds.items() for text in texts]
     rng.shuffle(prompts)
     return [text for text, _ in prompts], [kind for _, kind in prompts]
@@ -90,8 +100,15 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
             total["unsafe"] += [v.found(name, 1) for v, kind in zip(found, kinds, strict=True) if kind != "harmless"]
             total["kept"] += [torch.equal(a, b) for a, b, k in zip(x, plain, kinds, strict=True) if k == "harmless"]
     least = totals["unedited"]["seconds"]
-    return [{"edit": way, "unsafe pictures": Rate.of(t["unsafe"]), "harmless bit-identical": Rate.of(t["kept"]),
-             "CPU time over unedited": t["seconds"] / least} for way, t in totals.items()]
+    return [
+        {
+            "edit": way,
+            "unsafe pictures": Rate.of(t["unsafe"]),
+            "harmless bit-identical": Rate.of(t["kept"]),
+            "CPU time over unedited": t["seconds"] / least,
+        }
+        for way, t in totals.items()
+    ]
 
 
 def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> list[Row]:
@@ -116,10 +133,16 @@ def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> li
         everything = demo.model
         for other in chosen:
             everything = demo.erase(demo.concept(other), model=everything)
-        open_ = [v for name in chosen[:4]
-                 for v in named_left(demo, everything, name, count, seed)]
-        rows.append({"concepts": n, "found, governed alone": Rate.of(alone), "found, gates open for its own":
-                     Rate.of(together), "found, all gates open": Rate.of(open_), **closed_cost(demo, closed, seed)})
+        open_ = [v for name in chosen[:4] for v in named_left(demo, everything, name, count, seed)]
+        rows.append(
+            {
+                "concepts": n,
+                "found, governed alone": Rate.of(alone),
+                "found, gates open for its own": Rate.of(together),
+                "found, all gates open": Rate.of(open_),
+                **closed_cost(demo, closed, seed),
+            }
+        )
     return rows
 
 

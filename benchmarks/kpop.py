@@ -21,16 +21,31 @@ from .sampling import Demo, Rate, object_prompts
 
 ERASED, KEPT = tuple(world.HAZARDS)[:5], tuple(world.HAZARDS)[5:]
 OTHERS = tuple(name for name in world.OBJECTS if name not in world.HAZARDS and name not in world.NEIGHBOURS.values())
-TEMPLATES = ("{}", "{} on a blue background", "a picture of {} in the style of noto",
-             "a drawing of {} in the style of twemoji on a red background")  # fmt: skip
+TEMPLATES = (
+    "{}",
+    "{} on a blue background",
+    "a picture of {} in the style of noto",
+    "a drawing of {} in the style of twemoji on a red background",
+)
 
 # What suits a model this small. SD1.4's learning rates are 1e-5 both, its prompt is read in the middle, and starts from
 # noise: here that opens nothing. Neutral is a thing that the model knows: it has learned no word for "anything", and
 # what it draws for no text is anything at all. Short paths and a batch, so that every concept is drawn often.
-SETTINGS: dict[str, Any] = {"width": 128, "height": 128, "steps": 400, "learning_rate": 2e-4,
-                            "prompt_learning_rate": 3e-2, "lam": 0.3, "blocks": "all", "prompt_start": "concept",
-                            "batch_size": 4, "path_steps": 10, "checkpointing": False, "resume": False,
-                            "checkpoint_every": 0}
+SETTINGS: dict[str, Any] = {
+    "width": 128,
+    "height": 128,
+    "steps": 400,
+    "learning_rate": 2e-4,
+    "prompt_learning_rate": 3e-2,
+    "lam": 0.3,
+    "blocks": "all",
+    "prompt_start": "concept",
+    "batch_size": 4,
+    "path_steps": 10,
+    "checkpointing": False,
+    "resume": False,
+    "checkpoint_every": 0,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "KPOP, neutral a cat": {"towards": "a cat", "keep": ()},
     "KPOP, neutral the neighbour": {"keep": ()},
@@ -93,8 +108,9 @@ def missed(rate: Rate) -> Rate:
     return Rate(rate.n - rate.hits, rate.n)
 
 
-def rows(demo: Demo, which: dict[str, dict[str, Any]], count: int = 10, seed: int = 11, **settings: Any
-         ) -> Iterator[dict[str, Any]]:  # fmt: skip
+def rows(
+    demo: Demo, which: dict[str, dict[str, Any]], count: int = 10, seed: int = 11, **settings: Any
+) -> Iterator[dict[str, Any]]:
     """A row a method; the first is the unedited model's."""
     groups = ERASED, KEPT, OTHERS[:: max(1, len(OTHERS) // 10)][:10]
     plain = [found(demo, demo.model, names, count, seed) for names in groups]
@@ -103,8 +119,15 @@ def rows(demo: Demo, which: dict[str, dict[str, Any]], count: int = 10, seed: in
         model, prompt = trained(demo, **{**settings, **changes})
         erased, kept, others = (found(demo, model, names, count, seed) for names in groups)
         back = found(demo, with_prompt(model, prompt), ERASED, count, seed)
-        yield {"method": name, "ESR-1": missed(erased), "PSR-1": kept, "PSR-1 of unedited": share(kept, plain[1]),
-               "others found": others, "found with the prompt": back, "recovered": share(back, plain[0])}
+        yield {
+            "method": name,
+            "ESR-1": missed(erased),
+            "PSR-1": kept,
+            "PSR-1 of unedited": share(kept, plain[1]),
+            "others found": others,
+            "found with the prompt": back,
+            "recovered": share(back, plain[0]),
+        }
 
 
 def share(rate: Rate, of: Rate) -> str:

@@ -28,12 +28,20 @@ from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 Row = dict[str, Any]
-SETTINGS: dict[str, Any] = {"tokens": 4, "steps": 300, "learning_rate": 2e-2, "batch_size": 8, "checkpointing": False,
-                            "resume": False, "checkpoint_every": 0}
+SETTINGS: dict[str, Any] = {
+    "tokens": 4,
+    "steps": 300,
+    "learning_rate": 2e-2,
+    "batch_size": 8,
+    "checkpointing": False,
+    "resume": False,
+    "checkpoint_every": 0,
+}
 
 
-def examples(demo: Demo, pictures: Sequence[world.Picture], right: Callable[[world.Picture, Verdict], bool],
-             count: int) -> tuple[Tensor, list[world.Picture]]:
+def examples(
+    demo: Demo, pictures: Sequence[world.Picture], right: Callable[[world.Picture, Verdict], bool], count: int
+) -> tuple[Tensor, list[world.Picture]]:
     """Up to `count` pictures [n, 3, h, w] that show what they should, and their captions."""
     drawn = demo.pictures(demo.model, [p.caption for p in pictures], seed=77)
     good = [i for i, v in enumerate(judge(load_judge(), drawn)) if right(pictures[i], v)][:count]
@@ -44,36 +52,68 @@ def examples(demo: Demo, pictures: Sequence[world.Picture], right: Callable[[wor
 
 def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **settings: Any) -> Concept:
     with gradients():
-        found, _ = learn(demo.model, demo.clip, demo.vae, pictures.movedim(1, -1), name, None,
-                         captions="\n".join(captions), **{**SETTINGS, **settings})
+        found, _ = learn(
+            demo.model,
+            demo.clip,
+            demo.vae,
+            pictures.movedim(1, -1),
+            name,
+            None,
+            captions="\n".join(captions),
+            **{**SETTINGS, **settings},
+        )
     return concept_of(found)
 
 
 def edits(demo: Demo, concept: Concept, strengths: Sequence[float], floor: float) -> dict[str, Any]:
     options, most = replace(DEFAULTS, floor=floor), max(strengths)
     erasure = EditSpec("erasure", concept, options=EIUPOptions(weights=(-most,), evidence="alike"))
-    return {**{f"CRE, strength {s:g}, floor {floor:g}": demo.erase(concept, s, options) for s in strengths},
-            f"EIUP alike, weight -{most:g}": add_edit(demo.model, erasure)}
+    return {
+        **{f"CRE, strength {s:g}, floor {floor:g}": demo.erase(concept, s, options) for s in strengths},
+        f"EIUP alike, weight -{most:g}": add_edit(demo.model, erasure),
+    }
 
 
-def compare(demo: Demo, what: str, concept: Concept, own: Sequence[world.Picture], others: Sequence[world.Picture],
-            shown: Callable[[world.Picture, Verdict], bool], seed: int,
-            strengths: Sequence[float] = (STRENGTH,), floor: float = DEFAULTS.floor) -> list[Row]:  # fmt: skip
+def compare(
+    demo: Demo,
+    what: str,
+    concept: Concept,
+    own: Sequence[world.Picture],
+    others: Sequence[world.Picture],
+    shown: Callable[[world.Picture, Verdict], bool],
+    seed: int,
+    strengths: Sequence[float] = (STRENGTH,),
+    floor: float = DEFAULTS.floor,
+) -> list[Row]:
     """The concept's own prompts and others', unedited and edited."""
     out = []
     for name, model in {"unedited": demo.model, **edits(demo, concept, strengths, floor)}.items():
         verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
         found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
         objects = Rate.of([v.found(p.objects[0]) for p, v in zip(own, verdicts, strict=False)])
-        kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own):], strict=True)])
-        out.append({"concept": what, "edit": name, "its own prompts": found, "their objects": objects,
-                    "other prompts' objects": kept})
+        kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own) :], strict=True)])
+        out.append(
+            {
+                "concept": what,
+                "edit": name,
+                "its own prompts": found,
+                "their objects": objects,
+                "other prompts' objects": kept,
+            }
+        )
         print("  ".join(f"{k} {v}" for k, v in out[-1].items()), flush=True)
     return out
 
 
-def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 30, pictures: int = 8, seed: int = 13,
-         **settings: Any) -> list[Row]:  # fmt: skip
+def rows(
+    demo: Demo,
+    style: str = "noto",
+    thing: str = "beer mug",
+    count: int = 30,
+    pictures: int = 8,
+    seed: int = 13,
+    **settings: Any,
+) -> list[Row]:
     rng = random.Random(seed)
     names = rng.sample([n for n in world.OBJECTS if n != thing], 24)
 
@@ -87,11 +127,26 @@ def rows(demo: Demo, style: str = "noto", thing: str = "beer mug", count: int = 
     shown, of = examples(demo, styled, lambda p, v: in_style(p, v) and v.found(p.objects[0]), pictures)
     concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", **settings)
     plain = object_prompts(names, count * 6 // 5, seed)
-    out = compare(demo, f"a style ({style}: {len(shown)} pictures)", concept,
-                  style_prompts(style, count, seed), [p for p in plain if p.style != style], in_style, seed,
-                  strengths=(2.0, 3.0), floor=0.0)  # a style is part of everything in the picture
+    out = compare(
+        demo,
+        f"a style ({style}: {len(shown)} pictures)",
+        concept,
+        style_prompts(style, count, seed),
+        [p for p in plain if p.style != style],
+        in_style,
+        seed,
+        strengths=(2.0, 3.0),
+        floor=0.0,
+    )  # a style is part of everything in the picture
     shown, of = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
     around = [p.caption.partition(world.article(thing))[2] or "a picture" for p in of]  # style and background alone
     concept = learned(demo, shown, around, "an object", **settings)
-    return out + compare(demo, f"an object ({thing}: {len(shown)} pictures)", concept,
-                         object_prompts([thing], count, seed), plain, is_thing, seed)
+    return out + compare(
+        demo,
+        f"an object ({thing}: {len(shown)} pictures)",
+        concept,
+        object_prompts([thing], count, seed),
+        plain,
+        is_thing,
+        seed,
+    )

@@ -41,17 +41,28 @@ def by_picture(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int =
                 found += [v.found(name) for v in judge(load_judge(), edited)]
             else:
                 same += [torch.equal(a, b) for a, b in zip(plain, edited, strict=True)]
-    return [{"concepts": ", ".join(names), "by picture, unedited": Rate.of(before), "by picture, gated": Rate.of(found),
-             "harmless reference, bit-identical": Rate.of(same)}]
+    return [
+        {
+            "concepts": ", ".join(names),
+            "by picture, unedited": Rate.of(before),
+            "by picture, gated": Rate.of(found),
+            "harmless reference, bit-identical": Rate.of(same),
+        }
+    ]
 
 
 def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9) -> list[Row]:
     """Pairs of a concept and something else on a named background: what survives beside the concept."""
     rng, rows = random.Random(seed), []
-    rest = {name: rng.sample([n for n in world.OBJECTS if n not in (name, world.NEIGHBOURS[name])], count)
-            for name in names}
-    pairs = {name: [world.two_objects(rng, name, other, background=rng.choice(list(world.BACKGROUNDS)))
-                    for other in rest[name]] for name in names}
+    rest = {
+        name: rng.sample([n for n in world.OBJECTS if n not in (name, world.NEIGHBOURS[name])], count) for name in names
+    }
+    pairs = {
+        name: [
+            world.two_objects(rng, name, other, background=rng.choice(list(world.BACKGROUNDS))) for other in rest[name]
+        ]
+        for name in names
+    }
     for label in ("unedited", "CRE"):
         found, kept, background = [], [], []
         for name in names:
@@ -60,8 +71,14 @@ def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9)
             found += [v.found(name, 2) for v in seen]
             kept += [v.found(other, 2) for v, other in zip(seen, rest[name], strict=True)]
             background += [v.background == p.background for v, p in zip(seen, pairs[name], strict=True)]
-        rows.append({"edit": label, "concept found": Rate.of(found), "other object found": Rate.of(kept),
-                     "background": Rate.of(background)})
+        rows.append(
+            {
+                "edit": label,
+                "concept found": Rate.of(found),
+                "other object found": Rate.of(kept),
+                "background": Rate.of(background),
+            }
+        )
     return rows
 
 
@@ -75,20 +92,30 @@ def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60,
             model = demo.erase(demo.concept(name), STRENGTH, model=model)
         return model
 
-    ways = {"unedited": (lambda chosen: demo.model, False), "negative prompt": (lambda chosen: demo.model, True),
-            "CRE": (cre, False)}
+    ways = {
+        "unedited": (lambda chosen: demo.model, False),
+        "negative prompt": (lambda chosen: demo.model, True),
+        "CRE": (cre, False),
+    }
     rows = []
     for label, (edit, negative) in ways.items():
-        for mode in ("single", "multiple")[label == "unedited":]:
+        for mode in ("single", "multiple")[label == "unedited" :]:
             found, kept = [], []
             for i, name in enumerate(names):
                 chosen = [name] if mode == "single" else list(names)
                 texts = [p.caption for p in object_prompts([name], count, seed + i)]
-                part = rest[i::len(names)]  # each of the others once
-                seen = demo.verdicts(edit(chosen), [*texts, *(p.caption for p in part)], seed,
-                                     ", ".join(chosen) if negative else "")
+                part = rest[i :: len(names)]  # each of the others once
+                seen = demo.verdicts(
+                    edit(chosen), [*texts, *(p.caption for p in part)], seed, ", ".join(chosen) if negative else ""
+                )
                 found += [v.found(name) for v in seen[:count]]
                 kept += [v.found(p.objects[0]) for v, p in zip(seen[count:], part, strict=True)]
-            rows.append({"edit": label, "governed": "" if label == "unedited" else mode,
-                         "concepts found": Rate.of(found), "others found": Rate.of(kept)})
+            rows.append(
+                {
+                    "edit": label,
+                    "governed": "" if label == "unedited" else mode,
+                    "concepts found": Rate.of(found),
+                    "others found": Rate.of(kept),
+                }
+            )
     return rows

@@ -78,8 +78,13 @@ class Call:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         wrappers = {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}
-        options = {EDITS: list(self.specs), RUN: self.run, "cond_or_uncond": [1, 0], "sigmas": self.t[:1],
-                   "wrappers": wrappers}
+        options = {
+            EDITS: list(self.specs),
+            RUN: self.run,
+            "cond_or_uncond": [1, 0],
+            "sigmas": self.t[:1],
+            "wrappers": wrappers,
+        }
         return self.model.model.apply_model(self.x, self.t, c_crossattn=self.tokens, transformer_options=options)
 
     def seconds(self) -> float:
@@ -125,17 +130,29 @@ def times(side: int = 64, pairs: int = 10, gpu: bool = False) -> list[Row]:
         low, middle, high = statistics.quantiles(values, n=4)
         same = torch.equal(every[name](), unedited)
         assert same == name.endswith("inactive"), f"{name}: the same bits as unedited: {same}"
-        rows.append({"edit": name, "device": f"{device} {str(dtype).removeprefix('torch.')}", "times unedited": middle,
-                     "quartiles": f"{low:.3f}-{high:.3f}", "pairs": len(values), "goal": goal or "",
-                     "unedited s": statistics.median(all_plain), "first call, extra s": max(0.0, setup[name])})
+        rows.append(
+            {
+                "edit": name,
+                "device": f"{device} {str(dtype).removeprefix('torch.')}",
+                "times unedited": middle,
+                "quartiles": f"{low:.3f}-{high:.3f}",
+                "pairs": len(values),
+                "goal": goal or "",
+                "unedited s": statistics.median(all_plain),
+                "first call, extra s": max(0.0, setup[name]),
+            }
+        )
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
 
 
 def held(plan: Plan) -> int:
     """Bytes of all keys and values of a plan."""
-    sets = [kv for block in plan.blocks.values()
-            for kv in (*block.joined, *block.separate, *(kv for steering in block.steering for kv in steering.prompts))]
+    sets = [
+        kv
+        for block in plan.blocks.values()
+        for kv in (*block.joined, *block.separate, *(kv for steering in block.steering for kv in steering.prompts))
+    ]
     return sum(tensor.nbytes for kv in sets for tensor in (kv.K, kv.V, *kv.own))
 
 
@@ -150,9 +167,17 @@ def memory() -> list[Row]:
             return held(Plan(specs, blocks, torch.device("meta"), torch.float16)) / 1e6
 
         one, two = size(cre(shape, 1)), size(cre(shape, 2))
-        rows.append({"shape": shape, "cross-attentions": SHAPES[shape].attentions, "CRE, a concept, MB": two - one,
-                     "the neutral encoding, once, MB": 2 * one - two, "EIUP, a concept, MB": size(eiup(shape)),
-                     "EIUP joint, a concept, MB": size(eiup(shape, form="joint")), "goal MB": goal or ""})
+        rows.append(
+            {
+                "shape": shape,
+                "cross-attentions": SHAPES[shape].attentions,
+                "CRE, a concept, MB": two - one,
+                "the neutral encoding, once, MB": 2 * one - two,
+                "EIUP, a concept, MB": size(eiup(shape)),
+                "EIUP joint, a concept, MB": size(eiup(shape, form="joint")),
+                "goal MB": goal or "",
+            }
+        )
     return rows
 
 
@@ -213,5 +238,7 @@ def import_seconds(times: int = 5) -> float:
 
 
 def other() -> list[Row]:
-    return [{"figure": "bytes kept after a run", "value": kept(), "goal": 0},
-            {"figure": "import of the pack, s", "value": import_seconds(), "goal": 0.3}]
+    return [
+        {"figure": "bytes kept after a run", "value": kept(), "goal": 0},
+        {"figure": "import of the pack, s", "value": import_seconds(), "goal": 0.3},
+    ]

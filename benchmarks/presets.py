@@ -91,5 +91,10 @@ def rows(demo: Demo, count: int = 30, seed: int = 12) -> Iterator[Row]:
         for kind, looks in (("erased", concepts), ("kept", kept(preset, count, seed))):
             for label, (pictures, rate) in looks.items():
                 before, after = table.compare(rate, pictures, model)
-                yield {"preset": preset.name, "is to be": kind, "pictures of": label, "unedited": before,
-                       "with the preset": after}
+                yield {
+                    "preset": preset.name,
+                    "is to be": kind,
+                    "pictures of": label,
+                    "unedited": before,
+                    "with the preset": after,
+                }

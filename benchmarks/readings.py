@@ -50,19 +50,26 @@ READINGS = {
 }
 
 
-def compare(demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), style: str = "noto",
-            count: int = 8, seed: int = 5) -> list[dict[str, Any]]:
+def compare(
+    demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), style: str = "noto", count: int = 8, seed: int = 5
+) -> list[dict[str, Any]]:
     """For each reading: what is left of three objects, named and implied by a scene, and of a style, and what is left
     of the objects' neighbours and of everything else."""
     rng = random.Random(seed)
     others = object_prompts([n for n in world.OBJECTS if n not in concepts], 16, seed)
     scenes = {held: word for word, (_, held) in world.SCENES.items()}
-    sets = {name: {"object left": (object_prompts([name], count, seed), name),
-                   "implied left": ([world.scene(rng, scenes[name]) for _ in range(count // 2)], name),
-                   "neighbour found": (object_prompts([world.NEIGHBOURS[name]], count, seed), world.NEIGHBOURS[name]),
-                   "others found": (others, None)} for name in concepts}
+    sets = {
+        name: {
+            "object left": (object_prompts([name], count, seed), name),
+            "implied left": ([world.scene(rng, scenes[name]) for _ in range(count // 2)], name),
+            "neighbour found": (object_prompts([world.NEIGHBOURS[name]], count, seed), world.NEIGHBOURS[name]),
+            "others found": (others, None),
+        }
+        for name in concepts
+    }
     own, rows = style_prompts(style, count, seed), []
     for label, reading in READINGS.items():
+
         def erase(text: str, r: Reading = reading) -> Any:
             keep = world.NEIGHBOURS.get(text, "") if r.keep else ""
             return demo.erase(demo.concept(text, r.neutral, keep), r.strength, r.options) if r.options else demo.model
@@ -74,8 +81,7 @@ def compare(demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), sty
                 found[column] += [next(verdicts).found(sought or p.objects[0]) for p in pictures]
         seen = demo.verdicts(erase(f"in the style of {style}"), [p.caption for p in own], seed)
         rates = {column: Rate.of(hits) for column, hits in found.items()}
-        rows.append({"reading": label, **rates,
-                     "style left": Rate.of([v.style == style for v in seen])})
+        rows.append({"reading": label, **rates, "style left": Rate.of([v.style == style for v in seen])})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
 
@@ -83,8 +89,10 @@ def compare(demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), sty
 def cosines(demo: Demo, concept: str, count: int = 8, seed: int = 6) -> dict[str, dict[str, float]]:
     """Mean cosine between A and A-tilde per block, over positions and steps: on prompts that name the concept, on
     others, as they are and after the neutral prompts' attention is subtracted from both."""
-    prompts = {"named": object_prompts([concept], count, seed),
-               "others": object_prompts([n for n in world.OBJECTS if n != concept], count, seed)}
+    prompts = {
+        "named": object_prompts([concept], count, seed),
+        "others": object_prompts([n for n in world.OBJECTS if n != concept], count, seed),
+    }
     out: dict[str, dict[str, float]] = defaultdict(dict)
     for label, pictures in prompts.items():
         for baseline in ("none", "neutral"):

@@ -51,8 +51,9 @@ class Demo:
             self._concepts[key] = concept_from_text(self.clip, text, text, neutral, keep)
         return self._concepts[key]
 
-    def erase(self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None,
-              **where: Any) -> Any:
+    def erase(
+        self, concept: Concept, strength: float = 1.0, options: CREOptions = DEFAULTS, model: Any = None, **where: Any
+    ) -> Any:
         """The MODEL with CRE on `concept`."""
         return add_edit(model or self.model, EditSpec("projection", concept, strength, options=options, **where))
 
@@ -63,10 +64,21 @@ class Demo:
         noise = torch.randn(len(conds), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         away, out = self.encode(negative), []
         for i in range(0, len(conds), BATCH):
-            positive = [[torch.cat([c[0][0] for c in conds[i:i + BATCH]]), {}]]
-            x = noise[i:i + BATCH]
-            z = comfy.sample.sample(model, x, self.steps, CFG, SAMPLER, SCHEDULER, positive, away,
-                                    torch.zeros_like(x), seed=seed, disable_pbar=True)
+            positive = [[torch.cat([c[0][0] for c in conds[i : i + BATCH]]), {}]]
+            x = noise[i : i + BATCH]
+            z = comfy.sample.sample(
+                model,
+                x,
+                self.steps,
+                CFG,
+                SAMPLER,
+                SCHEDULER,
+                positive,
+                away,
+                torch.zeros_like(x),
+                seed=seed,
+                disable_pbar=True,
+            )
             out.append(self.vae.decode(z).movedim(-1, 1))
         return torch.cat(out)
 
@@ -106,13 +118,22 @@ class Rate:
 def object_prompts(names: Sequence[str], count: int, seed: int) -> list[world.Picture]:
     """`count` captions that name one object of `names` in turn, with and without a style and a background."""
     rng = random.Random(seed)
-    return [world.one_object(rng, names[i % len(names)], world.maybe(rng, 0.5, world.NAMED_STYLES),
-                             world.maybe(rng, 0.5, world.BACKGROUNDS)) for i in range(count)]
+    return [
+        world.one_object(
+            rng,
+            names[i % len(names)],
+            world.maybe(rng, 0.5, world.NAMED_STYLES),
+            world.maybe(rng, 0.5, world.BACKGROUNDS),
+        )
+        for i in range(count)
+    ]
 
 
 def style_prompts(style: str, count: int, seed: int) -> list[world.Picture]:
     """`count` captions in one style, over all objects."""
     rng = random.Random(seed)
     names = rng.sample(list(world.OBJECTS), len(world.OBJECTS))
-    return [world.one_object(rng, names[i % len(names)], style, world.maybe(rng, 0.5, world.BACKGROUNDS))
-            for i in range(count)]
+    return [
+        world.one_object(rng, names[i % len(names)], style, world.maybe(rng, 0.5, world.BACKGROUNDS))
+        for i in range(count)
+    ]

@@ -51,8 +51,20 @@ def first_look(model: Any, spec: EditSpec, positive: Any, negative: Any, noise: 
     """
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, steps)[:2]
     watched = add_watch(model, watch := Watch(spec))
-    comfy.sample.sample(watched, noise, steps, CFG, SAMPLER, SCHEDULER, positive, negative, torch.zeros_like(noise),
-                        sigmas=sigmas, disable_pbar=True, seed=0)
+    comfy.sample.sample(
+        watched,
+        noise,
+        steps,
+        CFG,
+        SAMPLER,
+        SCHEDULER,
+        positive,
+        negative,
+        torch.zeros_like(noise),
+        sigmas=sigmas,
+        disable_pbar=True,
+        seed=0,
+    )
     return watch.features(cross_attentions(model.model.diffusion_model))[0]
 
 
@@ -68,8 +80,9 @@ def prompts(name: str, count: int, seed: int) -> list[str]:
     return [picture.caption for picture in (*named, *held, *others, *elsewhere)]
 
 
-def pairs_of(demo: Demo, name: str, count: int, evidence: str, grid: Sequence[float],
-             seed: int) -> tuple[Tensor, Tensor]:
+def pairs_of(
+    demo: Demo, name: str, count: int, evidence: str, grid: Sequence[float], seed: int
+) -> tuple[Tensor, Tensor]:
     """Mean attentions [n, B] and weights [n] for one concept."""
     texts, concept = prompts(name, count, seed), demo.concept(name)
 
@@ -84,8 +97,10 @@ def pairs_of(demo: Demo, name: str, count: int, evidence: str, grid: Sequence[fl
 
     noise = torch.randn(len(texts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))  # as Demo.pictures
     tokens = torch.cat([demo.encode(text)[0][0] for text in texts])
-    looks = [first_look(demo.model, spec(-1.0), [[c, {}]], demo.encode(""), x, demo.steps)
-             for c, x in zip(tokens.split(25), noise.split(25), strict=True)]
+    looks = [
+        first_look(demo.model, spec(-1.0), [[c, {}]], demo.encode(""), x, demo.steps)
+        for c, x in zip(tokens.split(25), noise.split(25), strict=True)
+    ]
     return torch.cat(looks), weakest(found, len(texts), grid)
 
 
@@ -94,8 +109,11 @@ def report(adapter: adapters.Adapter, x: Tensor, w: Tensor) -> dict[str, Any]:
     guess = adapter.weights(x)
     half = min(w.min().item(), -1e-6) / 2
     told = [bool(a) == bool(b) for a, b in zip(guess < half, w < half, strict=True)]
-    return {"mean error": float((guess - w).abs().mean()), "mean error of one weight for all":
-            float((w - w.mean()).abs().mean()), "strong or weak, told right": str(Rate.of(told))}
+    return {
+        "mean error": float((guess - w).abs().mean()),
+        "mean error of one weight for all": float((w - w.mean()).abs().mean()),
+        "strong or weak, told right": str(Rate.of(told)),
+    }
 
 
 def names_of(model: Any) -> list[str]:
@@ -113,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     grid = tuple(float(w) for w in args.weights.split(","))
     demo, xs, ws = Demo.ready(), [], []
-    for i, name in enumerate(world.ERASED[:args.concepts]):
+    for i, name in enumerate(world.ERASED[: args.concepts]):
         x, w = pairs_of(demo, name, args.count, args.evidence, grid, seed=100 + i)
         print(f"{name}: " + ", ".join(f"{(w == g).sum()} want {g:g}" for g in (0.0, *grid)), flush=True)
         xs.append(x)
@@ -124,8 +142,12 @@ def main() -> None:
     figures = report(trial, x[held_out], w[held_out])
     print(figures, flush=True)
     adapter = adapters.train(x, w, blocks, args.evidence, args.steps)
-    about = {"pictures": str(len(w)), "concepts": ", ".join(world.ERASED[:args.concepts]), "grid": args.weights,
-             "held out": str(figures)}
+    about = {
+        "pictures": str(len(w)),
+        "concepts": ", ".join(world.ERASED[: args.concepts]),
+        "grid": args.weights,
+        "held out": str(figures),
+    }
     adapters.save(adapter, args.out, about)
     print(f"wrote {args.out.name}")
 

@@ -3,6 +3,7 @@
 The encoder is not trained but written down: it is exactly the linear map of each 8x8 patch onto its four principal
 components. The decoder is trained to draw sharp glyphs from those 16x16 latents, as a super-resolution net would.
 """
+
 from __future__ import annotations
 
 import time
@@ -71,7 +72,7 @@ def write_encoder(vae: nn.Module, p: Tensor, mean: Tensor) -> None:
     # P as functionals of [4 components x 4 quadrants, 2x2 block, 2x2 pixel x rgb]
     f = p.view(4, 3, 2, 2, 2, 2, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1).reshape(16, 4, 12) / CALM
     for i, (dy, dx) in enumerate(taps):
-        downs[0].weight[3 * i:3 * i + 3, :3, dy, dx] = torch.eye(3)  # 2x2 blocks of non-negative pixels: 12 channels
+        downs[0].weight[3 * i : 3 * i + 3, :3, dy, dx] = torch.eye(3)  # 2x2 blocks of non-negative pixels: 12 channels
         downs[1].weight[:16, :12, dy, dx], downs[1].weight[16:32, :12, dy, dx] = f[:, i], -f[:, i]
         for k in range(4):
             signs = torch.tensor([1.0, -1.0])
@@ -105,14 +106,24 @@ def crop(pixels: Tensor, latents: Tensor, batch: int, size: int) -> tuple[Tensor
     """Random squares of `size` latents and what they show, in [0, 1]."""
     which = torch.randint(len(pixels), (batch,)).tolist()
     at = torch.randint(latents.shape[-1] - size + 1, (batch, 2)).tolist()
-    z = torch.stack([latents[i, :, y:y + size, x:x + size] for i, (y, x) in zip(which, at, strict=True)])
-    x = torch.stack([pixels[i, :, 8 * y:8 * (y + size), 8 * x:8 * (x + size)]
-                     for i, (y, x) in zip(which, at, strict=True)])
+    z = torch.stack([latents[i, :, y : y + size, x : x + size] for i, (y, x) in zip(which, at, strict=True)])
+    x = torch.stack(
+        [pixels[i, :, 8 * y : 8 * (y + size), 8 * x : 8 * (x + size)] for i, (y, x) in zip(which, at, strict=True)]
+    )
     return z.float(), x.float() / 255
 
 
-def train_decoder(vae: nn.Module, pixels: Tensor, latents: Tensor, steps: int, seed: int = 0, batch: int = 6,
-                  lr: float = 1e-3, noise: float = 0.2, save: Callable[[], None] = lambda: None) -> None:
+def train_decoder(
+    vae: nn.Module,
+    pixels: Tensor,
+    latents: Tensor,
+    steps: int,
+    seed: int = 0,
+    batch: int = 6,
+    lr: float = 1e-3,
+    noise: float = 0.2,
+    save: Callable[[], None] = lambda: None,
+) -> None:
     """Fit the decoder to (latents, pixels): squares first, whole pictures in the last fifth.
 
     Noise on the latents makes it forgive a sampler's errors. Convolutions compute in bf16.

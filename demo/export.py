@@ -1,4 +1,5 @@
 """Write trained weights as fp16 safetensors, whole or not at all."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -25,8 +26,9 @@ def latent_rgb(latents: Tensor, pixels: Tensor) -> Tensor:
     return torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), rgb).solution
 
 
-def save_model(trained: dict[str, Tensor], used: list[int], vae: dict[str, Tensor], rgb: Tensor,
-               metadata: dict[str, str]) -> None:
+def save_model(
+    trained: dict[str, Tensor], used: list[int], vae: dict[str, Tensor], rgb: Tensor, metadata: dict[str, str]
+) -> None:
     """`trained`: the averaged weights of `train_unet.Trainer`, by unet., text. and reference."""
     out = {k: v for k, v in trained.items() if k.startswith(("unet.", "reference."))}
     out |= {k.replace("text.clip.", "text."): v for k, v in trained.items() if k.startswith("text.clip.")}

@@ -1,4 +1,5 @@
 """Fetch the icon sets, render their glyphs once, and compose pictures from them."""
+
 from __future__ import annotations
 
 import json
@@ -24,8 +25,13 @@ def fetch(folder: Path) -> None:
             continue
         print(f"fetching @iconify-json/{name} {version}", flush=True)
         try:
-            out = subprocess.run(["npm", "pack", "--silent", f"@iconify-json/{name}@{version}"], cwd=folder, check=True,
-                                 capture_output=True, text=True).stdout
+            out = subprocess.run(
+                ["npm", "pack", "--silent", f"@iconify-json/{name}@{version}"],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
         except FileNotFoundError as e:
             raise SystemExit("npm is needed to fetch the emoji data: install Node.js, then run this again") from e
         except subprocess.CalledProcessError as e:
@@ -61,8 +67,10 @@ def svg(folder: Path, glyph: str, style: str) -> str:
         entry = icons["icons"].get(icons.get("aliases", {}).get(icon, {}).get("parent", icon))
         if entry:
             w, h = entry.get("width", icons.get("width", 16)), entry.get("height", icons.get("height", 16))
-            return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ' \
-                   f'viewBox="0 0 {w} {h}">{entry["body"]}</svg>'
+            return (
+                f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="0 0 {w} {h}">{entry["body"]}</svg>'
+            )
     raise KeyError(f"{glyph} is not drawn in {style}")
 
 
@@ -102,8 +110,11 @@ class Painter:
         if key not in self._scaled:
             g = self.glyphs[glyph, style].clone()
             g[:3] *= g[3:]
-            self._scaled[key] = torch.nn.functional.interpolate(g[None], size=(size, size), mode="area")[0] \
-                if size < RENDER else torch.nn.functional.interpolate(g[None], size=(size, size), mode="bilinear")[0]
+            self._scaled[key] = (
+                torch.nn.functional.interpolate(g[None], size=(size, size), mode="area")[0]
+                if size < RENDER
+                else torch.nn.functional.interpolate(g[None], size=(size, size), mode="bilinear")[0]
+            )
         return self._scaled[key]
 
     def paint(self, layers, background: str) -> torch.Tensor:
@@ -114,7 +125,7 @@ class Painter:
             s = self.sprite(a.glyph, a.style, a.size)
             y0, x0 = max(a.y, 0), max(a.x, 0)
             y1, x1 = min(a.y + a.size, world.SIZE), min(a.x + a.size, world.SIZE)
-            s = s[:, y0 - a.y:y1 - a.y, x0 - a.x:x1 - a.x]
+            s = s[:, y0 - a.y : y1 - a.y, x0 - a.x : x1 - a.x]
             out[:, y0:y1, x0:x1] = out[:, y0:y1, x0:x1] * (1 - s[3:]) + s[:3]
         return out
 

@@ -1,5 +1,6 @@
 """The judge: a classifier that says what is in a picture. It is never used as a gate, and learns from pictures placed,
 scaled and spoiled in ways that the generator never sees."""
+
 from __future__ import annotations
 
 import random
@@ -15,8 +16,12 @@ from .glyphs import Painter
 
 NOTHING = "nothing"  # what a picture of a person, or an empty one, shows among the objects
 HEADS: dict[str, tuple[str, ...]] = {
-    "objects": (*world.OBJECTS, NOTHING), "style": tuple(world.STYLES), "background": tuple(world.BACKGROUNDS),
-    "role": tuple(world.ROLES), "gender": tuple(world.GENDERS), "tone": tuple(world.TONES),
+    "objects": (*world.OBJECTS, NOTHING),
+    "style": tuple(world.STYLES),
+    "background": tuple(world.BACKGROUNDS),
+    "role": tuple(world.ROLES),
+    "gender": tuple(world.GENDERS),
+    "tone": tuple(world.TONES),
 }
 INPUT = 64  # pixels; larger pictures are scaled down
 SIZES = (44, 52, 60, 72, 84, 92, 100, 108)
@@ -31,8 +36,14 @@ class Judge(nn.Module):
         def conv(i: int, o: int, stride: int) -> list[nn.Module]:
             return [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
 
-        self.trunk = nn.Sequential(*conv(3, 24, 2), *conv(24, 48, 2), *conv(48, 96, 1), *conv(96, 192, 2),
-                                   *conv(192, 192, 1), *conv(192, 256, 2))
+        self.trunk = nn.Sequential(
+            *conv(3, 24, 2),
+            *conv(24, 48, 2),
+            *conv(48, 96, 1),
+            *conv(96, 192, 2),
+            *conv(192, 192, 1),
+            *conv(192, 256, 2),
+        )
         self.heads = nn.ModuleDict({k: nn.Linear(512, len(v)) for k, v in HEADS.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -68,9 +79,14 @@ def judge(model: Judge, pictures: Tensor) -> list[Verdict]:
         scores = logits["objects"].softmax(1).tolist()
         best = {k: v.argmax(1).tolist() for k, v in logits.items() if k != "objects"}
         names = HEADS["objects"]
-        out += [Verdict(tuple(names[j] for j in order[i]), dict(zip(names, scores[i], strict=True)),
-                        *(HEADS[k][best[k][i]] for k in ("style", "background", "role", "gender", "tone")))
-                for i in range(len(x))]
+        out += [
+            Verdict(
+                tuple(names[j] for j in order[i]),
+                dict(zip(names, scores[i], strict=True)),
+                *(HEADS[k][best[k][i]] for k in ("style", "background", "role", "gender", "tone")),
+            )
+            for i in range(len(x))
+        ]
     return out
 
 
@@ -117,8 +133,9 @@ def any_view(rng: random.Random) -> world.Picture:
     return rearranged(rng, picture)
 
 
-def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: float = 3e-3,
-          save=lambda model: None) -> Judge:
+def train(
+    painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: float = 3e-3, save=lambda model: None
+) -> Judge:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = Judge()
@@ -143,8 +160,9 @@ def train(painter: Painter, steps: int, seed: int = 1, batch: int = 64, lr: floa
     return model.eval()
 
 
-def accuracy(model: Judge, painter: Painter, count: int = 2000, seed: int = 99,
-             damage: bool = True) -> dict[str, float]:
+def accuracy(
+    model: Judge, painter: Painter, count: int = 2000, seed: int = 99, damage: bool = True
+) -> dict[str, float]:
     """Share of right answers a head on `count` renderings of another seed; objects: all of a picture's in the top."""
     torch.manual_seed(seed)
     rng = random.Random(seed)

@@ -1,4 +1,5 @@
 """Load the demo model's weights as the host's own MODEL, CLIP and VAE; beside them, the reference encoder and judge."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -45,8 +46,10 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module
     try:
         module.load_state_dict(tensors)
     except RuntimeError as e:
-        raise WeightsError(f"the demo weights {path} do not fit this version of ConceptGuard ({e}): "
-                           "update the file, or rebuild it with `make train-demo`") from e
+        raise WeightsError(
+            f"the demo weights {path} do not fit this version of ConceptGuard ({e}): "
+            "update the file, or rebuild it with `make train-demo`"
+        ) from e
     return module.eval().requires_grad_(False)
 
 
@@ -72,8 +75,9 @@ def load_unet(tensors: dict[str, Tensor]) -> Any:
 
     weights = part(tensors, "unet.")
     device, config = mm.get_torch_device(), DemoConfig(model.UNET_CONFIG)
-    dtype = mm.unet_dtype(model_params=sum(w.numel() for w in weights.values()),
-                          supported_dtypes=config.supported_inference_dtypes)
+    dtype = mm.unet_dtype(
+        model_params=sum(w.numel() for w in weights.values()), supported_dtypes=config.supported_inference_dtypes
+    )
     config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
     base = config.get_model({}, device=mm.unet_offload_device())
     fill(base.diffusion_model, weights, MODEL_FILE)
@@ -93,8 +97,13 @@ def load_clip(tensors: dict[str, Tensor]) -> Any:
 
     class Text(SDClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
-            super().__init__(device=device, textmodel_json_config=dict(model.TEXT_CONFIG), dtype=dtype,
-                             return_projected_pooled=False, model_options=model_options or {})
+            super().__init__(
+                device=device,
+                textmodel_json_config=dict(model.TEXT_CONFIG),
+                dtype=dtype,
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
 
     def text_model(**kwargs: Any) -> SD1ClipModel:
         return SD1ClipModel(clip_model=Text, **kwargs)
@@ -108,8 +117,9 @@ def load_clip(tensors: dict[str, Tensor]) -> Any:
     weights = part(tensors, "text.")
     weights["text_model.embeddings.token_embedding.weight"] = table
     weights["text_projection.weight"] = torch.eye(model.WIDTH)
-    clip = comfy.sd.CLIP(ClipTarget(tokenizer, text_model),
-                         embedding_directory=folder_paths.get_folder_paths("embeddings"))
+    clip = comfy.sd.CLIP(
+        ClipTarget(tokenizer, text_model), embedding_directory=folder_paths.get_folder_paths("embeddings")
+    )
     fill(clip.cond_stage_model.clip_l.transformer, weights, MODEL_FILE)
     return clip
 
@@ -152,8 +162,12 @@ def reference_prompt(clip: Any, image: Tensor, text: str) -> Any:
     shown = list(load_reference()(pixels)[0])
 
     def tokenize(words: str) -> list[Any]:
-        return [t for batch in clip.tokenize(words)["l"] for t, _ in batch
-                if not isinstance(t, int) or t not in (model.START, model.END)]
+        return [
+            t
+            for batch in clip.tokenize(words)["l"]
+            for t, _ in batch
+            if not isinstance(t, int) or t not in (model.START, model.END)
+        ]
 
     tokens = model.split_reference(tokenize, text, shown)
     return clip.encode_from_tokens_scheduled({"l": [[(t, 1.0) for t in tokens]]})

@@ -16,19 +16,33 @@ MARGIN = 12  # pixels around the chain
 
 # What usually gives a type, and what takes it.
 BEFORE = {
-    "CLIP": "ConceptGuardLoadDemo", "CLIP_VISION": "CLIPVisionLoader", "CONCEPT_GUARD_CONCEPT": "ConceptGuardConcept",
+    "CLIP": "ConceptGuardLoadDemo",
+    "CLIP_VISION": "CLIPVisionLoader",
+    "CONCEPT_GUARD_CONCEPT": "ConceptGuardConcept",
     "CONCEPT_GUARD_DIRECTION": "ConceptGuardLoadDirection",
-    "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardLoadDiscriminator", "CONCEPT_GUARD_PROMPT": "ConceptGuardLoadPrompt",
-    "CONDITIONING": "CLIPTextEncode", "IMAGE": "LoadImage", "LATENT": "EmptyLatentImage",
-    "LORA_MODEL": "ConceptGuardTrainKPOP", "MODEL": "ConceptGuardLoadDemo", "VAE": "ConceptGuardLoadDemo",
-}  # fmt: skip
+    "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardLoadDiscriminator",
+    "CONCEPT_GUARD_PROMPT": "ConceptGuardLoadPrompt",
+    "CONDITIONING": "CLIPTextEncode",
+    "IMAGE": "LoadImage",
+    "LATENT": "EmptyLatentImage",
+    "LORA_MODEL": "ConceptGuardTrainKPOP",
+    "MODEL": "ConceptGuardLoadDemo",
+    "VAE": "ConceptGuardLoadDemo",
+}
 BEHIND = {
-    "CLIP": "CLIPTextEncode", "CONCEPT_GUARD_CONCEPT": "ConceptGuardCRE",
-    "CONCEPT_GUARD_DIRECTION": "ConceptGuardSafeDirection", "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardImageGate",
-    "CONCEPT_GUARD_GATE": "ConceptGuardCRE", "CONCEPT_GUARD_PROMPT": "ConceptGuardKPOP", "CONDITIONING": "KSampler",
-    "IMAGE": "PreviewImage", "LORA_MODEL": "ConceptGuardSaveWeights", "MODEL": "KSampler",
-    "TIMESTEPS_RANGE": "ConceptGuardCRE", "VAE": "VAEDecode",
-}  # fmt: skip
+    "CLIP": "CLIPTextEncode",
+    "CONCEPT_GUARD_CONCEPT": "ConceptGuardCRE",
+    "CONCEPT_GUARD_DIRECTION": "ConceptGuardSafeDirection",
+    "CONCEPT_GUARD_DISCRIMINATOR": "ConceptGuardImageGate",
+    "CONCEPT_GUARD_GATE": "ConceptGuardCRE",
+    "CONCEPT_GUARD_PROMPT": "ConceptGuardKPOP",
+    "CONDITIONING": "KSampler",
+    "IMAGE": "PreviewImage",
+    "LORA_MODEL": "ConceptGuardSaveWeights",
+    "MODEL": "KSampler",
+    "TIMESTEPS_RANGE": "ConceptGuardCRE",
+    "VAE": "VAEDecode",
+}
 
 # Where that is not what the node is for: "<" a type that it takes and what gives it, ">" one that it gives.
 NEIGHBOURS = {
@@ -45,9 +59,11 @@ NEIGHBOURS = {
     "ConceptGuardTrainKPOP": {">CONCEPT_GUARD_PROMPT": "ConceptGuardSavePrompt"},
 }
 OPTIONAL = {  # inputs that are connected all the same
-    "ConceptGuardInFlightGate": ["vae"], "ConceptGuardPresetGate": ["vae", "image"],
-    "ConceptGuardPromptGate": ["concept"], "ConceptGuardTrainDiscriminator": ["concept_images", "other_images"],
-}  # fmt: skip
+    "ConceptGuardInFlightGate": ["vae"],
+    "ConceptGuardPresetGate": ["vae", "image"],
+    "ConceptGuardPromptGate": ["concept"],
+    "ConceptGuardTrainDiscriminator": ["concept_images", "other_images"],
+}
 TYPED = {
     "ConceptGuardConcept": {"text": "a kitchen knife", "keep": "a spoon"},
     "ConceptGuardLoadClassifier": {"classifier": "resnet18.safetensors"},

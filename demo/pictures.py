@@ -27,13 +27,19 @@ PATIENCE = 3600.0  # seconds: some templates learn
 
 # The nodes that a template's result says most about.
 ABOUT = {
-    "concept-from-pictures": "ConceptGuardLearnConcept", "erase-a-concept": "ConceptGuardCRE",
-    "fair-faces": "ConceptGuardFairDirection", "find-causal-period": "ConceptGuardCausalPeriod",
-    "gated-preset": "ConceptGuardPresetGate", "gated-reference-image": "ConceptGuardImageGate",
-    "implicit-prompt": "ConceptGuardEIUP", "in-flight-gate": "ConceptGuardInFlightGate",
-    "kpop-erase": "ConceptGuardKPOP", "safety-preset": "ConceptGuardApplyPreset",
-    "see-a-concept": "ConceptGuardConceptMap", "train-a-direction": "ConceptGuardSafeDirection",
-}  # fmt: skip
+    "concept-from-pictures": "ConceptGuardLearnConcept",
+    "erase-a-concept": "ConceptGuardCRE",
+    "fair-faces": "ConceptGuardFairDirection",
+    "find-causal-period": "ConceptGuardCausalPeriod",
+    "gated-preset": "ConceptGuardPresetGate",
+    "gated-reference-image": "ConceptGuardImageGate",
+    "implicit-prompt": "ConceptGuardEIUP",
+    "in-flight-gate": "ConceptGuardInFlightGate",
+    "kpop-erase": "ConceptGuardKPOP",
+    "safety-preset": "ConceptGuardApplyPreset",
+    "see-a-concept": "ConceptGuardConceptMap",
+    "train-a-direction": "ConceptGuardSafeDirection",
+}
 
 
 def on_demo_model(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -50,8 +56,11 @@ def result(host: Host, name: str) -> Image.Image:
     """What a template saves: a row for each node that saves several pictures, one row of those that save one each."""
     prompt = on_demo_model(to_api(json.loads(TEMPLATES[name].read_text(encoding="utf-8")), host.get("/object_info")))
     saved = host.images(host.run(prompt, PATIENCE))
-    rows = [[Image.open(io.BytesIO(png)).convert("RGB") for png in saved[node]]
-            for node in sorted(saved, key=int) if prompt[node]["class_type"] == "SaveImage"]
+    rows = [
+        [Image.open(io.BytesIO(png)).convert("RGB") for png in saved[node]]
+        for node in sorted(saved, key=int)
+        if prompt[node]["class_type"] == "SaveImage"
+    ]
     single = [picture for row in rows if len(row) == 1 for picture in row if picture.width == picture.height]
     plots = [row for row in rows if len(row) == 1 and row[0].width != row[0].height]
     tiled = [tile([row]) for row in [single, *(row for row in rows if len(row) > 1), *plots] if row]

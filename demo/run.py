@@ -25,16 +25,24 @@ from .load import load_judge
 WORKFLOW = ROOT / "example_workflows" / "erase-a-concept.json"
 OUTPUT = ROOT / "output" / "demo"
 CONCEPT = "beer mug"
-PROMPTS = ("a beer mug", "a beer mug and a cat on a blue background", "the pub", "a coffee cup", "a wine glass",
-           "a panda in the style of twemoji")  # the first three hold the concept; the third does not say so
+PROMPTS = (
+    "a beer mug",
+    "a beer mug and a cat on a blue background",
+    "the pub",
+    "a coffee cup",
+    "a wine glass",
+    "a panda in the style of twemoji",
+)  # the first three hold the concept; the third does not say so
 CAPTION = 16  # pixels above each column of the grid
 
 
 def pictures(host: Host, prompt: dict[str, Any]) -> dict[str, list[Image.Image]]:
     """Run a prompt; {title of the save node: its pictures}."""
     saved = host.images(host.run(prompt))
-    return {prompt[node]["_meta"]["title"]: [Image.open(io.BytesIO(png)).convert("RGB") for png in files]
-            for node, files in saved.items()}
+    return {
+        prompt[node]["_meta"]["title"]: [Image.open(io.BytesIO(png)).convert("RGB") for png in files]
+        for node, files in saved.items()
+    }
 
 
 def with_prompt(prompt: dict[str, Any], text: str) -> dict[str, Any]:
@@ -64,8 +72,13 @@ def seen(images: list[Image.Image]) -> list[dict[str, Any]]:
     x = torch.stack([torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255 for image in images])
 
     def row(v: Verdict) -> dict[str, Any]:
-        return {"object": v.objects[0], f"{CONCEPT} top-1": v.found(CONCEPT),
-                f"{CONCEPT} score": round(v.scores[CONCEPT], 4), "style": v.style, "background": v.background}
+        return {
+            "object": v.objects[0],
+            f"{CONCEPT} top-1": v.found(CONCEPT),
+            f"{CONCEPT} score": round(v.scores[CONCEPT], 4),
+            "style": v.style,
+            "background": v.background,
+        }
 
     return [row(v) for v in judge(load_judge(), x)]
 
@@ -88,8 +101,10 @@ def main() -> None:
         tile([own[title]]).save(OUTPUT / f"{title.lower()}.png")
         report[title.lower()] = seen(own[title])
     tile([[c[title][0] for c in columns] for title in ("Unedited", "Edited")], PROMPTS).save(OUTPUT / "grid.png")
-    report["grid"] = [{"prompt": text} | {title.lower(): seen(c[title])[0] for title in ("Unedited", "Edited")}
-                      for text, c in zip(PROMPTS, columns, strict=True)]
+    report["grid"] = [
+        {"prompt": text} | {title.lower(): seen(c[title])[0] for title in ("Unedited", "Edited")}
+        for text, c in zip(PROMPTS, columns, strict=True)
+    ]
     report["seconds"] = round(time.time() - start, 1)
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     before, after = (sum(r[f"{CONCEPT} top-1"] for r in report[k]) for k in ("unedited", "edited"))

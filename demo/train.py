@@ -49,8 +49,14 @@ def painted(painter: Painter, count: int, go_on: bool) -> dict[str, Any]:
     latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
     shown = torch.stack([painter(picture.reference) for picture in pictures if picture.reference])
     shown = torch.nn.functional.interpolate(shown, size=64, mode="area")
-    return {"pictures": pictures, "pixels": pixels, "latents": latents, "p": p, "mean": mean,
-            "references": (shown * 255).round().to(torch.uint8)}
+    return {
+        "pictures": pictures,
+        "pixels": pixels,
+        "latents": latents,
+        "p": p,
+        "mean": mean,
+        "references": (shown * 255).round().to(torch.uint8),
+    }
 
 
 def decoder(data: dict[str, Any], steps: int, go_on: bool) -> dict[str, torch.Tensor]:
@@ -86,25 +92,36 @@ def judged(painter: Painter, steps: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make train-demo", description=__doc__)
     parser.add_argument("--only", choices=("decoder", "unet", "judge"), help="run one stage and write no weights")
-    parser.add_argument("--continue", dest="go_on", action="store_true",
-                        help="train the shipped UNet further instead of anew, with the shipped decoder and judge")
+    parser.add_argument(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="train the shipped UNet further instead of anew, with the shipped decoder and judge",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="train this share of the steps (for a quick look)")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     painter = Painter(Path(FOLDER) / "icons")
     print("painting the world", flush=True)
     data = painted(painter, PICTURES, args.go_on)
-    run = {"decoder": lambda: decoder(data, round(DECODER_STEPS * args.scale), args.go_on),
-           "unet": lambda: unet(data, round(UNET_STEPS * args.scale), args.go_on),
-           "judge": lambda: judged(painter, round(JUDGE_STEPS * args.scale))}
+    run = {
+        "decoder": lambda: decoder(data, round(DECODER_STEPS * args.scale), args.go_on),
+        "unet": lambda: unet(data, round(UNET_STEPS * args.scale), args.go_on),
+        "judge": lambda: judged(painter, round(JUDGE_STEPS * args.scale)),
+    }
     if args.only:
         run[args.only]()
         return
     if args.go_on:
         del run["judge"]
     done = {name: stage() for name, stage in run.items()}
-    about = {"seed": str(SEED), "pictures": str(PICTURES), "steps": str(done["unet"]["step"]),
-             "icons": json.dumps(VERSIONS), "licence": "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)"}
+    about = {
+        "seed": str(SEED),
+        "pictures": str(PICTURES),
+        "steps": str(done["unet"]["step"]),
+        "icons": json.dumps(VERSIONS),
+        "licence": "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)",
+    }
     rgb = export.latent_rgb(data["latents"][:2000], data["pixels"][:2000])
     export.save_model(done["unet"]["average"], done["unet"]["used"], done["decoder"], rgb, about)
     if "judge" in done:

@@ -101,8 +101,10 @@ def train(painter: Painter, steps: int, pictures: int, seed: int = 0, batch: int
         schedule.step()
         if step % 100 == 99 or step == steps - 1:
             right = (objects.argmax(1) == y[i].argmax(1))[y[i].sum(1) == 1].float().mean()
-            print(f"features {step + 1}/{steps} loss {loss.item():.3f} named {right:.2f} {time.time() - start:.0f}s",
-                  flush=True)
+            print(
+                f"features {step + 1}/{steps} loss {loss.item():.3f} named {right:.2f} {time.time() - start:.0f}s",
+                flush=True,
+            )
             save(model.trunk, FILE, {"steps": step + 1, "pictures": pictures, "seed": seed})
     return model.eval()
 
@@ -128,8 +130,10 @@ def examples(painter: Painter, name: str, concept: int, others: int, seed: int) 
         left, right = rng.sample([name, rng.choice([each for each in NAMES if each != name])], 2)
         return world.two_objects(rng, left, right, *look())
 
-    x = [torch.stack([interpolate(painter(make())[None], size=SIDE, mode="area")[0] for _ in range(n)])
-         for make, n in ((held, concept), (other, others))]
+    x = [
+        torch.stack([interpolate(painter(make())[None], size=SIDE, mode="area")[0] for _ in range(n)])
+        for make, n in ((held, concept), (other, others))
+    ]
     return x[0], x[1]
 
 

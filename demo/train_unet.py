@@ -1,4 +1,5 @@
 """Train the demo UNet with its text encoder and its reference encoder, jointly, on the painted world."""
+
 from __future__ import annotations
 
 import math
@@ -52,12 +53,14 @@ class TextEncoder(nn.Module):
 
 def word_targets(text: TextEncoder, tokenize, pictures: list[world.Picture]) -> Tensor:
     """What reference tokens should come near: the mean embedding of the object's words, and of the style's."""
+
     def mean_row(words: str) -> Tensor:
         return text.rows.detach()[text.row_of[torch.tensor(tokenize(words))]].mean(0)
 
     half = model.IMAGE_TOKENS // 2
-    return torch.stack([torch.stack([mean_row(p.objects[0])] * half + [mean_row(p.style or "plain")] * half)
-                        for p in pictures])
+    return torch.stack(
+        [torch.stack([mean_row(p.objects[0])] * half + [mean_row(p.style or "plain")] * half) for p in pictures]
+    )
 
 
 def cosine_alphas() -> Tensor:
@@ -75,8 +78,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 PROBES: dict[str, tuple[str, ...]] = {
-    "first": tuple(world.OBJECTS), "second": tuple(world.OBJECTS), "style": tuple(world.STYLES),
-    "background": tuple(world.BACKGROUNDS), "role": tuple(world.ROLES), "gender": tuple(world.GENDERS),
+    "first": tuple(world.OBJECTS),
+    "second": tuple(world.OBJECTS),
+    "style": tuple(world.STYLES),
+    "background": tuple(world.BACKGROUNDS),
+    "role": tuple(world.ROLES),
+    "gender": tuple(world.GENDERS),
     "tone": tuple(world.TONES),
 }
 
@@ -86,8 +93,10 @@ def said(picture: world.Picture) -> list[int]:
     words = picture.caption.split()
     first, second = (*picture.objects, None, None)[:2]
     told = {"first": first, "second": second, "style": picture.style, "role": picture.role}
-    told |= {k: v if v in words else None
-             for k, v in (("background", picture.background), ("gender", picture.gender), ("tone", picture.tone))}
+    told |= {
+        k: v if v in words else None
+        for k, v in (("background", picture.background), ("gender", picture.gender), ("tone", picture.tone))
+    }
     return [names.index(told[k]) if told[k] else len(names) for k, names in PROBES.items()]
 
 
@@ -97,8 +106,9 @@ class Trainer:
     def __init__(self, pictures: list[world.Picture], latents: Tensor, references: Tensor, tokenize, seed: int = 0):
         torch.manual_seed(seed)
         self.pictures, self.latents, self.references, self.tokenize = pictures, latents, references, tokenize
-        self.ids = torch.tensor([model.split_reference(tokenize, p.caption, [IMAGE] * model.IMAGE_TOKENS)
-                                 for p in pictures])
+        self.ids = torch.tensor(
+            [model.split_reference(tokenize, p.caption, [IMAGE] * model.IMAGE_TOKENS) for p in pictures]
+        )
         self.reference_of = torch.tensor([p.reference is not None for p in pictures]).cumsum(0) - 1
         self.empty = torch.tensor(model.split_reference(tokenize, "", []))
         used = sorted(set(self.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
@@ -113,8 +123,9 @@ class Trainer:
         self.half = model.build_unet(torch.bfloat16).requires_grad_(True)
         self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
         self.alphas, self.step = cosine_alphas(), 0
-        self.opt = torch.optim.AdamW(self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01,
-                                     foreach=True)
+        self.opt = torch.optim.AdamW(
+            self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+        )
 
     def read(self, batch: int, dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A batch's picture numbers [b], its text encoding [b, 77, W], and the reference tokens and theirs."""
@@ -184,8 +195,14 @@ class Trainer:
         return loss.item()
 
     def state(self) -> dict:
-        return {"step": self.step, "master": self.master.state_dict(), "average": self.average,
-                "opt": self.opt.state_dict(), "rng": torch.get_rng_state(), "used": self.text.used}
+        return {
+            "step": self.step,
+            "master": self.master.state_dict(),
+            "average": self.average,
+            "opt": self.opt.state_dict(),
+            "rng": torch.get_rng_state(),
+            "used": self.text.used,
+        }
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         """Take over shipped weights (load.read of the model file), so that training goes on where they were left."""
@@ -206,8 +223,9 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
 
-def train(trainer: Trainer, steps: int, batch: int = 24, peak: float = 8e-4, words: int = 500,
-          checkpoint: Path | None = None) -> None:
+def train(
+    trainer: Trainer, steps: int, batch: int = 24, peak: float = 8e-4, words: int = 500, checkpoint: Path | None = None
+) -> None:
     """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped.
 
     `words`: steps of `teach_words` before the first.

@@ -63,9 +63,14 @@ def mlp(inputs: int) -> nn.Sequential:
 
 
 def train(
-    x: Tensor, w: Tensor, blocks: Sequence[str], evidence: str = "none", steps: int = 2000, seed: int = 0,
+    x: Tensor,
+    w: Tensor,
+    blocks: Sequence[str],
+    evidence: str = "none",
+    steps: int = 2000,
+    seed: int = 0,
     name: str = "trained",
-) -> Adapter:  # fmt: skip
+) -> Adapter:
     """Fit to pairs. x: [n, B] mean attentions; w: [n] the weights that they call for."""
     if x.ndim != 2 or x.shape != (len(w), len(blocks)) or not len(w):
         raise ValueError(f"{tuple(x.shape)} mean attentions do not suit {len(w)} weights and {len(blocks)} blocks")
@@ -94,8 +99,13 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 def save(adapter: Adapter, path: Path, about: Mapping[str, str] | None = None) -> None:
     """`about` says how it was trained."""
-    training = {**(about or {}), "blocks": adapter.blocks, "evidence": adapter.evidence, "low": adapter.low,
-                "high": adapter.high}  # fmt: skip
+    training = {
+        **(about or {}),
+        "blocks": adapter.blocks,
+        "evidence": adapter.evidence,
+        "low": adapter.low,
+        "high": adapter.high,
+    }
     artefacts.write(Artefact(KIND, path.stem, tensors_of(adapter), method="EIUP", training=training), path)
 
 

@@ -44,22 +44,58 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "direction": Kind({"b": ("T", 1), "a": (1, "W"), "adam.b?": (2, "T", 1), "adam.a?": (2, 1, "W"),
-                       "z?": ("B", "C", "H", "X"), "losses?": ("steps",)}),
-    "eiup-weight": Kind({"mean": ("B",), "spread": ("B",), "0.weight": (64, "B"), "0.bias": (64,),
-                         "2.weight": (32, 64), "2.bias": (32,), "4.weight": (1, 32), "4.bias": (1,)}),
+    "direction": Kind(
+        {
+            "b": ("T", 1),
+            "a": (1, "W"),
+            "adam.b?": (2, "T", 1),
+            "adam.a?": (2, 1, "W"),
+            "z?": ("B", "C", "H", "X"),
+            "losses?": ("steps",),
+        }
+    ),
+    "eiup-weight": Kind(
+        {
+            "mean": ("B",),
+            "spread": ("B",),
+            "0.weight": (64, "B"),
+            "0.bias": (64,),
+            "2.weight": (32, 64),
+            "2.bias": (32,),
+            "4.weight": (1, 32),
+            "4.bias": (1,),
+        }
+    ),
     "discriminator": Kind({"mean": ("F",), "spread": ("F",), "w": ("F",), "b": (1,), "probe": ("F",)}),
-    "features": Kind({f"layers.{i}.{name}": shape for i, (a, b) in enumerate(pairwise(TRUNK)) for name, shape in
-                      (("0.weight", (b, a, 3, 3)), ("0.bias", (b,)), ("1.weight", (b,)), ("1.bias", (b,)))}),
+    "features": Kind(
+        {
+            f"layers.{i}.{name}": shape
+            for i, (a, b) in enumerate(pairwise(TRUNK))
+            for name, shape in (("0.weight", (b, a, 3, 3)), ("0.bias", (b,)), ("1.weight", (b,)), ("1.bias", (b,)))
+        }
+    ),
     "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
-    "kpop-checkpoint": Kind({
-        "weights": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "prompt.k": ("P",), "prompt.v?": ("P",),
-        "prompt.adam.m": ("M",), "prompt.adam.v": ("M",), "prompt.adam.t": (1,), "z": ("Z",), "losses": ("steps",),
-    }, limit=2**35),
+    "kpop-checkpoint": Kind(
+        {
+            "weights": ("N",),
+            "adam.m": ("N",),
+            "adam.v": ("N",),
+            "adam.t": (1,),
+            "prompt.k": ("P",),
+            "prompt.v?": ("P",),
+            "prompt.adam.m": ("M",),
+            "prompt.adam.v": ("M",),
+            "prompt.adam.t": (1,),
+            "z": ("Z",),
+            "losses": ("steps",),
+        },
+        limit=2**35,
+    ),
     "concept": Kind({"learned": ("T", "W"), "empty": ("L", "W"), "neutral?": ("L", "W")}),
-    "concept-checkpoint": Kind({"learned": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,),
-                                "losses": ("steps",)}),
-}  # fmt: skip
+    "concept-checkpoint": Kind(
+        {"learned": ("N",), "adam.m": ("N",), "adam.v": ("N",), "adam.t": (1,), "losses": ("steps",)}
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +125,16 @@ def data_of(artefact: Artefact) -> bytes:
     """A file's bytes, the same for the same artefact. Raises ValueError for tensors that `parse` would refuse."""
     tensors = {key: t.detach().to("cpu", torch.float32).contiguous() for key, t in artefact.tensors.items()}
     metadata = {
-        "format": FORMAT, "schema": str(SCHEMA), "kind": artefact.kind, "text_width": str(artefact.text_width),
-        "tokens": str(artefact.tokens), "concepts": json.dumps(artefact.concepts),
+        "format": FORMAT,
+        "schema": str(SCHEMA),
+        "kind": artefact.kind,
+        "text_width": str(artefact.text_width),
+        "tokens": str(artefact.tokens),
+        "concepts": json.dumps(artefact.concepts),
         "training": json.dumps(dict(artefact.training)),
-        **{key: getattr(artefact, key) for key in TEXT}, "version": artefact.version or package_version(),
-    }  # fmt: skip
+        **{key: getattr(artefact, key) for key in TEXT},
+        "version": artefact.version or package_version(),
+    }
     data = packed(tensors, metadata)
     parse(data, artefact.kind)
     return data
@@ -257,8 +298,10 @@ def described(metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise ValueError("ConceptGuard did not write it")
     if metadata.get("schema") != str(SCHEMA):
-        raise ValueError(f"it has version {metadata.get('schema', '')[:20]!r} of our format, and this ConceptGuard "
-                         f"reads version {SCHEMA} only; update ConceptGuard")  # fmt: skip
+        raise ValueError(
+            f"it has version {metadata.get('schema', '')[:20]!r} of our format, and this ConceptGuard "
+            f"reads version {SCHEMA} only; update ConceptGuard"
+        )
     if metadata.get("kind") != kind:
         raise ValueError(f"it holds a {metadata.get('kind', 'nothing')[:40]}, not a {kind}")
     try:
@@ -307,8 +350,10 @@ def file_in(folder: Path, name: str) -> Path:
     name = name.strip().removesuffix(".safetensors")
     parts = name.split("/")
     if len(name) > 150 or not all(PART.fullmatch(part) and not part.endswith(" ") for part in parts):
-        raise ValueError(f"{name[:60]!r} cannot name a file here; use letters, digits, spaces and - _ , with / for a "
-                         "folder inside the models folder")  # fmt: skip
+        raise ValueError(
+            f"{name[:60]!r} cannot name a file here; use letters, digits, spaces and - _ , with / for a "
+            "folder inside the models folder"
+        )
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of the models folder by a link; choose another name")

@@ -28,9 +28,16 @@ class Classifier(Shared):
     """model: pictures [B, 3, size, size], without mean and spread, to logits [B, n]; chosen: the concept's classes."""
 
     def __init__(
-        self, name: str, model: Callable[[Tensor], Tensor], weights: Mapping[str, Tensor], chosen: Sequence[int],
-        size: int, mean: Sequence[float], spread: Sequence[float], device: torch.device | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        model: Callable[[Tensor], Tensor],
+        weights: Mapping[str, Tensor],
+        chosen: Sequence[int],
+        size: int,
+        mean: Sequence[float],
+        spread: Sequence[float],
+        device: torch.device | None = None,
+    ) -> None:
         self.name, self.model, self.weights, self.size = name, model, weights, size
         self.chosen = list(chosen)
         self.mean, self.spread = (torch.tensor(each).float().view(1, 3, 1, 1) for each in (mean, spread))

@@ -27,8 +27,17 @@ def weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f'cannot convert "{path.name}": it is no file of at most {LIMIT} bytes; {mend}')
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        pickle.UnpicklingError,
+    ) as error:
         why = str(error).split(". ")[0].splitlines()[:1]
         raise ValueError(f'cannot convert "{path.name}": it does not hold tensors alone {why}; {mend}') from None
     if not isinstance(found, Mapping) or not all(
@@ -42,11 +51,21 @@ def safe_region(found: Mapping[str, Tensor], name: str) -> Artefact:
     """The authors' `ptuner`: b [1, 77, 1] and a [1, 1, 768], added to the text encoding as x + beta b a."""
     if set(found) != {"a", "b"} or found["b"].shape[::2] != (1, 1) or found["a"].shape[:2] != (1, 1):
         shapes = {key[:20]: tuple(t.shape) for key, t in list(found.items())[:4]}
-        raise ValueError(f'"{name}" is not a direction of the safe-region authors (b [1, T, 1] and a [1, 1, W]), but '
-                         f"{shapes}; choose another form or file")  # fmt: skip
+        raise ValueError(
+            f'"{name}" is not a direction of the safe-region authors (b [1, T, 1] and a [1, 1, W]), but '
+            f"{shapes}; choose another form or file"
+        )
     b, a = found["b"][0].float(), found["a"][0].float()
-    return Artefact("direction", name, {"b": b, "a": a}, "safe region", text_width=a.shape[1], tokens=len(b),
-                    mechanism="add", training={"converted": True})  # fmt: skip
+    return Artefact(
+        "direction",
+        name,
+        {"b": b, "a": a},
+        "safe region",
+        text_width=a.shape[1],
+        tokens=len(b),
+        mechanism="add",
+        training={"converted": True},
+    )
 
 
 FORMS: dict[str, Callable[[Mapping[str, Tensor], str], Artefact]] = {"safe-region": safe_region}

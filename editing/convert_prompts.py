@@ -54,8 +54,17 @@ def made(name: str, value: Any, mechanism: str, blocks: str) -> Artefact:
     if k.shape != v.shape:
         raise ValueError(f'"{name[:40]}" has keys {list(k.shape)} and values {list(v.shape)}')
     n, width = k.shape
-    artefact = Artefact("prompt", name, {"k": k, "v": v}, METHOD, (name,), text_width=width, tokens=n,
-                        mechanism=mechanism, blocks="all" if mechanism == "additive" else blocks)  # fmt: skip
+    artefact = Artefact(
+        "prompt",
+        name,
+        {"k": k, "v": v},
+        METHOD,
+        (name,),
+        text_width=width,
+        tokens=n,
+        mechanism=mechanism,
+        blocks="all" if mechanism == "additive" else blocks,
+    )
     prompt_of(artefact)
     return artefact
 

@@ -218,9 +218,7 @@ def train(
     return found, measured(found, of("measure", 0), of("measure", 1, plain=False))
 
 
-def measured(
-    discriminator: Discriminator, clean: tuple[Tensor, Tensor], spoiled: tuple[Tensor, Tensor]
-) -> Report:
+def measured(discriminator: Discriminator, clean: tuple[Tensor, Tensor], spoiled: tuple[Tensor, Tensor]) -> Report:
     """Features and labels of held-out examples -> what the discriminator makes of them."""
     head = discriminator.head
     right = [float(((torch.sigmoid(head.logits(x)) >= 0.5) == (y > 0)).float().mean()) for x, y in (clean, spoiled)]
@@ -245,8 +243,14 @@ def to_artefact(discriminator: Discriminator) -> Artefact:
     head, features = discriminator.head, discriminator.features
     tensors = {"mean": head.mean, "spread": head.spread, "w": head.w, "b": head.b, "probe": features.probe}
     training = {**discriminator.about, "threshold": discriminator.threshold}
-    return Artefact("discriminator", discriminator.name, tensors, mechanism=features.kind, training=training,
-                    concepts=(discriminator.name,))  # fmt: skip
+    return Artefact(
+        "discriminator",
+        discriminator.name,
+        tensors,
+        mechanism=features.kind,
+        training=training,
+        concepts=(discriminator.name,),
+    )
 
 
 def from_artefact(artefact: Artefact, features: Features | None) -> Discriminator:

@@ -14,8 +14,16 @@ from torch import Tensor
 from .data import Shared, digest
 
 # NudeNet's labels of the KPOP paper's exposure rate
-LABELS = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
-          "BUTTOCKS_EXPOSED", "ARMPITS_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED")  # fmt: skip
+LABELS = (
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ARMPITS_EXPOSED",
+    "BELLY_EXPOSED",
+    "FEET_EXPOSED",
+)
 
 
 def installed(package: str) -> Any:

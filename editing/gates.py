@@ -56,9 +56,14 @@ def prompt_gate(judge: Any, clip: Any, text: str, threshold: float = 0.5, soft: 
 
 
 def in_flight_gate(
-    judge: Any, vae: Any = None, at_percent: float = 0.3, threshold: float = 0.5, soft: bool = False,
-    restart: bool = True, report: Report | None = None,
-) -> Gate:  # fmt: skip
+    judge: Any,
+    vae: Any = None,
+    at_percent: float = 0.3,
+    threshold: float = 0.5,
+    soft: bool = False,
+    restart: bool = True,
+    report: Report | None = None,
+) -> Gate:
     """By the clean pictures that the model predicts at a percent of the timesteps."""
     opened([0.0], threshold)
     look, key, models = decoder(image_discriminator(judge), vae)

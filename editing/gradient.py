@@ -73,16 +73,32 @@ class _Body(comfy.samplers.Sampler):
         self.body = body
         self.checkpointing = checkpointing
 
-    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
-               latent_image: Tensor, denoise_mask: Any = None, disable_pbar: bool = False) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Any = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         unet = model_wrap.inner_model.diffusion_model
         with torch.inference_mode(False), torch.enable_grad(), differentiable(unet, self.checkpointing):
             self.body(Predictor(model_wrap, extra_args["model_options"], model_wrap.conds["positive"]))
         return latent_image
 
 
-def train_with(model: ModelPatcher, positive: Any, latent: Tensor, body: Callable[[Predictor], None],
-               dtype: str = "auto", checkpointing: bool = False, seed: int = 0) -> None:  # fmt: skip
+def train_with(
+    model: ModelPatcher,
+    positive: Any,
+    latent: Tensor,
+    body: Callable[[Predictor], None],
+    dtype: str = "auto",
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> None:
     """Run `body` with the model's predictions for pictures of the latent's shape; the model stays as it was.
 
     dtype: what the model computes in; "auto" is its own, but bf16 for one in fp16, whose gradients vanish there.

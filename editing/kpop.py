@@ -87,15 +87,28 @@ class LearnedPrompt:
         """about: more of an Artefact's fields."""
         k, v = (x.detach()[0].to("cpu", torch.float32, copy=True) for x in (self.k, self.v))
         n, width = k.shape
-        return prompt_of(Artefact("prompt", name, {"k": k, "v": v}, METHOD, text_width=width, tokens=n,
-                                  mechanism=self.mechanism, blocks=self.blocks, **about))  # fmt: skip
+        return prompt_of(
+            Artefact(
+                "prompt",
+                name,
+                {"k": k, "v": v},
+                METHOD,
+                text_width=width,
+                tokens=n,
+                mechanism=self.mechanism,
+                blocks=self.blocks,
+                **about,
+            )
+        )
 
 
 def prompt_of(found: Artefact) -> Prompt:
     """The prompt that a file holds. Raises ValueError if no edit can use it."""
     if found.mechanism not in MECHANISMS:
-        raise ValueError(f'"{found.name}" has the mechanism {found.mechanism[:40]!r}, which this ConceptGuard does not '
-                         f"know; it knows {' and '.join(MECHANISMS)}")  # fmt: skip
+        raise ValueError(
+            f'"{found.name}" has the mechanism {found.mechanism[:40]!r}, which this ConceptGuard does not '
+            f"know; it knows {' and '.join(MECHANISMS)}"
+        )
     parse_blocks(found.blocks)
     k, v = found.tensors["k"][None], found.tensors["v"][None]
     if found.mechanism == "additive" and not torch.equal(k, v):
@@ -160,9 +173,17 @@ class KPOP:
     """
 
     def __init__(
-        self, predict: Predict, sampling: Sampling, concepts: Sequence[Text], neutral: Sequence[Text], empty: Text,
-        deltas: Deltas, prompt: LearnedPrompt, shape: Sequence[int], options: KPOPOptions,
-    ) -> None:  # fmt: skip
+        self,
+        predict: Predict,
+        sampling: Sampling,
+        concepts: Sequence[Text],
+        neutral: Sequence[Text],
+        empty: Text,
+        deltas: Deltas,
+        prompt: LearnedPrompt,
+        shape: Sequence[int],
+        options: KPOPOptions,
+    ) -> None:
         self.predict, self.deltas, self.prompt, self.options = predict, deltas, prompt, options
         self.concepts, self.neutral = concepts, neutral
         self.path = Path(predict, sampling, empty, shape, options)
@@ -228,8 +249,12 @@ class KPOP:
 
     def state(self) -> dict[str, Tensor]:
         weights = torch.cat([p.detach().flatten() for p in self.deltas.tensors.values()]).cpu()
-        return {"weights": weights, "z": self.path.z.flatten().to("cpu", copy=True), **adam_state("adam", self.adam),
-                **self.prompt_state()}  # fmt: skip
+        return {
+            "weights": weights,
+            "z": self.path.z.flatten().to("cpu", copy=True),
+            **adam_state("adam", self.adam),
+            **self.prompt_state(),
+        }
 
     def restore_prompt(self, state: Mapping[str, Tensor]) -> None:
         for name, p in self.prompt.tensors.items():

@@ -48,9 +48,15 @@ class LearnedTokens:
     """The training. latents: [P, 4, h, w], the pictures; captions: a text for each, and where it has room for e."""
 
     def __init__(
-        self, predict: Predict, sampling: Sampling, latents: Tensor, captions: Sequence[Text], at: Sequence[int],
-        start: Tensor, options: ConceptOptions,
-    ) -> None:  # fmt: skip
+        self,
+        predict: Predict,
+        sampling: Sampling,
+        latents: Tensor,
+        captions: Sequence[Text],
+        at: Sequence[int],
+        start: Tensor,
+        options: ConceptOptions,
+    ) -> None:
         self.predict, self.sampling, self.options = predict, sampling, options
         self.latents, self.captions, self.at = latents, captions, at
         self.e = nn.Parameter(start.clone())

@@ -88,8 +88,11 @@ def restore_adam(name: str, adam: torch.optim.Adam, state: Mapping[str, Tensor])
     sizes = [p.numel() for p in parameters(adam)]
     moments = zip(parameters(adam), *(state[f"{name}.{x}"].split(sizes) for x in "mv"), strict=True)
     for p, m, v in moments:
-        adam.state[p] = {"step": state[f"{name}.t"][0].clone(), "exp_avg": m.reshape(p.shape).to(p, copy=True),
-                         "exp_avg_sq": v.reshape(p.shape).to(p, copy=True)}  # fmt: skip
+        adam.state[p] = {
+            "step": state[f"{name}.t"][0].clone(),
+            "exp_avg": m.reshape(p.shape).to(p, copy=True),
+            "exp_avg_sq": v.reshape(p.shape).to(p, copy=True),
+        }
 
 
 def parameters(adam: torch.optim.Adam) -> Iterator[nn.Parameter]:

@@ -81,8 +81,10 @@ class Network:
         found = self.base.extra_conds(**{**about, "device": self.device, "noise": noise, "cross_attn": c})
         parts = {k: v.cond.to(self.device, torch.float32, copy=True) for k, v in found.items()}
         if beyond := parts.keys() - {"c_crossattn", "y"}:
-            raise ValueError(f"model: it reads {', '.join(sorted(beyond))} as well, which cannot be trained with; "
-                             "connect a text-to-image model")  # fmt: skip
+            raise ValueError(
+                f"model: it reads {', '.join(sorted(beyond))} as well, which cannot be trained with; "
+                "connect a text-to-image model"
+            )
         return Text(parts.pop("c_crossattn"), parts)
 
     def latents(self, samples: Tensor) -> Tensor:

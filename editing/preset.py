@@ -214,7 +214,6 @@ class Preset(Part):
             raise ValueError(f"{count} phrases in all; {MAX_PHRASES} are the most that a preset may have")
         return self
 
-
     @model_validator(mode="after")
     def _files_that_are_what_the_edits_need(self) -> Preset:
         kinds: dict[str, set[str]] = {}
@@ -223,8 +222,10 @@ class Preset(Part):
         if len({file.sha256 for file in self.files}) < len(self.files):
             raise ValueError("the same file travels along twice; export the preset again")
         if sum(len(file.data) for file in self.files) > 4 * MAX_LEARNED // 3 + 4:
-            raise ValueError(f"files of more than {MAX_LEARNED // 1024} KB in all travel along; leave the larger ones "
-                             "in the models folder")  # fmt: skip
+            raise ValueError(
+                f"files of more than {MAX_LEARNED // 1024} KB in all travel along; leave the larger ones "
+                "in the models folder"
+            )
         for file in self.files:
             if file.sha256 not in kinds:
                 raise ValueError(f'"{file.file}" travels along, and no edit needs it; export the preset again')

@@ -108,14 +108,25 @@ class Maker:
         return self.edited(edit, "projection", concept, options)
 
     def edited(
-        self, edit: Edit, method: str, source: Source, options: CREOptions | EIUPOptions | None = None,
+        self,
+        edit: Edit,
+        method: str,
+        source: Source,
+        options: CREOptions | EIUPOptions | None = None,
         blocks: str | None = None,
-    ) -> EditSpec:  # fmt: skip
+    ) -> EditSpec:
         gate = combined(self.gate(edit.gate, source), self.outer)
         return EditSpec(
-            method, source, self.strength * edit.strength, edit.start_percent, edit.end_percent,
-            edit.blocks if blocks is None else blocks, gate, options, self.node,
-        )  # fmt: skip
+            method,
+            source,
+            self.strength * edit.strength,
+            edit.start_percent,
+            edit.end_percent,
+            edit.blocks if blocks is None else blocks,
+            gate,
+            options,
+            self.node,
+        )
 
     def concept(self, source: Words | LearnedFile) -> Concept:
         if source not in self.concepts:

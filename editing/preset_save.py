@@ -56,12 +56,16 @@ class Saver:
 
     def edit(self, spec: EditSpec, i: int) -> Edit:
         if isinstance(spec.gate, Draw):
-            raise ValueError(f"the edit of {spec.node} draws directions anew with each seed, which no preset says; "
-                             "keep that node in the workflow")  # fmt: skip
+            raise ValueError(
+                f"the edit of {spec.node} draws directions anew with each seed, which no preset says; "
+                "keep that node in the workflow"
+            )
         common: dict[str, Any] = dict(
-            strength=float(spec.strength), start_percent=float(spec.start_percent),
-            end_percent=float(spec.end_percent), gate=self.gate(spec, i),
-        )  # fmt: skip
+            strength=float(spec.strength),
+            start_percent=float(spec.start_percent),
+            end_percent=float(spec.end_percent),
+            gate=self.gate(spec, i),
+        )
         source, options = spec.source, spec.options
         if isinstance(source, Prompt | Direction):
             if source.artefact is None:

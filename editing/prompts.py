@@ -65,9 +65,14 @@ def prompt_scores(discriminator: Discriminator, clip: Any, texts: Sequence[str])
 
 
 def train_prompts(
-    concept: Sequence[str], others: Sequence[str], clip: Any, name: str = "concept", rate: float = 0.01, seed: int = 0,
+    concept: Sequence[str],
+    others: Sequence[str],
+    clip: Any,
+    name: str = "concept",
+    rate: float = 0.01,
+    seed: int = 0,
     progress: Callable[[], None] = lambda: None,
-) -> tuple[Discriminator, Report]:  # fmt: skip
+) -> tuple[Discriminator, Report]:
     """A discriminator of two classes of prompts, and what held-out ones say about it."""
     for what, texts in (("of the concept", concept), ("of other things", others)):
         if len(texts) < LEAST:

@@ -85,8 +85,12 @@ class Backbone:
         if learned_on and self.fingerprint and learned_on != self.fingerprint:
             logging.warning(
                 '%s: "%s" was learned on another kind of model (%s) than %s (%s); look at what it does',
-                spec.node, spec.source.name, learned_on, self.name, self.fingerprint,
-            )  # fmt: skip
+                spec.node,
+                spec.source.name,
+                learned_on,
+                self.name,
+                self.fingerprint,
+            )
         try:
             select_blocks(spec.blocks, self.blocks)
         except ValueError as error:

@@ -90,8 +90,10 @@ class Learner:
         wanted = {**plain(asdict(settings)), "concept": concept.key}
         for key, value in wanted.items():
             if (before := found.training.get(key)) != value:
-                raise ValueError(f'resume: "{found.name}" was learned with {key} {before!r:.60}, not {value!r:.60}; '
-                                 "set it back, or start anew")  # fmt: skip
+                raise ValueError(
+                    f'resume: "{found.name}" was learned with {key} {before!r:.60}, not {value!r:.60}; '
+                    "set it back, or start anew"
+                )
         one = cls(concept, settings, found.tensors["b"].clone(), found.tensors["a"].clone(), found.backbone)
         one.position, one.losses = int(found.training["position"]), found.tensors["losses"].tolist()
         one.z = found.tensors["z"].clone() if "z" in found.tensors else None
@@ -113,17 +115,40 @@ class Learner:
                 tensors[name] = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
         if self.z is not None:
             tensors["z"] = self.z
-        training = {**plain(asdict(self.settings)), "steps": self.done, "position": self.position,
-                    "concept": self.concept.key}  # fmt: skip
-        return Artefact("direction", self.concept.name, tensors, METHOD, tuple(p.text for p in self.concept.phrases),
-                        self.backbone, self.concept.width, len(self.b), "add", "all", training)  # fmt: skip
+        training = {
+            **plain(asdict(self.settings)),
+            "steps": self.done,
+            "position": self.position,
+            "concept": self.concept.key,
+        }
+        return Artefact(
+            "direction",
+            self.concept.name,
+            tensors,
+            METHOD,
+            tuple(p.text for p in self.concept.phrases),
+            self.backbone,
+            self.concept.width,
+            len(self.b),
+            "add",
+            "all",
+            training,
+        )
 
     def direction(self) -> Direction:
         with torch.inference_mode(False):  # so that more can be learned through a model that it edits
             return direction_of(self.artefact())
 
-    def learn(self, steps: int, predict: Predict, contexts: Sequence[Tensor], sigmas: Tensor, active: Sequence[bool],
-              report: Report, device: torch.device | str = "cpu") -> None:  # fmt: skip
+    def learn(
+        self,
+        steps: int,
+        predict: Predict,
+        contexts: Sequence[Tensor],
+        sigmas: Tensor,
+        active: Sequence[bool],
+        report: Report,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Until `steps` updates are done. contexts: each prompt's c [1, L, W]; sigmas: [S + 1], of one chain, 0 last;
         active: [S], the denoising steps that d takes part in. What `report` raises leaves a state to go on from.
         """
@@ -131,8 +156,10 @@ class Learner:
         if not any(active):
             raise ValueError("no denoising step lies between start_percent and end_percent; widen them")
         if self.concept.empty is None:
-            raise ValueError(f'concept "{self.concept.name}" comes without the empty prompt; connect a CLIPTextEncode '
-                             "with no text to its `empty` input")  # fmt: skip
+            raise ValueError(
+                f'concept "{self.concept.name}" comes without the empty prompt; connect a CLIPTextEncode '
+                "with no text to its `empty` input"
+            )
         c_o = [phrase.tokens.to(device) for phrase in self.concept.phrases]
         null = self.concept.empty.to(device).expand(B, -1, -1)
         while self.done < steps:
@@ -162,8 +189,10 @@ class Learner:
         self.b.grad, self.a.grad = torch.autograd.grad(loss, [self.b, self.a])
         value = float(loss.detach())
         if not all(torch.isfinite(x).all() for x in (loss.detach(), self.b.grad, self.a.grad)):
-            raise ValueError(f"the loss or its gradient is no number after {self.done} steps; lower learning_rate or "
-                             "set precision to fp32")  # fmt: skip
+            raise ValueError(
+                f"the loss or its gradient is no number after {self.done} steps; lower learning_rate or "
+                "set precision to fp32"
+            )
         self.adam.step()
         self.losses.append(value)
 
@@ -177,8 +206,10 @@ def joined(contexts: Sequence[Tensor]) -> Tensor:
     """[B, L, W] of B contexts [1, L_i, W]; shorter ones are repeated, as the host does."""
     longest = max(c.shape[1] for c in contexts)
     if any(longest % c.shape[1] for c in contexts):
-        raise ValueError(f"the prompts are of {sorted({c.shape[1] for c in contexts})} tokens, which cannot share a "
-                         "batch; use a batch of 1, or prompts of one length")  # fmt: skip
+        raise ValueError(
+            f"the prompts are of {sorted({c.shape[1] for c in contexts})} tokens, which cannot share a "
+            "batch; use a batch of 1, or prompts of one length"
+        )
     return torch.cat([c.repeat(1, longest // c.shape[1], 1) for c in contexts])
 
 

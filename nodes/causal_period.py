@@ -53,9 +53,16 @@ class Search(comfy.samplers.Sampler):
 
     @torch.no_grad()
     def sample(
-        self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
-        latent_image: Tensor, denoise_mask: Tensor | None = None, disable_pbar: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         extra_args["denoise_mask"] = denoise_mask
         options = extra_args["model_options"]["transformer_options"]
         others = [spec for spec in options[EDITS] if spec is not self.spec]
@@ -119,8 +126,10 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
             "result is kept in a file.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be edited; edits that it carries stay on."),
-                ConceptType.Input("concept", tooltip="What will be erased, with `strength` and otherwise the defaults "
-                                  "of Erase Concept (CRE)."),
+                ConceptType.Input(
+                    "concept",
+                    tooltip="What will be erased, with `strength` and otherwise the defaults of Erase Concept (CRE).",
+                ),
                 DiscriminatorType.Input("discriminator", tooltip="What decides whether the concept is there."),
                 io.Conditioning.Input(
                     "positive",
@@ -132,25 +141,67 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
                 io.Latent.Input(
                     "latent", tooltip="Of the size to search with; a batch of n searches n seeds together."
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True,
-                             tooltip="Which noise; 0 is a seed like any other."),
-                io.Int.Input("steps", default=20, min=2, max=200,
-                             tooltip="Of the schedule that is searched, at least 2; 0 is refused."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1,
-                               tooltip="The guidance scale; 1 runs the prompt alone, 0 the negative alone."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler",
-                               tooltip="euler and ddim share what runs have in common, others sample each run anew."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
-                               tooltip="The schedule that is searched."),
-                io.Float.Input("delta", default=0.0, min=0.0, max=1.0, step=0.001,
-                               tooltip="How much a step left out may raise the mean confidence; 0 nothing, as in the "
-                               "paper. Larger finds shorter periods."),
-                choice_input("search", tuple(SEARCHES), "exclusion",
-                             "Step by step (exclusion, the paper's algorithm 1), or by halving, which "
-                             "assumes that leaving out more steps never helps (bisection)."),
-                io.Float.Input("strength", default=1.0, min=0.05, max=4.0, step=0.05, optional=True,
-                               tooltip="Of the edit that the range is for: a stronger one has to act in fewer steps. "
-                               "0 would edit nothing and is refused."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Which noise; 0 is a seed like any other.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=2,
+                    max=200,
+                    tooltip="Of the schedule that is searched, at least 2; 0 is refused.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="The guidance scale; 1 runs the prompt alone, 0 the negative alone.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="euler and ddim share what runs have in common, others sample each run anew.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="normal",
+                    tooltip="The schedule that is searched.",
+                ),
+                io.Float.Input(
+                    "delta",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="How much a step left out may raise the mean confidence; 0 nothing, as in the "
+                    "paper. Larger finds shorter periods.",
+                ),
+                choice_input(
+                    "search",
+                    tuple(SEARCHES),
+                    "exclusion",
+                    "Step by step (exclusion, the paper's algorithm 1), or by halving, which "
+                    "assumes that leaving out more steps never helps (bisection).",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.05,
+                    max=4.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Of the edit that the range is for: a stronger one has to act in fewer steps. "
+                    "0 would edit nothing and is refused.",
+                ),
             ],
             outputs=[
                 io.TimestepsRange.Output(display_name="range", tooltip="For the `range` input of an edit."),
@@ -159,7 +210,7 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
                 io.Image.Output(display_name="plot", tooltip="Confidence against steps left out, the period shaded."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -253,13 +304,27 @@ class Task:
         copies = max((len(entry[0]) for entry in self.positive), default=1)
         noise, x = (each.repeat_interleave(copies, 0) for each in (noise, x))
         search = Search(
-            comfy.samplers.sampler_object(self.sampler_name), partial(find, delta=self.delta),
-            self.spec, self.percents, self.sampler_name in MEMORYLESS, look, tick,
-        )  # fmt: skip
+            comfy.samplers.sampler_object(self.sampler_name),
+            partial(find, delta=self.delta),
+            self.spec,
+            self.percents,
+            self.sampler_name in MEMORYLESS,
+            look,
+            tick,
+        )
         comfy.sample.sample_custom(
-            edited, noise, self.cfg, search, self.sigmas, self.positive, self.negative, x,
-            noise_mask=self.latent.get("noise_mask"), disable_pbar=True, seed=self.seed,
-        )  # fmt: skip
+            edited,
+            noise,
+            self.cfg,
+            search,
+            self.sigmas,
+            self.positive,
+            self.negative,
+            x,
+            noise_mask=self.latent.get("noise_mask"),
+            disable_pbar=True,
+            seed=self.seed,
+        )
         assert search.found is not None
         return search.found, search.calls
 

@@ -51,9 +51,7 @@ class ConceptGuardConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = ""
-    ) -> io.NodeOutput:
+    def execute(cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "") -> io.NodeOutput:
         with named("ConceptGuardConcept"):
             return io.NodeOutput(concept_from_text(clip, text, name, neutral, keep))
 

@@ -29,9 +29,16 @@ class Levels(comfy.samplers.Sampler):
 
     @torch.no_grad()
     def sample(
-        self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
-        latent_image: Tensor, denoise_mask: Tensor | None = None, disable_pbar: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         progress = comfy.utils.ProgressBar(len(sigmas))
         scale = model_wrap.inner_model.model_sampling.noise_scaling
         for sigma in sigmas:

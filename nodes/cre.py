@@ -42,8 +42,11 @@ TOOLTIPS = {
 
 
 def floor_input() -> io.Float.Input:
-    return folded(io.Float.Input("floor", default=DEFAULTS.floor, min=0.0, max=1.0, step=0.05, optional=True,
-                                 tooltip=TOOLTIPS["floor"]))
+    return folded(
+        io.Float.Input(
+            "floor", default=DEFAULTS.floor, min=0.0, max=1.0, step=0.05, optional=True, tooltip=TOOLTIPS["floor"]
+        )
+    )
 
 
 class ConceptGuardCRE(io.ComfyNode):

@@ -254,10 +254,7 @@ def drawn(directions: list[Direction], seed: int, gate: Gate, place: dict[str, A
     """One edit a direction, open for the images that draw it. Nodes with other directions draw on their own."""
     stream, n = f"{seed} {' '.join(sorted(direction.key for direction in directions))}", len(directions)
     draws = [Draw(gate.values, gate.inflight, Gate(gate.values), stream, i, n) for i in range(n)]
-    return [
-        EditSpec("direction", direction, **{**place, "gate": draws[i]})
-        for i, direction in enumerate(directions)
-    ]
+    return [EditSpec("direction", direction, **{**place, "gate": draws[i]}) for i, direction in enumerate(directions)]
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -209,9 +209,14 @@ class ConceptGuardTrainPromptDiscriminator(io.ComfyNode):
         )
         with named(TRAIN_PROMPT):
             found, report = prompts.train_prompts(
-                concept, others, clip, name.strip() or "concept", false_positive_rate, seed,
+                concept,
+                others,
+                clip,
+                name.strip() or "concept",
+                false_positive_rate,
+                seed,
                 ticking(len(concept) + len(others)),
-            )  # fmt: skip
+            )
         found = described(found, report, false_positive_rate, 0, seed)
         chart = calibration(report, found.name, found.threshold)
         return told(cls, report.text(found.threshold), found, found.threshold, report.accuracy, chart)
@@ -219,9 +224,16 @@ class ConceptGuardTrainPromptDiscriminator(io.ComfyNode):
 
 def described(found: Discriminator, report: Report, rate: float, copies: int, seed: int) -> Discriminator:
     """With what its file tells about its training."""
-    about = {"accuracy": report.accuracy, "accuracy spoiled": report.perturbed, "held out": len(report.pairs),
-             "false positive rate asked": rate, "false positive rate": report.false_positives,
-             "found": report.found, "copies": copies, "seed": seed}  # fmt: skip
+    about = {
+        "accuracy": report.accuracy,
+        "accuracy spoiled": report.perturbed,
+        "held out": len(report.pairs),
+        "false positive rate asked": rate,
+        "false positive rate": report.false_positives,
+        "found": report.found,
+        "copies": copies,
+        "seed": seed,
+    }
     return Discriminator(found.name, found.features, found.head, found.threshold, about)
 
 

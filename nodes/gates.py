@@ -81,12 +81,16 @@ class ConceptGuardImageGate(io.ComfyNode):
                 ),
                 threshold_input(),
                 soft_input(),
-                choice_input("decides", DECIDES, "each", "With several pictures: each decides for the image of its "
-                             "number, or any of them for all."),
+                choice_input(
+                    "decides",
+                    DECIDES,
+                    "each",
+                    "With several pictures: each decides for the image of its number, or any of them for all.",
+                ),
             ],
             outputs=outputs("a picture"),
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

@@ -46,10 +46,14 @@ class ConceptGuardSaveWeights(io.ComfyNode):
                 LoRAType.Input("weights", tooltip="What Train KPOP made of the weights."),
                 prefix_input("without", "loras"),
             ],
-            outputs=[FileType.Output(display_name="file", tooltip="The file's name in the models folder; goes into the "
-                                     "lora_name of a Load LoRA.")],
+            outputs=[
+                FileType.Output(
+                    display_name="file",
+                    tooltip="The file's name in the models folder; goes into the lora_name of a Load LoRA.",
+                )
+            ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, weights: Any, filename_prefix: str = "without") -> io.NodeOutput:
@@ -78,7 +82,7 @@ class ConceptGuardSavePrompt(io.ComfyNode):
             ],
             outputs=[file_output()],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, prompt: Prompt, filename_prefix: str = "prompt") -> io.NodeOutput:
@@ -122,29 +126,40 @@ class ConceptGuardKPOP(io.ComfyNode):
             "which a concept was erased draw it again. For audits. May stand anywhere between the model loader and the "
             "sampler.",
             inputs=[
-                io.Model.Input("model", tooltip="The model with the changed weights; the one that comes in stays as it "
-                               "is."),
+                io.Model.Input(
+                    "model", tooltip="The model with the changed weights; the one that comes in stays as it is."
+                ),
                 PromptType.Input("prompt", tooltip="The prompt that was learned with these weights."),
-                strength_input("How much of the prompt takes part: 1 as learned, 0 nothing (the model stays without "
-                               "the concept)."),
+                strength_input(
+                    "How much of the prompt takes part: 1 as learned, 0 nothing (the model stays without the concept)."
+                ),
                 *window_inputs(),
                 *link_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model that draws the concept again.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(
-        cls, strength: float | None = 1.0, start_percent: float | None = 0.0, end_percent: float | None = 1.0,
+        cls,
+        strength: float | None = 1.0,
+        start_percent: float | None = 0.0,
+        end_percent: float | None = 1.0,
         range: Any = UNLINKED,
-    ) -> bool | str:  # fmt: skip
+    ) -> bool | str:
         return check("ConceptGuardKPOP", strength, start_percent, end_percent, "all", range)
 
     @classmethod
     def execute(
-        cls, model: Any, prompt: Prompt, strength: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0,
-        range: tuple[float, float] | None = None, gate: Gate | None = None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: Any,
+        prompt: Prompt,
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        range: tuple[float, float] | None = None,
+        gate: Gate | None = None,
+    ) -> io.NodeOutput:
         node = "ConceptGuardKPOP"
         with named(node):
             place = where(start_percent, end_percent, of_type(prompt).blocks, range, gate)

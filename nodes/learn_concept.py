@@ -42,25 +42,57 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that is to be edited; it stays as it is."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
-                io.Image.Input("images", tooltip="Examples of the concept, 1 to 8 in a batch, at the model's own "
-                                                 "size."),
-                io.String.Input("name", default="from pictures",
-                                tooltip="What to call the concept in reports and errors; it changes no picture."),
-                io.Int.Input("tokens", default=DEFAULTS.tokens, min=1, max=32,
-                             tooltip="How many tokens stand for it; at least 1, not 0. More say more of these very "
-                             "pictures."),
-                io.String.Input("captions", default="", multiline=True,
-                                tooltip="What else the pictures show, one line a picture or one for all: what a "
-                                        "caption "
-                                "says is left out of the concept. For a style: 'a cat', 'a bus'. Empty: nothing."),
-                io.String.Input("start_from", default="",
-                                tooltip="Words to start from, such as 'a drawing'. Empty: nothing in particular."),
-                io.Int.Input("steps", default=300, min=1, max=100_000,
-                             tooltip="How many times the tokens are updated; at least 1, not 0."),
-                io.Float.Input("learning_rate", default=DEFAULTS.lr, min=0.0, max=1.0, step=1e-5, round=False,
-                               tooltip="How far each step moves the tokens; 0 leaves them as they start."),
-                io.Int.Input("batch_size", default=DEFAULTS.batch, min=1, max=64,
-                             tooltip="Noisy pictures a step, each of one of the images; at least 1, not 0."),
+                io.Image.Input(
+                    "images", tooltip="Examples of the concept, 1 to 8 in a batch, at the model's own size."
+                ),
+                io.String.Input(
+                    "name",
+                    default="from pictures",
+                    tooltip="What to call the concept in reports and errors; it changes no picture.",
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=DEFAULTS.tokens,
+                    min=1,
+                    max=32,
+                    tooltip="How many tokens stand for it; at least 1, not 0. More say more of these very pictures.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="What else the pictures show, one line a picture or one for all: what a "
+                    "caption "
+                    "says is left out of the concept. For a style: 'a cat', 'a bus'. Empty: nothing.",
+                ),
+                io.String.Input(
+                    "start_from",
+                    default="",
+                    tooltip="Words to start from, such as 'a drawing'. Empty: nothing in particular.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=300,
+                    min=1,
+                    max=100_000,
+                    tooltip="How many times the tokens are updated; at least 1, not 0.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULTS.lr,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-5,
+                    round=False,
+                    tooltip="How far each step moves the tokens; 0 leaves them as they start.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=DEFAULTS.batch,
+                    min=1,
+                    max=64,
+                    tooltip="Noisy pictures a step, each of one of the images; at least 1, not 0.",
+                ),
                 *train_inputs(checkpointing=True),
             ],
             outputs=[
@@ -68,7 +100,7 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                 io.Image.Output(display_name="loss", tooltip="The denoising loss at each step."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, images: Tensor, name: str = "", **inputs: Any) -> io.NodeOutput:
@@ -79,11 +111,25 @@ class ConceptGuardLearnConcept(io.ComfyNode):
 
 
 def learn(
-    model: Any, clip: Any, vae: Any, images: Tensor, name: str, node_id: str | None, *, tokens: int = DEFAULTS.tokens,
-    captions: str = "", start_from: str = "", steps: int = 300, learning_rate: float = DEFAULTS.lr,
-    batch_size: int = DEFAULTS.batch, seed: int = 0, precision: str = "fp32", checkpointing: bool = True,
-    checkpoint_every: int = 100, resume: bool = True,
-) -> tuple[Artefact, list[float]]:  # fmt: skip
+    model: Any,
+    clip: Any,
+    vae: Any,
+    images: Tensor,
+    name: str,
+    node_id: str | None,
+    *,
+    tokens: int = DEFAULTS.tokens,
+    captions: str = "",
+    start_from: str = "",
+    steps: int = 300,
+    learning_rate: float = DEFAULTS.lr,
+    batch_size: int = DEFAULTS.batch,
+    seed: int = 0,
+    precision: str = "fp32",
+    checkpointing: bool = True,
+    checkpoint_every: int = 100,
+    resume: bool = True,
+) -> tuple[Artefact, list[float]]:
     """The learned concept as its file holds it, and the losses. Within `gradients`."""
     backbone, pixels = fingerprint_of(model, LEARN), checked(images)
     lines = lines_for("captions", captions, len(pixels), "pictures")
@@ -98,13 +144,27 @@ def learn(
     empty = texts[""]
     places = [place(clip, line, texts[line].c.shape[1], tokens) for line in lines]
     like = texts[start_from].c[0, list(own_tokens(clip, start_from))]
-    training = LearnedTokens(network, network.sampling, latents, [texts[line] for line in lines], places,
-                             tokens_start(options, empty.c, like), options)  # fmt: skip
-    settings = {**asdict(options), "captions": lines, "start_from": start_from, "precision": precision,
-                "pictures": digest([latents.cpu()])[:20], "model": weights_key(network)}  # fmt: skip
+    training = LearnedTokens(
+        network,
+        network.sampling,
+        latents,
+        [texts[line] for line in lines],
+        places,
+        tokens_start(options, empty.c, like),
+        options,
+    )
+    settings = {
+        **asdict(options),
+        "captions": lines,
+        "start_from": start_from,
+        "precision": precision,
+        "pictures": digest([latents.cpu()])[:20],
+        "model": weights_key(network),
+    }
     losses = conduct("concept-checkpoint", training, steps, settings, node_id, model, checkpoint_every, resume)
-    return training.artefact(name, empty.c, concepts=(name,), backbone=backbone,
-                             training={**settings, "steps": steps}), losses  # fmt: skip
+    return training.artefact(
+        name, empty.c, concepts=(name,), backbone=backbone, training={**settings, "steps": steps}
+    ), losses
 
 
 def checked(images: Any) -> Tensor:
@@ -114,8 +174,10 @@ def checked(images: Any) -> Tensor:
         raise ValueError(f"images holds {count} pictures; connect 1 to 8 of one size")
     height, width = (size // 8 * 8 for size in images.shape[1:3])
     if min(height, width) < 16:
-        raise ValueError(f"images are of {images.shape[2]}x{images.shape[1]} pixels, too small to learn from; scale "
-                         "them to the model's own size")  # fmt: skip
+        raise ValueError(
+            f"images are of {images.shape[2]}x{images.shape[1]} pixels, too small to learn from; scale "
+            "them to the model's own size"
+        )
     return images[:, :height, :width, :3].float().clone()
 
 
@@ -123,8 +185,9 @@ def place(clip: Any, caption: str, length: int, tokens: int) -> int:
     """The first position behind a caption's own tokens, where the learned ones go."""
     at = max(own_tokens(clip, caption), default=0) + 1
     if length > 77 or at + tokens >= length:
-        raise ValueError(f'captions: "{caption[:60]}" leaves no room for {tokens} tokens in one piece of prompt; '
-                         "shorten it")  # fmt: skip
+        raise ValueError(
+            f'captions: "{caption[:60]}" leaves no room for {tokens} tokens in one piece of prompt; shorten it'
+        )
     return at
 
 
@@ -143,14 +206,16 @@ class ConceptGuardSaveConcept(io.ComfyNode):
             ],
             outputs=[file_output()],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, concept: Concept, filename_prefix: str = "concept") -> io.NodeOutput:
         with named("ConceptGuardSaveConcept"):
             if not isinstance(concept, Concept) or concept.artefact is None:
-                raise ValueError("concept was not learned: what words or a conditioning say is kept by the workflow; "
-                                 "connect Learn Concept")  # fmt: skip
+                raise ValueError(
+                    "concept was not learned: what words or a conditioning say is kept by the workflow; "
+                    "connect Learn Concept"
+                )
             name = saved(concept.artefact, filename_prefix)
         return io.NodeOutput(name, ui={"text": (name,)})
 

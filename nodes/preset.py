@@ -85,9 +85,13 @@ class ConceptGuardPresetGate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any = None, clip_vision: Any = None, image: Tensor | None = None, text: str | None = None,
+        cls,
+        vae: Any = None,
+        clip_vision: Any = None,
+        image: Tensor | None = None,
+        text: str | None = None,
         gate: Gate | None = None,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         with named(LOOK):
             whole = of_type(gate)
         seen = PresetGate(
@@ -148,9 +152,14 @@ class ConceptGuardApplyPreset(io.ComfyNode):
             whole = of_type(gate)
             seen = whole if isinstance(whole, PresetGate) else PresetGate()
             given = Given(
-                clip, read_file, lambda artefact: encoder_of(artefact, seen.clip_vision, clip),
-                seen.vae, seen.image, seen.text, reporting(id_of(cls)),
-            )  # fmt: skip
+                clip,
+                read_file,
+                lambda artefact: encoder_of(artefact, seen.clip_vision, clip),
+                seen.vae,
+                seen.image,
+                seen.text,
+                reporting(id_of(cls)),
+            )
             if whole is seen:
                 whole = Gate(seen.values, seen.inflight, rule=seen.rule)
             specs = specs_of(read(preset), given, strength, whole, APPLY)
@@ -200,9 +209,13 @@ class ConceptGuardSavePreset(io.ComfyNode):
             saver = Saver(clip, located)
             edits = saver.edits(edits_of(model))
             document = Preset.model_construct(  # `read` checks it, and says what is wrong as for any other
-                name=name.strip(), description=description.replace("\r\n", "\n"), author=author.strip(),
-                licence=licence.strip(), edits=edits, files=tuple(saver.files.values()),
-            )  # fmt: skip
+                name=name.strip(),
+                description=description.replace("\r\n", "\n"),
+                author=author.strip(),
+                licence=licence.strip(),
+                edits=edits,
+                files=tuple(saver.files.values()),
+            )
             text = write(document)
             path = save(read(text))
         lines = [f"Saved as {FOLDER}/{path.name}", *saver.notes, *described(read(text))]

@@ -46,9 +46,14 @@ def report(document: str | bytes) -> dict[str, Any]:
     if isinstance(document, bytes) and is_packed(document):
         about["text"] = write(preset)
     return {
-        "ok": True, **about, "base_models": preset.base_models, "does": described(preset), "why": reasons,
-        "files": brought(preset), "missing": missing(preset),
-    }  # fmt: skip
+        "ok": True,
+        **about,
+        "base_models": preset.base_models,
+        "does": described(preset),
+        "why": reasons,
+        "files": brought(preset),
+        "missing": missing(preset),
+    }
 
 
 def shipped() -> list[dict[str, Any]]:

@@ -50,39 +50,95 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                     tooltip="What the training pictures show, one prompt a line, taken in turn. Empty: the concept's "
                     "own phrases. For an attribute: neutral prompts such as 'a person'.",
                 ),
-                io.Latent.Input("latent", tooltip="An empty latent: the size of the training pictures, and how many "
-                                "at once."),
-                io.Combo.Input("goal", options=list(GOALS), default=DEFAULTS.goal,
-                               tooltip="Lead away from the concept, or towards it."),
-                io.Int.Input("steps", default=400, min=1, max=100_000,
-                             tooltip="How many updates; at least 1, 0 is refused."),
-                io.Float.Input("learning_rate", default=DEFAULTS.learning_rate, min=0.0001, max=10.0, step=0.001,
-                               round=False, tooltip="How far each update goes; 0 would learn nothing and is refused."),
-                io.Float.Input("guidance", default=DEFAULTS.guidance, min=0.0, max=50.0, step=0.5,
-                               tooltip="How far away from (or towards) the concept the target lies. At 0 the target "
-                               "is the concept's own prediction (away) or the empty prompt's (towards)."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                             tooltip="Of the start and the training pictures; 0 is a seed like any other."),
-                io.Int.Input("sampling_steps", default=DEFAULTS.sampling_steps, min=1, max=1000,
-                             tooltip="Denoising steps of a training picture, one update each; at least 1, not 0."),
-                io.Float.Input("cfg", default=DEFAULTS.cfg, min=0.0, max=50.0, step=0.5,
-                               tooltip="Guidance with which the training pictures are drawn; 0 ignores the prompts."),
-                io.Float.Input("start_percent", default=DEFAULTS.start_percent, min=0.0, max=1.0, step=0.001,
-                               tooltip="From when on the direction takes part in the training pictures, as a fraction "
-                               "of the timesteps; 0 is the start of sampling."),
-                io.Float.Input("end_percent", default=DEFAULTS.end_percent, min=0.0, max=1.0, step=0.001,
-                               tooltip="Until when; 1 includes the last step, 0 leaves nothing to learn from."),
+                io.Latent.Input(
+                    "latent", tooltip="An empty latent: the size of the training pictures, and how many at once."
+                ),
+                io.Combo.Input(
+                    "goal",
+                    options=list(GOALS),
+                    default=DEFAULTS.goal,
+                    tooltip="Lead away from the concept, or towards it.",
+                ),
+                io.Int.Input(
+                    "steps", default=400, min=1, max=100_000, tooltip="How many updates; at least 1, 0 is refused."
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=DEFAULTS.learning_rate,
+                    min=0.0001,
+                    max=10.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="How far each update goes; 0 would learn nothing and is refused.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=DEFAULTS.guidance,
+                    min=0.0,
+                    max=50.0,
+                    step=0.5,
+                    tooltip="How far away from (or towards) the concept the target lies. At 0 the target "
+                    "is the concept's own prediction (away) or the empty prompt's (towards).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the start and the training pictures; 0 is a seed like any other.",
+                ),
+                io.Int.Input(
+                    "sampling_steps",
+                    default=DEFAULTS.sampling_steps,
+                    min=1,
+                    max=1000,
+                    tooltip="Denoising steps of a training picture, one update each; at least 1, not 0.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=DEFAULTS.cfg,
+                    min=0.0,
+                    max=50.0,
+                    step=0.5,
+                    tooltip="Guidance with which the training pictures are drawn; 0 ignores the prompts.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=DEFAULTS.start_percent,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="From when on the direction takes part in the training pictures, as a fraction "
+                    "of the timesteps; 0 is the start of sampling.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=DEFAULTS.end_percent,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Until when; 1 includes the last step, 0 leaves nothing to learn from.",
+                ),
                 DirectionType.Input(
                     "resume",
                     optional=True,
                     tooltip="A direction to go on with, learned with the same inputs but fewer steps. The result is "
                     "that of a training without the break.",
                 ),
-                choice_input("precision", tuple(DTYPES), DEFAULTS.precision,
-                             "What the model computes in: its own precision (auto; bf16 for a model in fp16, whose "
-                             "gradients would vanish), bf16 or fp32."),
-                io.Boolean.Input("checkpointing", default=True, optional=True,
-                                 tooltip="Needs far less memory, and a third more time. Off is for large cards."),
+                choice_input(
+                    "precision",
+                    tuple(DTYPES),
+                    DEFAULTS.precision,
+                    "What the model computes in: its own precision (auto; bf16 for a model in fp16, whose "
+                    "gradients would vanish), bf16 or fp32.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    optional=True,
+                    tooltip="Needs far less memory, and a third more time. Off is for large cards.",
+                ),
             ],
             outputs=[
                 DirectionType.Output(display_name="direction", tooltip="What was learned; connect Save Direction."),
@@ -90,7 +146,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 io.Image.Output(display_name="loss", tooltip="The loss at each update."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(
@@ -130,8 +186,16 @@ class ConceptGuardTrainDirection(io.ComfyNode):
         return io.NodeOutput(direction, add_edit(model, edit), plot)
 
 
-def learn(model: Any, clip: Any, concept: Concept, settings: Settings, steps: int, resume: Direction | None,
-          checkpointing: bool, node_id: str | None) -> Learner:  # fmt: skip
+def learn(
+    model: Any,
+    clip: Any,
+    concept: Concept,
+    settings: Settings,
+    steps: int,
+    resume: Direction | None,
+    checkpointing: bool,
+    node_id: str | None,
+) -> Learner:
     """The learner after `steps` updates; what it has learned by then is saved if it is stopped before."""
     backbone = fingerprint_of(model, NODE)
     positive = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in settings.prompts]

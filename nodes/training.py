@@ -26,22 +26,43 @@ UNFINISHED = "unfinished"  # inside the models folder
 def train_inputs(checkpointing: bool) -> list[io.Input]:
     """What every training asks for, last."""
     return [
-        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                     tooltip="Of everything that is drawn at random; the same seed gives the same file. 0 is a seed "
-                     "like any other."),
-        io.Combo.Input("precision", options=list(DTYPES), default="fp32",
-                       tooltip="What the network computes in. bf16 halves its memory and is faster on recent cards; "
-                       "what is learned stays in fp32."),
-        io.Boolean.Input("checkpointing", default=checkpointing,
-                         tooltip="Compute the network's blocks twice rather than keep what they need for learning: far "
-                         "less memory, about a third more time."),
-        io.Int.Input("checkpoint_every", default=100, min=0, max=100_000,
-                     tooltip="Put away the state of the training every so many steps, to go on from after a crash. 0: "
-                     "only when it is stopped or fails."),
-        io.Boolean.Input("resume", default=True,
-                         tooltip="If a training with exactly these settings was stopped, go on from there; the result "
-                         "is that of one which was never stopped. Off: start anew."),
-    ]  # fmt: skip
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of everything that is drawn at random; the same seed gives the same file. 0 is a seed "
+            "like any other.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(DTYPES),
+            default="fp32",
+            tooltip="What the network computes in. bf16 halves its memory and is faster on recent cards; "
+            "what is learned stays in fp32.",
+        ),
+        io.Boolean.Input(
+            "checkpointing",
+            default=checkpointing,
+            tooltip="Compute the network's blocks twice rather than keep what they need for learning: far "
+            "less memory, about a third more time.",
+        ),
+        io.Int.Input(
+            "checkpoint_every",
+            default=100,
+            min=0,
+            max=100_000,
+            tooltip="Put away the state of the training every so many steps, to go on from after a crash. 0: "
+            "only when it is stopped or fails.",
+        ),
+        io.Boolean.Input(
+            "resume",
+            default=True,
+            tooltip="If a training with exactly these settings was stopped, go on from there; the result "
+            "is that of one which was never stopped. Off: start anew.",
+        ),
+    ]
 
 
 def lines_for(name: str, text: str, count: int, what: str) -> list[str]:
@@ -56,8 +77,16 @@ def network_of(model: Any, precision: str, checkpointing: bool) -> Network:
     return Network(model, DTYPES[precision], checkpointing)
 
 
-def conduct(kind: str, training: Training, steps: int, settings: Mapping[str, Any], node_id: str | None, model: Any,
-            every: int, resume: bool) -> list[float]:  # fmt: skip
+def conduct(
+    kind: str,
+    training: Training,
+    steps: int,
+    settings: Mapping[str, Any],
+    node_id: str | None,
+    model: Any,
+    every: int,
+    resume: bool,
+) -> list[float]:
     """Train until `steps` are made; returns their losses. If it is stopped, a checkpoint of this kind is left.
 
     settings: all that decides what is learned, but for the number of steps; the checkpoint's name is made of them.
@@ -67,8 +96,10 @@ def conduct(kind: str, training: Training, steps: int, settings: Mapping[str, An
     path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / UNFINISHED / f"{kind}-{key_of(settings)}.safetensors"
     losses = found(kind, training, path) if resume and path.is_file() else []
     if len(losses) > steps:
-        raise ValueError(f'the checkpoint "{path.name}" has {len(losses)} steps already; give at least as many, delete '
-                         "it, or set resume to off")  # fmt: skip
+        raise ValueError(
+            f'the checkpoint "{path.name}" has {len(losses)} steps already; give at least as many, delete '
+            "it, or set resume to off"
+        )
     progress = Progress(model, node_id, steps)
 
     def report(done: int) -> None:

@@ -12,13 +12,18 @@ from conceptguard.nodes.eiup import ConceptGuardEIUP
 
 WORDS = {"name": "knife", "phrases": ["a knife", "blades"]}
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1, "kind": "concept-guard preset", "name": "No knives", "description": "For the\nkitchen.",
-    "author": "me", "licence": "CC0-1.0", "base_models": ["SD1.x"],
+    "schema_version": 1,
+    "kind": "concept-guard preset",
+    "name": "No knives",
+    "description": "For the\nkitchen.",
+    "author": "me",
+    "licence": "CC0-1.0",
+    "base_models": ["SD1.x"],
     "edits": [
         {"method": "CRE", "concept": WORDS, "strength": 0.75, "start_percent": 0.1, "solve": "sum", "why": "It cuts."},
         {"method": "EIUP", "concept": WORDS, "weights": [-1, -0.5], "end_percent": 0.8, "blocks": "middle,output"},
     ],
-}  # fmt: skip
+}
 HASH = "0" * 64
 FILE = {"file": "x.safetensors", "sha256": HASH}
 

@@ -55,8 +55,10 @@ class Browser:
         self.settings.update(settings)
         settle(self.host.base, self.settings)
         self.page.goto(self.host.url, wait_until="commit")
-        self.wait("() => window.app?.graph && window.LiteGraph?.registered_node_types?.ConceptGuardApplyPreset"
-                  " && app.extensionManager?.getSidebarTabs?.().some(t => t.id === 'ConceptGuard')")  # fmt: skip
+        self.wait(
+            "() => window.app?.graph && window.LiteGraph?.registered_node_types?.ConceptGuardApplyPreset"
+            " && app.extensionManager?.getSidebarTabs?.().some(t => t.id === 'ConceptGuard')"
+        )
 
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition, timeout=PATIENCE)
@@ -87,9 +89,11 @@ class Browser:
 
     def look_at(self, node: str, scale: float = 1.0) -> None:
         """Bring a node into view, free of the side bar."""
-        self.js(f"s => {{ const n = {node}; app.canvas.ds.scale = s;"
-                " app.canvas.ds.offset = [-n.pos[0] + 420 / s, -n.pos[1] + 160 / s]; app.canvas.setDirty(true, true) }",
-                scale)  # fmt: skip
+        self.js(
+            f"s => {{ const n = {node}; app.canvas.ds.scale = s;"
+            " app.canvas.ds.offset = [-n.pos[0] + 420 / s, -n.pos[1] + 160 / s]; app.canvas.setDirty(true, true) }",
+            scale,
+        )
 
     def box(self, selector: str) -> dict[str, float]:
         """Where an element stands, once it has come to rest there."""

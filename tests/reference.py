@@ -20,8 +20,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def cre(
-    A: Tensor, At: Sequence[Tensor], s: Sequence[float], heads: int, clip: bool, joint: bool, A0: Tensor | None = None,
-    floor: float = 0.0, keep: Sequence[Sequence[Tensor]] = (),
+    A: Tensor,
+    At: Sequence[Tensor],
+    s: Sequence[float],
+    heads: int,
+    clip: bool,
+    joint: bool,
+    A0: Tensor | None = None,
+    floor: float = 0.0,
+    keep: Sequence[Sequence[Tensor]] = (),
 ) -> Tensor:
     """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width.
 
@@ -70,7 +77,11 @@ def eiup(
 
 
 def eiup_alike(
-    A: Tensor, At: Sequence[Tensor], w: Sequence[float], A0: Tensor, floor: float,
+    A: Tensor,
+    At: Sequence[Tensor],
+    w: Sequence[float],
+    A0: Tensor,
+    floor: float,
     keep: Sequence[Sequence[Tensor]] = (),
 ) -> Tensor:
     """A + sum_p w_p E_p (At_p - A0) of one row, E_p being 1 where cos(A - A0, At_p - A0) >= floor and no neighbour's is

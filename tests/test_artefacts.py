@@ -23,9 +23,16 @@ from conceptguard.editing.artefacts import Artefact, file_in, kind_of, parse, re
 
 B, A = torch.arange(3.0)[:, None], torch.ones(1, 4)
 SHIFT = Artefact(
-    "direction", "sharp things", {"b": B, "a": A}, method="safe region", concepts=("knife", "schwert ü"),
-    backbone="SD15 0123456789abcdef", text_width=4, tokens=3, training={"steps": 7, "prompts": ["a knife"]},
-)  # fmt: skip
+    "direction",
+    "sharp things",
+    {"b": B, "a": A},
+    method="safe region",
+    concepts=("knife", "schwert ü"),
+    backbone="SD15 0123456789abcdef",
+    text_width=4,
+    tokens=3,
+    training={"steps": 7, "prompts": ["a knife"]},
+)
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -207,8 +214,32 @@ def test_names(tmp_path: Path, name: str) -> None:
     assert path.is_relative_to(tmp_path)
 
 
-BAD_NAMES = ["", ".", "..", "../x", "a/../../x", "/etc/x", "a//b", "a\\..\\x", "C:/x", "C:x", ".hidden", "a\0b", "a\nb",
-             "con", "NUL.txt", "x ", "x.", "a*b", "~/x", "$HOME", "x" * 200, "a/ /b", "a:b", "\u202ex"]  # fmt: skip
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/../../x",
+    "/etc/x",
+    "a//b",
+    "a\\..\\x",
+    "C:/x",
+    "C:x",
+    ".hidden",
+    "a\0b",
+    "a\nb",
+    "con",
+    "NUL.txt",
+    "x ",
+    "x.",
+    "a*b",
+    "~/x",
+    "$HOME",
+    "x" * 200,
+    "a/ /b",
+    "a:b",
+    "\u202ex",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

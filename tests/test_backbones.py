@@ -74,9 +74,7 @@ def sample(model: ModelPatcher, name: str) -> Tensor:
     latent = torch.zeros(1, 4, SIDE, SIDE)
     cond = [[tokens(name, 1), {"pooled_output": torch.zeros(1, 1280)}]]
     noise = comfy.sample.prepare_noise(latent, 5)
-    return comfy.sample.sample(
-        model, noise, 1, 1.0, "euler", "normal", cond, cond, latent, disable_pbar=True, seed=5
-    )  # fmt: skip
+    return comfy.sample.sample(model, noise, 1, 1.0, "euler", "normal", cond, cond, latent, disable_pbar=True, seed=5)
 
 
 def edit(kind: str, name: str) -> list[EditSpec]:
@@ -167,25 +165,43 @@ def test_sd15_in_half_precision(dtype: torch.dtype, tolerance: float) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Stable Diffusion 3": (
         "SD3",
-        dict(in_channels=16, pos_embed_scaling_factor=None, input_size=None, depth=1, pos_embed_max_size=8,
-             num_patches=64, adm_in_channels=8, context_size=tiny.WIDTH),
+        dict(
+            in_channels=16,
+            pos_embed_scaling_factor=None,
+            input_size=None,
+            depth=1,
+            pos_embed_max_size=8,
+            num_patches=64,
+            adm_in_channels=8,
+            context_size=tiny.WIDTH,
+        ),
         r"SD3 \(OpenAISignatureMMDITWrapper\)",
     ),
     "Wan 2.1": (
         "WAN21_T2V",
-        dict(image_model="wan2.1", model_type="t2v", dim=16, ffn_dim=32, num_heads=2, num_layers=1,
-             text_dim=tiny.WIDTH),
+        dict(
+            image_model="wan2.1", model_type="t2v", dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=tiny.WIDTH
+        ),
         r"WAN21 \(WanModel\)",
     ),
     "Stable Video Diffusion": (
         "SVD_img2vid",
-        {**tiny.sdxl().model.model_config.unet_config, "in_channels": 8, "adm_in_channels": 768,
-         "use_temporal_attention": True, "use_temporal_resblock": True, "video_kernel_size": [3, 1, 1],
-         "extra_ff_mix_layer": True, "use_spatial_context": True, "merge_strategy": "learned_with_images",
-         "merge_factor": 0.0, "disable_temporal_crossattention": False},
+        {
+            **tiny.sdxl().model.model_config.unet_config,
+            "in_channels": 8,
+            "adm_in_channels": 768,
+            "use_temporal_attention": True,
+            "use_temporal_resblock": True,
+            "video_kernel_size": [3, 1, 1],
+            "extra_ff_mix_layer": True,
+            "use_spatial_context": True,
+            "merge_strategy": "learned_with_images",
+            "merge_factor": 0.0,
+            "disable_temporal_crossattention": False,
+        },
         r"SVD_img2vid \(UNetModel\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

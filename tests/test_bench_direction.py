@@ -32,8 +32,10 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     demo.steps = 2
     with torch.no_grad():
         rows = direction.compare(demo, 1, 1, 1, (1.0,), singles=(), families=("drinks",), examples=12)
-        assert [row["edit"] for row in rows] == ["unedited", *(f"{name}, strength 1{gated}" for gated in ("", ", gated")
-                                                               for name in ("direction", "random"))]
+        assert [row["edit"] for row in rows] == [
+            "unedited",
+            *(f"{name}, strength 1{gated}" for gated in ("", ", gated") for name in ("direction", "random")),
+        ]
         assert all({"named", "implied", "never trained", "others"} <= row.keys() for row in rows)
         monkeypatch.setattr(direction, "ATTRIBUTES", {"gender": tuple(world.GENDERS)})
         rows = direction.fairness(demo, 1, 1, 1, named=1)

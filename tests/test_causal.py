@@ -201,9 +201,14 @@ STEPS = 5
 def search(model: Any, judge: Any, batch: int = 2, **inputs: Any) -> Any:
     given = dict(positive=tiny.cond(1), seed=5, steps=STEPS, cfg=4.0, sampler_name="euler", scheduler="normal")
     return ConceptGuardCausalPeriod.execute(
-        model=model, concept=tiny.concept(), discriminator=judge, negative=tiny.cond(2), vae=Vae(),
-        latent={"samples": torch.zeros(batch, 4, tiny.SIZE, tiny.SIZE)}, **{**given, **inputs},
-    )  # fmt: skip
+        model=model,
+        concept=tiny.concept(),
+        discriminator=judge,
+        negative=tiny.cond(2),
+        vae=Vae(),
+        latent={"samples": torch.zeros(batch, 4, tiny.SIZE, tiny.SIZE)},
+        **{**given, **inputs},
+    )
 
 
 def pictures(model: Any, percents: list[float], a: int, b: int, sampler: str, strength: float = 1.0) -> Tensor:
@@ -290,8 +295,16 @@ def test_what_was_found_is_kept_in_a_file(model: Any, own_files: Path) -> None:
     again = search(model, judge)
     assert judge.seen == seen and again.args[:3] == first.args[:3] and torch.equal(again.args[3], first.args[3])
     (file,) = (own_files / "concept_guard" / "causal-periods").iterdir()
-    for change in ({"seed": 6}, {"delta": 0.1}, {"cfg": 3.0}, {"scheduler": "karras"}, {"positive": tiny.cond(4)},
-                   {"search": "bisection"}, {"strength": 2.0}, {"batch": 1}):  # fmt: skip
+    for change in (
+        {"seed": 6},
+        {"delta": 0.1},
+        {"cfg": 3.0},
+        {"scheduler": "karras"},
+        {"positive": tiny.cond(4)},
+        {"search": "bisection"},
+        {"strength": 2.0},
+        {"batch": 1},
+    ):
         before = judge.seen
         search(model, judge, **change)  # type: ignore[arg-type]
         assert judge.seen > before, change
@@ -309,10 +322,15 @@ def test_a_model_that_others_had_a_part_in_is_never_taken_for_another() -> None:
 
 
 @pytest.mark.parametrize(
-    "held", [{}, {"start": 0}, {"start": 3, "end": 2, "steps": 5, "probes": []},
-             {"start": 0, "end": 5, "steps": 5, "probes": [[0, 5, "x"]]},
-             {"start": 0, "end": 9, "steps": 9, "probes": []}],
-)  # fmt: skip
+    "held",
+    [
+        {},
+        {"start": 0},
+        {"start": 3, "end": 2, "steps": 5, "probes": []},
+        {"start": 0, "end": 5, "steps": 5, "probes": [[0, 5, "x"]]},
+        {"start": 0, "end": 9, "steps": 9, "probes": []},
+    ],
+)
 def test_files_that_hold_no_period(tmp_path: Path, held: Any) -> None:
     file = tmp_path / "x.json"
     file.write_text(json.dumps(held))
@@ -344,8 +362,12 @@ def test_the_model_that_comes_in_stays_as_it_was(model: Any) -> None:
 
 def test_bad_inputs_name_the_mend(model: Any) -> None:
     judge = Told(lambda images: [0.5] * len(images))
-    gated = add_edit(model, EditSpec("projection", tiny.concept(), options=DEFAULTS,
-                                     gate=Gate(inflight=InFlight("x", lambda *_: [0.0], 0.3))))  # fmt: skip
+    gated = add_edit(
+        model,
+        EditSpec(
+            "projection", tiny.concept(), options=DEFAULTS, gate=Gate(inflight=InFlight("x", lambda *_: [0.0], 0.3))
+        ),
+    )
     for change, message in [
         ({"discriminator": 3}, "discriminator is a int, which does not look at pictures"),
         ({"concept": "knife"}, "concept is a str; connect the output of a Concept node"),
@@ -354,10 +376,19 @@ def test_bad_inputs_name_the_mend(model: Any) -> None:
         ({"positive": tiny.cond(1) + tiny.cond(2, 154)}, "positive joins prompts of unlike length"),
     ]:
         inputs: dict[str, Any] = dict(
-            model=model, concept=tiny.concept(), discriminator=judge, positive=tiny.cond(1), negative=tiny.cond(2),
-            vae=Vae(), latent={"samples": torch.zeros(1, 4, 8, 8)}, seed=0, steps=2, cfg=1.0, sampler_name="euler",
+            model=model,
+            concept=tiny.concept(),
+            discriminator=judge,
+            positive=tiny.cond(1),
+            negative=tiny.cond(2),
+            vae=Vae(),
+            latent={"samples": torch.zeros(1, 4, 8, 8)},
+            seed=0,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
             scheduler="normal",
-        )  # fmt: skip
+        )
         with pytest.raises(ValueError, match=f"ConceptGuardCausalPeriod: {message}"):
             ConceptGuardCausalPeriod.execute(**{**inputs, **change})
     assert "euler" in MEMORYLESS

@@ -32,8 +32,16 @@ class Reds(nn.Module):
 
 def test_the_confidence_is_the_sum_of_the_chosen_classes() -> None:
     pictures = torch.rand(3, 20, 30, 3)
-    p = (8 * (torch.nn.functional.interpolate(pictures.movedim(-1, 1), (16, 16), mode="bilinear", antialias=True)
-              .mean((2, 3)) - 0.5) / 0.25).softmax(1)  # fmt: skip
+    p = (
+        8
+        * (
+            torch.nn.functional.interpolate(pictures.movedim(-1, 1), (16, 16), mode="bilinear", antialias=True).mean(
+                (2, 3)
+            )
+            - 0.5
+        )
+        / 0.25
+    ).softmax(1)
     found = Classifier("x", Reds(), {"w": torch.ones(2)}, [0, 2], 16, 3 * [0.5], 3 * [0.25])
     torch.testing.assert_close(torch.tensor(found.scores(pictures)), p[:, 0] + p[:, 2])
     assert found.key != Classifier("x", Reds(), {"w": torch.ones(2)}, [0], 16, 3 * [0.5], 3 * [0.25]).key
@@ -41,10 +49,14 @@ def test_the_confidence_is_the_sum_of_the_chosen_classes() -> None:
 
 def test_labels_by_name_and_number() -> None:
     assert chosen_of("knife, 0\nBeer Glass\n0", LABELS) == [0, 1, 2]
-    for text, message in [("", "labels is empty; name those"), ("spoon", 'no class "spoon"; it has 0 tench, 1 beer'),
-                          ("3", 'no class "3"'), ("-1", 'no class "-1"')]:
+    for text, message in [
+        ("", "labels is empty; name those"),
+        ("spoon", 'no class "spoon"; it has 0 tench, 1 beer'),
+        ("3", 'no class "3"'),
+        ("-1", 'no class "-1"'),
+    ]:
         with pytest.raises(ValueError, match=message):
-            chosen_of(text, LABELS)  # fmt: skip
+            chosen_of(text, LABELS)
 
 
 def test_weights_of_a_torchvision_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +95,13 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [(None, (224, 0.5)), ({"size": 384}, (384, 0.5)), ({"size": {"height": 32, "width": 32}}, (32, 0.5)),
-     ({"size": {"shortest_edge": 64}, "image_mean": [0.1] * 3}, (64, 0.1))],
-)  # fmt: skip
+    [
+        (None, (224, 0.5)),
+        ({"size": 384}, (384, 0.5)),
+        ({"size": {"height": 32, "width": 32}}, (32, 0.5)),
+        ({"size": {"shortest_edge": 64}, "image_mean": [0.1] * 3}, (64, 0.1)),
+    ],
+)
 def test_preprocessing_of_a_folder(tmp_path: Path, config: Any, expected: tuple[int, float]) -> None:
     import json
 
@@ -102,8 +118,15 @@ def test_preprocessing_of_a_folder(tmp_path: Path, config: Any, expected: tuple[
 @pytest.mark.slow
 def test_a_transformers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                    image_size=32, patch_size=8, id2label=LABELS)  # fmt: skip
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        id2label=LABELS,
+    )
     folder = tmp_path / "classifiers" / "small"
     transformers.ViTForImageClassification(config).save_pretrained(folder)
     monkeypatch.setattr(node.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])

@@ -84,7 +84,14 @@ def test_the_trained_text_encoder_is_the_stock_one() -> None:
 
 def test_a_reference_stands_in_its_place_and_prompts_stay_77_long() -> None:
     assert model.split_reference(lambda t: [1] * len(t.split()), "a <image> b c", ["x", "y"])[:7] == [
-        model.START, 1, "x", "y", 1, 1, model.END]  # fmt: skip
+        model.START,
+        1,
+        "x",
+        "y",
+        1,
+        1,
+        model.END,
+    ]
     long = model.split_reference(lambda t: [1] * len(t.split()), "w " * 200, [])
     assert len(long) == model.TOKENS and long[-1] == model.END
     with pytest.raises(ValueError, match="once"):
@@ -205,8 +212,12 @@ def test_training_can_go_on_from_the_shipped_weights() -> None:
     tensors = load.read(load.MODEL_FILE)
     token = int(tensors["used"][5])
     rng = random.Random(0)
-    trainer = train_unet.Trainer([world.one_object(rng, "cat")], torch.zeros(1, 4, 16, 16),
-                                 torch.zeros(0, 3, 64, 64, dtype=torch.uint8), lambda t: [token] * len(t.split()))
+    trainer = train_unet.Trainer(
+        [world.one_object(rng, "cat")],
+        torch.zeros(1, 4, 16, 16),
+        torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
+        lambda t: [token] * len(t.split()),
+    )
     trainer.start_from(tensors)
     assert torch.equal(trainer.text.rows[trainer.text.used.index(token)], tensors["rows"][5])
     name = "input_blocks.0.0.weight"

@@ -50,9 +50,18 @@ def concept(phrases: int = 2) -> Concept:
 
 def train(model: Any = None, prompts: str = "a\nbbb", batch: int = 1, **changes: Any) -> Any:
     settings: dict[str, Any] = dict(
-        goal="away", steps=3, learning_rate=0.06, guidance=7.5, seed=4, sampling_steps=4, cfg=2.0, start_percent=0.1,
-        end_percent=1.0, precision="auto", checkpointing=False,
-    )  # fmt: skip
+        goal="away",
+        steps=3,
+        learning_rate=0.06,
+        guidance=7.5,
+        seed=4,
+        sampling_steps=4,
+        cfg=2.0,
+        start_percent=0.1,
+        end_percent=1.0,
+        precision="auto",
+        checkpointing=False,
+    )
     latent = {"samples": torch.zeros(batch, 4, tiny.SIZE, tiny.SIZE)}
     what = changes.pop("concept", None) or concept()
     return ConceptGuardTrainDirection.execute(
@@ -133,8 +142,16 @@ def test_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one picture of noise at one level: what is new at each step would hide it."""
     noise = 10 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(Learner, "first", lambda self, chain, sigma: noise)
-    direction, model, plot = train(prompts="a", steps=30, learning_rate=0.02, guidance=1.0, goal="towards",
-                                   concept=concept(1), sampling_steps=1, start_percent=0.0)  # fmt: skip
+    direction, model, plot = train(
+        prompts="a",
+        steps=30,
+        learning_rate=0.02,
+        guidance=1.0,
+        goal="towards",
+        concept=concept(1),
+        sampling_steps=1,
+        start_percent=0.0,
+    )
     losses = direction.artefact.tensors["losses"]
     assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
     assert plot.shape == (1, 360, 640, 3) and 0 <= plot.min() < plot.max() <= 1
@@ -156,8 +173,17 @@ def test_a_resumed_training_gives_the_same_bits(at: int, tmp_path: Path) -> None
     assert train(steps=9, batch=2, resume=whole)[0].key == whole.key
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": 0.01}, {"prompts": "a"}, {"seed": 5}, {"batch": 2},
-                                    {"goal": "towards"}, {"concept": concept(1)}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 0.01},
+        {"prompts": "a"},
+        {"seed": 5},
+        {"batch": 2},
+        {"goal": "towards"},
+        {"concept": concept(1)},
+    ],
+)
 def test_what_is_resumed_must_be_the_same_training(change: dict[str, Any]) -> None:
     begun = train(steps=1)[0]
     with pytest.raises(ValueError, match='Direction: resume: "kitchen knife" was learned with .*; set it back'):
@@ -293,9 +319,13 @@ def test_saved_and_loaded_again() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("../../etc/passwd", "cannot name a file here"), ("/etc/passwd", "cannot name a file"), ("", "cannot name a file"),
-     ("gone", '"gone" is not in the models folder concept_guard/; put it there')],
-)  # fmt: skip
+    [
+        ("../../etc/passwd", "cannot name a file here"),
+        ("/etc/passwd", "cannot name a file"),
+        ("", "cannot name a file"),
+        ("gone", '"gone" is not in the models folder concept_guard/; put it there'),
+    ],
+)
 def test_names_that_are_no_file(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^ConceptGuardLoadDirection: .*{message}"):
         ConceptGuardLoadDirection.execute(name)
@@ -359,8 +389,16 @@ def test_the_pooled_output_is_replaced_on_request() -> None:
 
 
 def test_what_does_not_fit_is_told() -> None:
-    learned = direction_of(Artefact("direction", "weapons", {"b": torch.ones(77, 1), "a": torch.ones(1, 768)},
-                                    backbone="SD1.x abc", text_width=768, tokens=77))  # fmt: skip
+    learned = direction_of(
+        Artefact(
+            "direction",
+            "weapons",
+            {"b": torch.ones(77, 1), "a": torch.ones(1, 768)},
+            backbone="SD1.x abc",
+            text_width=768,
+            tokens=77,
+        )
+    )
     message = r'"weapons" was learned for SD1.x, text width 768; BaseModel \(UNetModel\) has text width 16. Choose one'
     with pytest.raises(ValueError, match=f"ConceptGuardSafeDirection: direction {message}"):
         ConceptGuardSafeDirection.execute(tiny.sd1(), learned)

@@ -133,10 +133,12 @@ def test_spoiled_pictures_are_pictures_and_the_seed_decides() -> None:
 
 def test_bad_training_sets() -> None:
     eye, few = Vision(Eye()), torch.zeros(3, 3, 24, 24)
-    for concept, others, message in [(few, torch.zeros(9, 3, 24, 24), "3 pictures of the concept are too few"),
-                                     (torch.zeros(9, 3, 24, 24), few[:0], "0 pictures of other things are too few")]:
+    for concept, others, message in [
+        (few, torch.zeros(9, 3, 24, 24), "3 pictures of the concept are too few"),
+        (torch.zeros(9, 3, 24, 24), few[:0], "0 pictures of other things are too few"),
+    ]:
         with pytest.raises(ValueError, match=message):
-            train(concept, others, eye)  # fmt: skip
+            train(concept, others, eye)
     with pytest.raises(ValueError, match="false_positive_rate is 1"):
         train(few.repeat(3, 1, 1, 1), few.repeat(3, 1, 1, 1), eye, rate=1)
 
@@ -177,17 +179,32 @@ def test_hostile_files_are_refused(trained: Discriminator, tmp_path: Path, damag
     from safetensors.torch import save_file
 
     path = artefacts.write(to_artefact(trained), tmp_path / "red.safetensors")
-    metadata = {"format": "concept-guard", "schema": "1", "kind": KIND, "text_width": "0", "tokens": "0", "method": "",
-                "name": "x", "backbone": "", "mechanism": "vision", "blocks": "all", "version": "", "concepts": "[]",
-                "training": '{"threshold": 0.5}'}  # fmt: skip
+    metadata = {
+        "format": "concept-guard",
+        "schema": "1",
+        "kind": KIND,
+        "text_width": "0",
+        "tokens": "0",
+        "method": "",
+        "name": "x",
+        "backbone": "",
+        "mechanism": "vision",
+        "blocks": "all",
+        "version": "",
+        "concepts": "[]",
+        "training": '{"threshold": 0.5}',
+    }
     tensors = dict(to_artefact(trained).tensors)
     if damage == "short":
         path.write_bytes(path.read_bytes()[:-8])
     elif damage == "pickle":
         torch.save(tensors, path)
     else:
-        tensors |= {"nan": {"w": torch.full((27,), math.nan)}, "shape": {"w": torch.zeros(5)},
-                    "name": {"../w": torch.zeros(1)}}[damage]  # fmt: skip
+        tensors |= {
+            "nan": {"w": torch.full((27,), math.nan)},
+            "shape": {"w": torch.zeros(5)},
+            "name": {"../w": torch.zeros(1)},
+        }[damage]
         save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match='cannot use "red.safetensors"'):
         artefacts.read(path, KIND)
@@ -317,10 +334,26 @@ def test_the_shipped_discriminators() -> None:
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
-KNIVES = ["a knife", "a sharp knife on a table", "knife", "the knife and the fork", "a photo of a knife",
-          "an old knife", "knife in a kitchen", "two knife blocks"]  # fmt: skip
-OTHERS = ["a cat", "a dog in the sun", "flowers", "the sea at night", "a photo of a house", "an old car", "rain",
-          "two hats"]  # fmt: skip
+KNIVES = [
+    "a knife",
+    "a sharp knife on a table",
+    "knife",
+    "the knife and the fork",
+    "a photo of a knife",
+    "an old knife",
+    "knife in a kitchen",
+    "two knife blocks",
+]
+OTHERS = [
+    "a cat",
+    "a dog in the sun",
+    "flowers",
+    "the sea at night",
+    "a photo of a house",
+    "an old car",
+    "rain",
+    "two hats",
+]
 
 
 def test_prompts_are_told_apart() -> None:

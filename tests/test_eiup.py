@@ -123,8 +123,9 @@ def test_every_block_loses_what_is_alike(model: Any, length: int, monkeypatch: p
         q, k, v = (call[name][-1] for name in "qkv")
 
         def found(tokens: Tensor, q: Tensor = q, key: Any = key) -> Tensor:
-            return reference.attention(q, seen.project(key, "k", tokens), seen.project(key, "v", tokens),
-                                       seen.heads(key))
+            return reference.attention(
+                q, seen.project(key, "k", tokens), seen.project(key, "v", tokens), seen.heads(key)
+            )
 
         A, At = reference.attention(q, k, v, seen.heads(key)), [found(each.tokens[0]) for each in concept.phrases]
         keep = [[found(each.tokens[0]) for each in concept.keep]] * 2
@@ -204,8 +205,12 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["spread", "blocks", "evidence", "low"])
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     made, path = constant(-1.0), tmp_path / "w.safetensors"
-    change = {"spread": {"spread": -made.spread}, "blocks": {"blocks": ("a",)}, "evidence": {"evidence": "much"},
-              "low": {"low": math.nan}}[damage]  # fmt: skip
+    change = {
+        "spread": {"spread": -made.spread},
+        "blocks": {"blocks": ("a",)},
+        "evidence": {"evidence": "much"},
+        "low": {"low": math.nan},
+    }[damage]
     adapters.save(replace(made, **change), path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='cannot use "w.safetensors": .*choose a file that `make train-adapter`'):
         adapters.load(path)

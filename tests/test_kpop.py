@@ -134,8 +134,10 @@ def test_z_t_is_ddim_with_guidance_towards_the_concept(path: str) -> None:
     if path == "chain":
         assert [s for _, s, _ in visits] == sorted((s for _, s, _ in visits), reverse=True)
         for (z, s, c), (after, s_after, _) in zip(visits, visits[1:], strict=False):
-            e_c, e_0 = respond(layer.weight.expand(1, 4, 3) @ c[0, 0] * torch.ones(1, 2, 1), z), respond(
-                torch.zeros(1, 2, 4), z)  # fmt: skip
+            e_c, e_0 = (
+                respond(layer.weight.expand(1, 4, 3) @ c[0, 0] * torch.ones(1, 2, 1), z),
+                respond(torch.zeros(1, 2, 4), z),
+            )
             e = e_0 + options.guidance * (e_c - e_0)
             torch.testing.assert_close(after, z + (s_after - s) * e, rtol=1e-4, atol=1e-4)
     assert len({s for _, s, _ in visits}) == 5
@@ -211,8 +213,9 @@ def test_the_copy_predicts_what_the_host_does(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny.sd1, tiny.sdxl])
-@pytest.mark.parametrize(("mechanism", "blocks"), [("concat", "middle"), ("concat", "middle,output"), ("concat", "all"),
-                                                   ("additive", "all")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mechanism", "blocks"), [("concat", "middle"), ("concat", "middle,output"), ("concat", "all"), ("additive", "all")]
+)
 def test_training_and_edit_put_the_prompt_in_alike(make: Any, mechanism: str, blocks: str) -> None:
     model, start = make(), prompt_start("noise", mechanism, 3, tiny.tokens(20), 0) * 3
     seen: list[Tensor] = []

@@ -33,8 +33,16 @@ from conceptguard.nodes.learn_concept import ConceptGuardLearnConcept, ConceptGu
 from conceptguard.nodes.train_kpop import BLOCKS, ConceptGuardTrainKPOP
 from conceptguard.nodes.train_kpop import learn as learn_kpop
 
-SMALL: dict[str, Any] = dict(width=64, height=64, steps=4, learning_rate=1e-2, prompt_learning_rate=1e-1, path_steps=3,
-                             prompt_size=2, checkpointing=False)  # fmt: skip
+SMALL: dict[str, Any] = dict(
+    width=64,
+    height=64,
+    steps=4,
+    learning_rate=1e-2,
+    prompt_learning_rate=1e-1,
+    path_steps=3,
+    prompt_size=2,
+    checkpointing=False,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +69,6 @@ def train(model: Any, clip: Any, **changes: Any) -> Any:
 
 def unfinished(folder: Path) -> list[Path]:
     return sorted((folder / "concept_guard" / "unfinished").glob("*"))
-
-
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
@@ -203,6 +209,7 @@ def test_bad_input_names_the_node_and_leaves_nothing(
 
 def test_each_concept_has_its_own_neutral_text(model: Any, clip: Any) -> None:
     """A text that is neutral to itself asks for no change: its removal loss is 0, as the weights still are."""
+
     def first_loss(neutral: str) -> float:
         with gradients():
             inputs = {**SMALL, "steps": 1, "lam": 0.0, "overshoot": 0.0, "resume": False, "neutral": neutral}
@@ -312,6 +319,7 @@ def test_a_learned_concept_is_erased_as_any_other(model: Any, clip: Any, folders
 
 def test_learning_makes_the_pictures_likelier(model: Any, clip: Any) -> None:
     """The loss on the same draws, before and after."""
+
     def loss_of(steps: int) -> float:
         concept, _ = learn(model, clip, steps=steps, learning_rate=0.05)
         with gradients():

@@ -39,15 +39,33 @@ W = tiny.WIDTH
 NUMBERS = torch.Generator().manual_seed(3)
 K = torch.randn(77, W, generator=NUMBERS)
 LEARNED = {
-    "direction": Artefact("direction", "sharp things", {
-        "b": torch.randn(77, 1, generator=NUMBERS), "a": torch.randn(1, W, generator=NUMBERS), "losses": torch.ones(5),
-    }, text_width=W, tokens=77, training={"steps": 7}),
-    "prompt": Artefact("prompt", "the key", {"k": K[:4], "v": K[4:8]}, mechanism="concat", text_width=W, tokens=4,
-                       blocks="middle"),
-    "additive": Artefact("prompt", "the other key", {"k": K, "v": K}, mechanism="additive", text_width=W, tokens=77,
-                         blocks="middle", backbone="SD9 elsewhere"),
+    "direction": Artefact(
+        "direction",
+        "sharp things",
+        {
+            "b": torch.randn(77, 1, generator=NUMBERS),
+            "a": torch.randn(1, W, generator=NUMBERS),
+            "losses": torch.ones(5),
+        },
+        text_width=W,
+        tokens=77,
+        training={"steps": 7},
+    ),
+    "prompt": Artefact(
+        "prompt", "the key", {"k": K[:4], "v": K[4:8]}, mechanism="concat", text_width=W, tokens=4, blocks="middle"
+    ),
+    "additive": Artefact(
+        "prompt",
+        "the other key",
+        {"k": K, "v": K},
+        mechanism="additive",
+        text_width=W,
+        tokens=77,
+        blocks="middle",
+        backbone="SD9 elsewhere",
+    ),
     "concept": Artefact("concept", "from pictures", {"learned": K[:2], "empty": K}, text_width=W, tokens=2),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,8 +141,8 @@ def test_saving_takes_the_files_along_without_their_training(model: Any, clip: A
     folder = Path(folder_paths.get_output_directory()) / "concept_guard_presets"
     data = max(folder.glob("learned*.safetensors"), key=lambda path: path.stat().st_mtime_ns).read_bytes()
     assert read(data) == preset and b"losses" not in data and artefacts.kind_of(folder / "learned.safetensors")
-    assert any(line.startswith('Brings along the direction sharp-things-') for line in brought(preset))
-    assert any('along sharp-things-' in line for line in described(preset))
+    assert any(line.startswith("Brings along the direction sharp-things-") for line in brought(preset))
+    assert any("along sharp-things-" in line for line in described(preset))
 
 
 def test_a_file_too_large_to_travel_is_named(model: Any, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,11 +317,20 @@ ANY = st.recursive(
 )
 GATE = {"kind": "in-flight", "discriminator": reference("concept"), "at_percent": 0.2, "soft": True, "restart": False}
 SPOTS = [
-    ("files",), ("files", 0), *(("files", 0, key) for key in ("file", "sha256", "data")),
-    ("edits", 0, "direction"), ("edits", 0, "direction", "file"), ("edits", 0, "direction", "sha256"),
-    ("edits", 0, "method"), ("edits", 1, "concept"), ("edits", 1, "gate"), *(("edits", 1, "gate", key) for key in GATE),
-    ("edits", 1, "gate", "decode"), ("edits", 1, "gate", "threshold"), ("edits", 1, "gate", "discriminator", "file"),
-]  # fmt: skip
+    ("files",),
+    ("files", 0),
+    *(("files", 0, key) for key in ("file", "sha256", "data")),
+    ("edits", 0, "direction"),
+    ("edits", 0, "direction", "file"),
+    ("edits", 0, "direction", "sha256"),
+    ("edits", 0, "method"),
+    ("edits", 1, "concept"),
+    ("edits", 1, "gate"),
+    *(("edits", 1, "gate", key) for key in GATE),
+    ("edits", 1, "gate", "decode"),
+    ("edits", 1, "gate", "threshold"),
+    ("edits", 1, "gate", "discriminator", "file"),
+]
 EXAMPLES = 250
 
 

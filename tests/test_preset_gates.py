@@ -72,9 +72,13 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt", "threshold": 0.0, "soft": True},
     "in-flight": {"kind": "in-flight", "discriminator": JUDGE, "at_percent": 0.4, "threshold": 1.0, "restart": False},
     "preview": {
-        "kind": "in-flight", "discriminator": JUDGE, "at_percent": 0.4, "threshold": 0.0, "decode": "preview",
+        "kind": "in-flight",
+        "discriminator": JUDGE,
+        "at_percent": 0.4,
+        "threshold": 0.0,
+        "decode": "preview",
     },
-}  # fmt: skip
+}
 
 
 def look(**inputs: Any) -> Gate:
@@ -117,7 +121,7 @@ def test_a_discriminator_of_prompts_travels_along(model: Any, clip: Any) -> None
     found = make(ConceptGuardTrainPromptDiscriminator, clip, "knives", "\n".join(prompts[:6]), "\n".join(prompts[6:]))
     hand = by_hand(model, clip, make(ConceptGuardPromptGate, clip, "knife 7", 0.1, found))
     text = make(ConceptGuardSavePreset, hand, clip, "Prompts")
-    assert 'only if the prompt asks for it (knives-1.safetensors, from 0.1)' in described(read(text))[0]
+    assert "only if the prompt asks for it (knives-1.safetensors, from 0.1)" in described(read(text))[0]
     assert keys(make(ConceptGuardApplyPreset, model, clip, text, gate=look(text="knife 7"))) == keys(hand)
 
 
@@ -166,8 +170,7 @@ def test_gates_are_told_in_plain_words() -> None:
     )
     assert told["any"].endswith(", only if any reference picture shows it (kitchen-knife.safetensors, from 1).")
     assert told["prompt"].endswith(
-        ", only if the prompt asks for it (its likeness to the concept, from 0, the "
-        "surer the stronger)."
+        ", only if the prompt asks for it (its likeness to the concept, from 0, the surer the stronger)."
     )
 
 
@@ -217,7 +220,7 @@ def test_a_preset_gate_is_a_gate_for_other_nodes_too(model: Any) -> None:
         ({**DOCUMENTS["prompt"], "soft": "yes"}, "soft"),
         ({**DOCUMENTS["image"], "discriminator": {**JUDGE, "file": "../x.safetensors"}}, "bare name"),
     ],
-)  # fmt: skip
+)
 def test_bad_gates_are_refused(gate: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=f"^preset: .*{complaint}"):
         read(gated(gate))

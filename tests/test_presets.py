@@ -108,7 +108,7 @@ BAD = [
     (changed("author", value="a\nb"), r"U\+000A"),
     (changed("description", value="\x1b[31m"), r"U\+001B"),
     (changed("base_models", value=["Flux"]), "base_models"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("document", "complaint"), BAD, ids=str)
@@ -147,9 +147,13 @@ def test_markup_is_only_text() -> None:
 # --- fuzz ------------------------------------------------------------------------------------------------------------
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
     st.sampled_from(["CRE", "EIUP", "KPOP", "../../x", "\u202e", "all", HASH, 1, 2, 0.5, -0.0, 1e999, "<script>"]),
-)  # fmt: skip
+)
 KEYS = st.sampled_from([*DOCUMENT, *DOCUMENT["edits"][0], *WORDS, "weights", "file", "sha256", "gate", "__proto__"])
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6
@@ -276,8 +280,13 @@ def test_a_bad_document_is_refused_before_anything_runs() -> None:
 
 def test_six_are_shipped_and_all_are_whole() -> None:
     assert {path.stem for path in SHIPPED} >= {
-        "no-nudity", "no-weapons", "no-gore", "artist-style-opt-out", "fair-faces", "classroom",
-    }  # fmt: skip
+        "no-nudity",
+        "no-weapons",
+        "no-gore",
+        "artist-style-opt-out",
+        "fair-faces",
+        "classroom",
+    }
     assert all(each["ok"] for each in shipped()) and len(shipped()) == len(SHIPPED)
     assert len({each["name"] for each in shipped()}) == len(SHIPPED)
 

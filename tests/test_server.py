@@ -54,8 +54,12 @@ def test_the_host_lists_the_examples(host: Host) -> None:
 
 def test_a_refused_prompt_names_the_node(host: Host) -> None:
     with pytest.raises(HostError, match=r"EmptyImage \(node 7\): .*width"):
-        host.run({"7": {"class_type": "EmptyImage", "inputs": {"width": 0, "height": 8, "batch_size": 1, "color": 0}},
-                  "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}}})  # fmt: skip
+        host.run(
+            {
+                "7": {"class_type": "EmptyImage", "inputs": {"width": 0, "height": 8, "batch_size": 1, "color": 0}},
+                "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+            }
+        )
 
 
 def shortened(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -117,16 +121,35 @@ def erase(**changes: Any) -> dict[str, Any]:
         "none": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": ""}},
         "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "concept": {"class_type": "ConceptGuardConcept", "inputs": {"clip": ["demo", 1], "text": "cat", "name": ""}},
-        "cre": {"class_type": "ConceptGuardCRE",
-                "inputs": {"model": ["demo", 0], "concept": ["concept", 0], "strength": 1.0, "start_percent": 0.0,
-                           "end_percent": 1.0, "blocks": "all"}},
-        "sample": {"class_type": "KSampler",
-                   "inputs": {"model": ["cre", 0], "positive": ["words", 0], "negative": ["none", 0],
-                              "latent_image": ["size", 0], "seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler",
-                              "scheduler": "normal", "denoise": 1.0}},
+        "cre": {
+            "class_type": "ConceptGuardCRE",
+            "inputs": {
+                "model": ["demo", 0],
+                "concept": ["concept", 0],
+                "strength": 1.0,
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "blocks": "all",
+            },
+        },
+        "sample": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["cre", 0],
+                "positive": ["words", 0],
+                "negative": ["none", 0],
+                "latent_image": ["size", 0],
+                "seed": 1,
+                "steps": 2,
+                "cfg": 4.0,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "denoise": 1.0,
+            },
+        },
         "image": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["demo", 2]}},
         "save": {"class_type": "SaveImage", "inputs": {"images": ["image", 0], "filename_prefix": "test"}},
-    }  # fmt: skip
+    }
     for where, value in changes.items():
         node, name = where.split("__")
         graph[node]["inputs"][name] = value

@@ -98,8 +98,11 @@ def graph(path: Path, known: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]
 @pytest.mark.server
 @pytest.mark.slow
 def test_the_host_lists_the_blueprints(host: Host) -> None:
-    ours = {id: each for id, each in host.get("/global_subgraphs").items()
-            if each["info"]["node_pack"] == "custom_nodes.ConceptGuard"}  # fmt: skip
+    ours = {
+        id: each
+        for id, each in host.get("/global_subgraphs").items()
+        if each["info"]["node_pack"] == "custom_nodes.ConceptGuard"
+    }
     assert sorted(each["name"] for each in ours.values()) == [path.stem for path in BLUEPRINTS]
     for id, each in ours.items():
         data = host.get(f"/global_subgraphs/{id}")["data"]
@@ -114,9 +117,20 @@ def test_a_blueprint_runs(host: Host, path: Path) -> None:
     sampler: dict[str, Any] = {"seed": 3, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
     if (ends := inside(path)["outputs"][0]["type"]) == "MODEL":
         words = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": "the pub"}}
-        prompt |= {"words": words, "sample": {"class_type": "KSampler", "inputs": {
-            **sampler, "model": result, "positive": ["words", 0], "negative": ["words", 0], "latent_image": ["size", 0],
-            "denoise": 1.0}}}  # fmt: skip
+        prompt |= {
+            "words": words,
+            "sample": {
+                "class_type": "KSampler",
+                "inputs": {
+                    **sampler,
+                    "model": result,
+                    "positive": ["words", 0],
+                    "negative": ["words", 0],
+                    "latent_image": ["size", 0],
+                    "denoise": 1.0,
+                },
+            },
+        }
         prompt["image"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["demo", 2]}}
         result = ["image", 0]
     else:
@@ -143,11 +157,13 @@ def test_a_prompt_reaches_a_presets_gate(host: Host) -> None:
     prompt |= {
         "words": {"class_type": "PrimitiveString", "inputs": {"value": "a cat"}},
         "look": {"class_type": "ConceptGuardPresetGate", "inputs": {"text": ["words", 0]}},
-        "apply": {"class_type": "ConceptGuardApplyPreset", "inputs": {
-            "model": ["demo", 0], "clip": ["demo", 1], "preset": text, "strength": 1.0, "gate": ["look", 0]}},
+        "apply": {
+            "class_type": "ConceptGuardApplyPreset",
+            "inputs": {"model": ["demo", 0], "clip": ["demo", 1], "preset": text, "strength": 1.0, "gate": ["look", 0]},
+        },
         "show": {"class_type": "SaveImage", "inputs": {"images": ["image", 0], "filename_prefix": "gate"}},
         "image": {"class_type": "VAEDecode", "inputs": {"samples": [key_of(prompt, sample), 0], "vae": ["demo", 2]}},
-    }  # fmt: skip
+    }
     assert host.images(host.run(prompt))
     del prompt["apply"]["inputs"]["gate"]
     with pytest.raises(HostError, match="(?s)ConceptGuardApplyPreset.*edit 1: its gate needs the prompt"):

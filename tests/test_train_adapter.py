@@ -58,8 +58,21 @@ def test_the_first_look_is_what_a_run_with_an_automatic_weight_sees(monkeypatch:
     import comfy.sample
 
     edited = add_edit(model, spec(EIUPOptions(auto=auto)))
-    comfy.sample.sample(edited, noise, 20, 4.0, "euler", "normal", positive, tiny.cond(2), torch.zeros_like(noise),
-                        disable_pbar=True, seed=0, last_step=1, force_full_denoise=False)  # fmt: skip
+    comfy.sample.sample(
+        edited,
+        noise,
+        20,
+        4.0,
+        "euler",
+        "normal",
+        positive,
+        tiny.cond(2),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+        last_step=1,
+        force_full_denoise=False,
+    )
     torch.testing.assert_close(seen[0][0], x)
 
 

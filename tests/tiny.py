@@ -23,21 +23,38 @@ WIDTH = 16  # of the text encoding
 SIZE = 8  # of the latent, so that blocks have 64 and 16 positions
 
 _COMMON = dict(
-    image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
-    use_spatial_transformer=True, legacy=False, context_dim=WIDTH, num_heads=4, num_head_channels=-1,
-)  # fmt: skip
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=32,
+    num_res_blocks=[1, 1],
+    channel_mult=[1, 2],
+    use_spatial_transformer=True,
+    legacy=False,
+    context_dim=WIDTH,
+    num_heads=4,
+    num_head_channels=-1,
+)
 _SD1 = dict(
-    adm_in_channels=None, use_linear_in_transformer=False, use_temporal_attention=False,
-    transformer_depth=[1, 1], transformer_depth_middle=1, transformer_depth_output=[1, 1, 1, 1],
-)  # fmt: skip
+    adm_in_channels=None,
+    use_linear_in_transformer=False,
+    use_temporal_attention=False,
+    transformer_depth=[1, 1],
+    transformer_depth_middle=1,
+    transformer_depth_output=[1, 1, 1, 1],
+)
 _SDXL = dict(
-    num_classes="sequential", adm_in_channels=2816, use_linear_in_transformer=True, use_temporal_attention=False,
-    transformer_depth=[0, 2], transformer_depth_middle=2, transformer_depth_output=[0, 0, 2, 2],
-)  # fmt: skip
+    num_classes="sequential",
+    adm_in_channels=2816,
+    use_linear_in_transformer=True,
+    use_temporal_attention=False,
+    transformer_depth=[0, 2],
+    transformer_depth_middle=2,
+    transformer_depth_output=[0, 0, 2, 2],
+)
 SD1_BLOCKS = [("input", 1, 0), ("input", 3, 0), ("middle", 0, 0), *(("output", i, 0) for i in range(4))]
 SDXL_BLOCKS = [(side, i, j) for side, i in (("input", 3), ("middle", 0), ("output", 0), ("output", 1)) for j in (0, 1)]
 CRE = replace(DEFAULTS, floor=0.0)  # random weights find nothing alike
-
 
 
 def _patcher(family: type, shape: dict[str, Any], dtype: torch.dtype, seed: int) -> ModelPatcher:
@@ -94,10 +111,20 @@ def sample(
 ) -> Tensor:
     latent = torch.zeros(batch, 4, SIZE, SIZE)
     return comfy.sample.sample(
-        model, comfy.sample.prepare_noise(latent, seed), steps, cfg, sampler, scheduler,
-        cond(1) if positive is None else positive, cond(2) if negative is None else negative,
-        latent, callback=callback, disable_pbar=True, seed=seed, **options,
-    )  # fmt: skip
+        model,
+        comfy.sample.prepare_noise(latent, seed),
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        cond(1) if positive is None else positive,
+        cond(2) if negative is None else negative,
+        latent,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+        **options,
+    )
 
 
 class Recorder:
@@ -154,10 +181,22 @@ def clip(family: type = comfy.supported_models.SD15, embeddings: str | None = No
 def flux() -> ModelPatcher:
     """A model of a kind that has no cross-attention."""
     shape = dict(
-        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=8, context_in_dim=WIDTH, hidden_size=16,
-        mlp_ratio=2.0, num_heads=2, depth=1, depth_single_blocks=1, axes_dim=[2, 2, 4], theta=10000, patch_size=2,
-        qkv_bias=True, guidance_embed=False,
-    )  # fmt: skip
+        image_model="flux",
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=8,
+        context_in_dim=WIDTH,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[2, 2, 4],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=False,
+    )
     model = comfy.supported_models.Flux(shape).get_model({}, device="cpu")
     cpu = torch.device("cpu")
     return ModelPatcher(model, load_device=cpu, offload_device=cpu)

@@ -16,9 +16,12 @@ from .environment import SetupError, cache_root, explain, fresh, locked, pip
 PLAYWRIGHT = "playwright==1.65.2"
 NEWER = "comfyui-frontend-package==1.58.1"
 ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-]  # fmt: skip
+]
 # A user's settings, so that nothing but the graph is on the page.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, "Comfy.EnableTooltips": False}
 

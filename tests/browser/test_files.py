@@ -25,10 +25,12 @@ WAY = Artefact("direction", "sharp things", SHIFT, text_width=768, tokens=77)
 DATA = data_of(WAY)
 FILE = {"file": "sharp.safetensors", "sha256": hashlib.sha256(DATA).hexdigest()}
 DOCUMENT: dict[str, Any] = {
-    "schema_version": 1, "kind": "concept-guard preset", "name": "Away from <b>blades</b>",
+    "schema_version": 1,
+    "kind": "concept-guard preset",
+    "name": "Away from <b>blades</b>",
     "edits": [{"method": "safe region", "direction": FILE}],
     "files": [{**FILE, "data": base64.b64encode(DATA).decode()}],
-}  # fmt: skip
+}
 PACKED = packed(read(json.dumps(DOCUMENT)))
 
 
@@ -40,8 +42,10 @@ def pages(chromium: Any, host: Host) -> Iterator[list[Browser]]:
     for context in contexts:
         context.set_default_timeout(PATIENCE)
         page = Browser(context.new_page(), host)
-        page.page.on("console", lambda message, page=page: page.errors.append(message.text)
-                     if "blueprint" in message.text else None)  # fmt: skip
+        page.page.on(
+            "console",
+            lambda message, page=page: page.errors.append(message.text) if "blueprint" in message.text else None,
+        )
         page.open(**{"Comfy.VueNodes.Enabled": False})
         opened.append(page)
     before = kept(host)
