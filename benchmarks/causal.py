@@ -11,9 +11,9 @@ import comfy.samplers
 import torch
 
 from ..demo import world
-from ..editing.causal import Period, assess_with_exclusion, is_causal, naive_calls, windows
-from ..editing.cre import DEFAULTS
-from ..editing.spec import EditSpec
+from ..editing.causal.search import Period, assess_with_exclusion, is_causal, naive_calls, windows
+from ..editing.edits.spec import EditSpec
+from ..editing.methods.cre import DEFAULTS
 from ..nodes.causal_period import Task, prompts_of
 from .erasure import STRENGTH, named
 from .gates import shipped

@@ -15,14 +15,14 @@ import torch
 
 from ..demo import world
 from ..demo.judge import Verdict
-from ..editing.binding import add_edit
-from ..editing.direction import direction_of
-from ..editing.discriminator import Discriminator, train
-from ..editing.eiup import DEFAULTS as EIUP
-from ..editing.features import squared
-from ..editing.gates import in_flight_gate
-from ..editing.safe_region import Settings, random_like
-from ..editing.spec import Concept, Direction, EditSpec, Gate
+from ..editing.edits.spec import Concept, Direction, EditSpec, Gate
+from ..editing.engine.host import add_edit
+from ..editing.gates.discriminator import Discriminator, train
+from ..editing.gates.features import squared
+from ..editing.gates.gates import in_flight_gate
+from ..editing.methods.eiup import DEFAULTS as EIUP
+from ..editing.methods.safe_region import direction_of
+from ..editing.training.direction import Settings, random_like
 from ..nodes.direction import drawn
 from ..nodes.discriminator import drawings
 from ..nodes.train_direction import learn

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..demo import world
-from ..editing.adapter import load
-from ..editing.binding import add_edit
-from ..editing.eiup import DEFAULTS
-from ..editing.spec import Concept, EditSpec
+from ..editing.edits.spec import Concept, EditSpec
+from ..editing.engine.host import add_edit
+from ..editing.methods.eiup import DEFAULTS
+from ..editing.methods.eiup_weight import load
 from ..nodes.files import DEMO_WEIGHT_FILE
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
@@ -20,7 +20,7 @@ Edit = Callable[[Demo, Any, Concept], Any]
 
 
 def eiup(**options: Any) -> Edit:
-    """In every step: the demo model settles what it shows in the last ones (causal.py), beyond the paper's 80 %."""
+    """In every step: the demo model settles what it shows in the last ones (causal/search.py), beyond the paper's 80 %."""
 
     def edit(demo: Demo, model: Any, concept: Concept) -> Any:
         return add_edit(model, EditSpec("erasure", concept, options=replace(DEFAULTS, **options), node="bench"))

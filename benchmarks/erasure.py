@@ -9,7 +9,7 @@ from typing import Any
 
 from ..demo import world
 from ..demo.judge import Verdict
-from ..editing.cre import DEFAULTS
+from ..editing.methods.cre import DEFAULTS
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 STRENGTH = 1.25  # of objects: the last traces of a bomb or a glass outlast 1.0

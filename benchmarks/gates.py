@@ -14,11 +14,11 @@ from ..demo import world
 from ..demo.judge import judge
 from ..demo.load import load_judge
 from ..demo.train_features import examples, gate_file
-from ..editing.artefacts import read
-from ..editing.discriminator import Discriminator, from_artefact
-from ..editing.discriminator import train as train_head
-from ..editing.gates import in_flight_gate
-from ..editing.spec import Gate
+from ..editing.edits.spec import Gate
+from ..editing.files.artefacts import read
+from ..editing.gates.discriminator import Discriminator, from_artefact
+from ..editing.gates.discriminator import train as train_head
+from ..editing.gates.gates import in_flight_gate
 from ..nodes.discriminator import KIND, drawings
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts

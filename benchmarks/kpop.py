@@ -12,10 +12,10 @@ from typing import Any
 import comfy.sd
 
 from ..demo import world
-from ..editing.binding import add_edit
-from ..editing.kpop import edit_of
-from ..editing.network import gradients
-from ..editing.spec import EditSpec, Prompt
+from ..editing.edits.spec import EditSpec, Prompt
+from ..editing.engine.host import add_edit
+from ..editing.training.kpop import edit_of
+from ..editing.training.network import gradients
 from ..nodes.train_kpop import learn
 from .sampling import Demo, Rate, object_prompts
 

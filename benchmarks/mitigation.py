@@ -12,7 +12,7 @@ import torch
 from ..demo import world
 from ..demo.judge import judge
 from ..demo.load import load_judge
-from ..editing.spec import Gate, opened
+from ..editing.edits.spec import Gate, opened
 from .erasure import STRENGTH
 from .gates import shipped
 from .sampling import BATCH, Demo, Rate, object_prompts

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..editing.binding import RUN, WRAPPERS, start_run
-from ..editing.cre import DEFAULTS
-from ..editing.eiup import EIUPOptions
-from ..editing.plan import Plan
-from ..editing.run import EDITS, Run
-from ..editing.spec import Concept, EditSpec, Phrase
+from ..editing.edits.spec import Concept, EditSpec, Phrase
+from ..editing.engine.host import RUN, WRAPPERS, start_run
+from ..editing.engine.plan import Plan
+from ..editing.engine.run import EDITS, Run
+from ..editing.methods.cre import DEFAULTS
+from ..editing.methods.eiup import EIUPOptions
 from ..tools.environment import ROOT, comfyui_path
 from .shapes import SHAPES, build, conditioning
 
@@ -195,7 +195,7 @@ def kept(side: int = 8) -> int:
     """Bytes that are still there after an edited sampling run."""
     import comfy.sample
 
-    from ..editing.binding import add_edit
+    from ..editing.engine.host import add_edit
 
     model = build(SHAPE, torch.float32)
     edited = model

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..demo import world
 from ..demo.judge import Verdict
-from ..editing.binding import add_edit
-from ..editing.preset import CREEdit, EIUPEdit, Preset, Words, read
-from ..editing.preset_edits import Given, specs_of
+from ..editing.engine.host import add_edit
+from ..editing.presets.apply import Given, specs_of
+from ..editing.presets.document import CREEdit, EIUPEdit, Preset, Words, read
 from ..tools.environment import ROOT
 from .erasure import Row, Table, in_style, named
 from .sampling import Demo, Rate, object_prompts, style_prompts

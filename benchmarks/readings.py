@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..demo import world
-from ..editing.cre import DEFAULTS, CREOptions
-from ..editing.encode import NEUTRAL
-from ..editing.run import OBSERVER
+from ..editing.edits.encode import NEUTRAL
+from ..editing.engine.run import OBSERVER
+from ..editing.methods.cre import DEFAULTS, CREOptions
 from .sampling import Demo, Rate, object_prompts, style_prompts
 
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")  # eq. 4 as it stands

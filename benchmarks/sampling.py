@@ -15,10 +15,10 @@ from torch import Tensor
 from ..demo import world
 from ..demo.judge import Verdict, judge
 from ..demo.load import load, load_judge, reference_prompt
-from ..editing.binding import add_edit
-from ..editing.cre import DEFAULTS, CREOptions
-from ..editing.encode import NEUTRAL, concept_from_text
-from ..editing.spec import Concept, EditSpec
+from ..editing.edits.encode import NEUTRAL, concept_from_text
+from ..editing.edits.spec import Concept, EditSpec
+from ..editing.engine.host import add_edit
+from ..editing.methods.cre import DEFAULTS, CREOptions
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 BATCH = 25

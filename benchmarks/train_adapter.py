@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..demo import world
-from ..editing import adapter as adapters
-from ..editing.binding import add_edit, add_watch, cross_attentions
-from ..editing.eiup import EIUPOptions
-from ..editing.maps import Watch
-from ..editing.spec import EditSpec
+from ..editing.edits.spec import EditSpec
+from ..editing.engine.host import add_edit, add_watch, cross_attentions
+from ..editing.engine.watch import Watch
+from ..editing.methods import eiup_weight as adapters
+from ..editing.methods.eiup import EIUPOptions
 from ..nodes.files import DEMO_WEIGHT_FILE
 from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
 

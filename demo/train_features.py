@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
-from ..editing import discriminator
-from ..editing.artefacts import write
-from ..editing.augment import perturbed
-from ..editing.discriminator import Report
-from ..editing.features import SIDE, TRUNK_WIDTH, Trunk
-from ..editing.trunk import Drawings, save
+from ..editing.files.artefacts import write
+from ..editing.gates import discriminator
+from ..editing.gates.augment import perturbed
+from ..editing.gates.discriminator import Report
+from ..editing.gates.drawings import Drawings, save
+from ..editing.gates.features import SIDE, TRUNK_WIDTH, Trunk
 from ..tools.environment import ROOT
 from . import world
 from .glyphs import Painter

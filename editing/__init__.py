@@ -1,5 +1,5 @@
 """The methods as pure functions, edits as data, and the engine that applies them while the host samples.
 
-Start at spec.py (what an edit is), cre.py, eiup.py, append.py and direction.py (what it computes), plan.py and run.py
-(when and where it is applied) and binding.py (the only module that knows the host).
+Start at edits/spec.py (what an edit is), methods/ (what it computes), engine/plan.py and engine/run.py
+(when and where it is applied) and engine/host.py (the module that knows the host).
 """

@@ -17,17 +17,17 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing import cache
-from ..editing.binding import add_edit, edits_of, look_at, settled
-from ..editing.causal import MEMORYLESS, Period, Prefixes, assess_with_exclusion, bisect, edges, naive_calls
-from ..editing.chart import Series, plot
-from ..editing.cre import DEFAULTS
-from ..editing.data import digest
-from ..editing.decoders import decoder
-from ..editing.discriminator import Judge
-from ..editing.gates import image_discriminator
-from ..editing.run import EDITS
-from ..editing.spec import Concept, EditSpec
+from ..editing.causal import kept as cache
+from ..editing.causal.search import MEMORYLESS, Period, Prefixes, assess_with_exclusion, bisect, edges, naive_calls
+from ..editing.edits.digest import digest
+from ..editing.edits.spec import Concept, EditSpec
+from ..editing.engine.host import add_edit, edits_of, look_at, settled
+from ..editing.engine.run import EDITS
+from ..editing.gates.decoders import decoder
+from ..editing.gates.discriminator import Judge
+from ..editing.gates.gates import image_discriminator
+from ..editing.methods.cre import DEFAULTS
+from ..editing.pictures.chart import Series, plot
 from .inputs import CATEGORY, choice_input, named
 from .show import id_of, told
 from .types import ConceptType, DiscriminatorType

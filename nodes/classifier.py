@@ -8,8 +8,8 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io
 
-from ..editing.classifiers import TORCHVISION, torchvision_classifier, transformers_classifier
-from ..editing.extras import LABELS, NudeNet, OpenNSFW
+from ..editing.gates.classifiers import TORCHVISION, torchvision_classifier, transformers_classifier
+from ..editing.gates.packages import LABELS, NudeNet, OpenNSFW
 from .files import FOLDER
 from .inputs import CATEGORY, named
 from .show import told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..editing.encode import NEUTRAL, concept_from_conditioning, concept_from_text
+from ..editing.edits.encode import NEUTRAL, concept_from_conditioning, concept_from_text
 from .inputs import CATEGORY, folded, named
 from .types import ConceptType
 

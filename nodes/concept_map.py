@@ -13,10 +13,10 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..editing.binding import add_watch
-from ..editing.eiup import CHOICES, DEFAULTS, EIUPOptions
-from ..editing.maps import SCALES, Watch, painted, scaled
-from ..editing.spec import Concept, EditSpec
+from ..editing.edits.spec import Concept, EditSpec
+from ..editing.engine.host import add_watch
+from ..editing.engine.watch import SCALES, Watch, painted, scaled
+from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
 from .inputs import CATEGORY, blocks_input, check, choice_input, named, where
 from .types import ConceptType
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.binding import add_edit
-from ..editing.cre import CHOICES, DEFAULTS
-from ..editing.spec import Concept, EditSpec, Gate
+from ..editing.edits.spec import Concept, EditSpec, Gate
+from ..editing.engine.host import add_edit
+from ..editing.methods.cre import CHOICES, DEFAULTS
 from .inputs import (
     CATEGORY,
     UNLINKED,

@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.artefacts import read
-from ..editing.binding import add_edit
-from ..editing.direction import direction_of, offset
-from ..editing.spec import Direction, Draw, EditSpec, Gate
+from ..editing.edits.spec import Direction, Draw, EditSpec, Gate
+from ..editing.engine.host import add_edit
+from ..editing.files.artefacts import read
+from ..editing.methods.safe_region import direction_of, offset
 from .files import changed, choices, file_of, saved
 from .inputs import (
     CATEGORY,

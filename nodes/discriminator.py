@@ -14,13 +14,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing import artefacts, prompts
-from ..editing.artefacts import Artefact
-from ..editing.chart import Series, plot
-from ..editing.discriminator import Discriminator, Report, from_artefact, reliability, to_artefact, train
-from ..editing.features import Features, Vision, squared
-from ..editing.pictures import folder_in, read_folder
-from ..editing.trunk import Drawings
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact
+from ..editing.gates import prompts
+from ..editing.gates.discriminator import Discriminator, Report, from_artefact, reliability, to_artefact, train
+from ..editing.gates.drawings import Drawings
+from ..editing.gates.features import Features, Vision, squared
+from ..editing.gates.folder import folder_in, read_folder
+from ..editing.pictures.chart import Series, plot
 from .files import DRAWINGS_FILE, changed, choices, file_of, saved
 from .inputs import CATEGORY, named, prefix_input
 from .show import told

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.adapter import KIND, load
-from ..editing.binding import add_edit
-from ..editing.eiup import CHOICES, DEFAULTS, EIUPOptions
-from ..editing.spec import Concept, EditSpec, Gate
+from ..editing.edits.spec import Concept, EditSpec, Gate
+from ..editing.engine.host import add_edit
+from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
+from ..editing.methods.eiup_weight import KIND, load
 from .files import OFF, changed, choices, file_of
 from .inputs import CATEGORY, UNLINKED, blocks_input, check, choice_input, link_inputs, named, where, window_inputs
 from .types import ConceptType

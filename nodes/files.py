@@ -10,8 +10,8 @@ from typing import Any
 
 import folder_paths
 
-from ..editing import artefacts
-from ..editing.artefacts import Artefact
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact
 
 FOLDER = "concept_guard"
 OFF = "off"

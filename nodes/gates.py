@@ -8,8 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.gates import DECIDES, Report, image_gate, in_flight_gate, prompt_gate
-from ..editing.spec import Concept
+from ..editing.edits.spec import Concept
+from ..editing.gates.gates import DECIDES, Report, image_gate, in_flight_gate, prompt_gate
 from .inputs import CATEGORY, choice_input, named
 from .show import id_of, show, told
 from .types import ConceptType, DiscriminatorType, GateType

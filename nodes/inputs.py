@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from comfy_api.latest import io
 
-from ..editing.spec import Gate, complaint_about
+from ..editing.edits.spec import Gate, complaint_about
 from .types import GateType
 
 CATEGORY = "concept guard"

@@ -9,12 +9,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..editing import artefacts
-from ..editing.artefacts import Artefact, packed, put
-from ..editing.binding import add_edit, fingerprint_of
-from ..editing.deltas import LoRA
-from ..editing.kpop import edit_of, prompt_of
-from ..editing.spec import EditSpec, Gate, Prompt
+from ..editing.edits.spec import EditSpec, Gate, Prompt
+from ..editing.engine.host import add_edit, fingerprint_of
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact, packed, put
+from ..editing.training.kpop import edit_of, prompt_of
+from ..editing.training.lora import LoRA
 from .files import changed, choices, file_of, saved
 from .inputs import (
     CATEGORY,

@@ -9,15 +9,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing import artefacts
-from ..editing.artefacts import Artefact
-from ..editing.binding import fingerprint_of
-from ..editing.chart import curve
-from ..editing.data import digest
-from ..editing.encode import own_tokens
-from ..editing.learn_concept import ConceptOptions, LearnedTokens, concept_of, tokens_start
-from ..editing.network import gradients
-from ..editing.spec import Concept
+from ..editing.edits.digest import digest
+from ..editing.edits.encode import own_tokens
+from ..editing.edits.spec import Concept
+from ..editing.engine.host import fingerprint_of
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact
+from ..editing.pictures.chart import curve
+from ..editing.training.network import gradients
+from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, concept_of, tokens_start
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, file_output, named, prefix_input
 from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key

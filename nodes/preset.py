@@ -10,14 +10,14 @@ import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing import artefacts
-from ..editing.artefacts import Artefact
-from ..editing.binding import add_edit, edits_of
-from ..editing.preset import LearnedFile, Preset, packed, read, write
-from ..editing.preset_edits import Given, specs_of
-from ..editing.preset_save import Saver, slug
-from ..editing.preset_words import described
-from ..editing.spec import Gate
+from ..editing.edits.spec import Gate
+from ..editing.engine.host import add_edit, edits_of
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact
+from ..editing.presets.apply import Given, specs_of
+from ..editing.presets.document import LearnedFile, Preset, packed, read, write
+from ..editing.presets.save import Saver, slug
+from ..editing.presets.words import described
 from .discriminator import encoder_of
 from .files import contents, fingerprint, holding
 from .gates import reporting

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..editing import artefacts
-from ..editing.preset import MAX_FILE, LearnedFile, Preset, learned_files, packed, read, write
-from ..editing.preset_file import is_packed
-from ..editing.preset_words import brought, described
+from ..editing.files import artefacts
+from ..editing.presets.document import MAX_FILE, LearnedFile, Preset, learned_files, packed, read, write
+from ..editing.presets.packed import is_packed
+from ..editing.presets.words import brought, described
 from .files import known_by
 
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"

@@ -10,11 +10,11 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..editing.binding import add_edit, fingerprint_of
-from ..editing.chart import curve
-from ..editing.gradient import DTYPES, Predictor, train_with
-from ..editing.safe_region import GOALS, Learner, Settings
-from ..editing.spec import Concept, Direction, EditSpec
+from ..editing.edits.spec import Concept, Direction, EditSpec
+from ..editing.engine.host import add_edit, fingerprint_of
+from ..editing.pictures.chart import curve
+from ..editing.training.direction import GOALS, Learner, Settings
+from ..editing.training.gradient import DTYPES, Predictor, train_with
 from .files import saved
 from .inputs import CATEGORY, check, choice_input, named
 from .progress import Progress, kept

@@ -10,12 +10,12 @@ from typing import Any
 import comfy.sd
 from comfy_api.latest import io
 
-from ..editing.artefacts import FORMAT, package_version
-from ..editing.binding import fingerprint_of
-from ..editing.chart import curve
-from ..editing.data import digest
-from ..editing.deltas import WEIGHTS, Deltas, LoRA, chosen
-from ..editing.kpop import (
+from ..editing.edits.digest import digest
+from ..editing.edits.spec import Prompt
+from ..editing.engine.host import fingerprint_of
+from ..editing.files.artefacts import FORMAT, package_version
+from ..editing.pictures.chart import curve
+from ..editing.training.kpop import (
     KEYS_AND_VALUES,
     KPOP,
     MECHANISMS,
@@ -26,9 +26,9 @@ from ..editing.kpop import (
     LearnedPrompt,
     prompt_start,
 )
-from ..editing.learning import Text
-from ..editing.network import Network, gradients
-from ..editing.spec import Prompt
+from ..editing.training.learning import Text
+from ..editing.training.lora import WEIGHTS, Deltas, LoRA, chosen
+from ..editing.training.network import Network, gradients
 from .inputs import CATEGORY, choice_input, named
 from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
 from .types import LoRAType, PromptType

@@ -12,11 +12,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..editing import artefacts
-from ..editing.artefacts import Artefact
-from ..editing.data import digest
-from ..editing.learning import Training, carry_on, take_up
-from ..editing.network import DTYPES, Network
+from ..editing.edits.digest import digest
+from ..editing.files import artefacts
+from ..editing.files.artefacts import Artefact
+from ..editing.training.learning import Training, carry_on, take_up
+from ..editing.training.network import DTYPES, Network
 from .files import FOLDER
 from .progress import Progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from conceptguard.editing.binding import edits_of
+from conceptguard.editing.engine.host import edits_of
 from conceptguard.nodes.concept import ConceptGuardConcept
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from conceptguard.editing import artefacts
-from conceptguard.editing.artefacts import Artefact, file_in, kind_of, parse, read, unused, write
+from conceptguard.editing.files import artefacts
+from conceptguard.editing.files.artefacts import Artefact, file_in, kind_of, parse, read, unused, write
 
 B, A = torch.arange(3.0)[:, None], torch.ones(1, 4)
 SHIFT = Artefact(

@@ -21,10 +21,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from conceptguard.benchmarks.shapes import SHAPES, build
-from conceptguard.editing.binding import add_edit, cross_attentions
-from conceptguard.editing.cre import DEFAULTS, CREOptions
-from conceptguard.editing.eiup import EIUPOptions
-from conceptguard.editing.spec import Concept, EditSpec, Phrase
+from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
+from conceptguard.editing.engine.host import add_edit, cross_attentions
+from conceptguard.editing.methods.cre import DEFAULTS, CREOptions
+from conceptguard.editing.methods.eiup import EIUPOptions
 
 SIDE = 16
 CRE = replace(DEFAULTS, floor=0.0)  # nothing that random weights find is like anything else

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conceptguard.benchmarks import presets
-from conceptguard.editing.preset import Preset, read
+from conceptguard.editing.presets.document import Preset, read
 
 NAMED = {
     "artist-style-opt-out": {"style noto"},

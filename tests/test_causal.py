@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conceptguard.editing import cache
-from conceptguard.editing.binding import add_edit, settled
-from conceptguard.editing.causal import (
+from conceptguard.editing.causal import kept as cache
+from conceptguard.editing.causal.search.search import (
     MEMORYLESS,
     Period,
     Prefixes,
@@ -29,8 +28,9 @@ from conceptguard.editing.causal import (
     is_causal,
     naive_calls,
 )
-from conceptguard.editing.cre import DEFAULTS
-from conceptguard.editing.spec import EditSpec, Gate, InFlight
+from conceptguard.editing.edits.spec import EditSpec, Gate, InFlight
+from conceptguard.editing.engine.host import add_edit, settled
+from conceptguard.editing.methods.cre import DEFAULTS
 from conceptguard.nodes import causal_period
 from conceptguard.nodes.causal_period import ConceptGuardCausalPeriod
 

@@ -14,8 +14,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing import adapter as adapters
-from conceptguard.editing.spec import Gate
+from conceptguard.editing.edits.spec import Gate
+from conceptguard.editing.methods import eiup_weight as adapters
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP
 
@@ -249,9 +249,9 @@ def test_each_prompt_is_edited_as_if_alone(model: Any, name: str) -> None:
 
 def test_the_look_for_an_automatic_weight_leaves_a_controlnets_outputs_to_the_step(model: Any) -> None:
     """A model call uses a ControlNet's outputs up; the one more call at the first step must not."""
-    from conceptguard.editing.binding import add_edit
-    from conceptguard.editing.eiup import EIUPOptions
-    from conceptguard.editing.spec import EditSpec
+    from conceptguard.editing.edits.spec import EditSpec
+    from conceptguard.editing.engine.host import add_edit
+    from conceptguard.editing.methods.eiup import EIUPOptions
 
     names = [".".join(map(str, key)) for key in tiny.SD1_BLOCKS]
     auto = adapters.train(torch.rand(4, len(names)), torch.full((4,), -0.7), names, steps=1)
@@ -370,9 +370,9 @@ def test_gates_find_their_images_through_a_context_window(model: Any) -> None:
 
 
 def test_automatic_weights_find_their_images_through_a_context_window(model: Any) -> None:
-    from conceptguard.editing.binding import add_edit
-    from conceptguard.editing.eiup import EIUPOptions
-    from conceptguard.editing.spec import EditSpec
+    from conceptguard.editing.edits.spec import EditSpec
+    from conceptguard.editing.engine.host import add_edit
+    from conceptguard.editing.methods.eiup import EIUPOptions
 
     names = [".".join(map(str, key)) for key in tiny.SD1_BLOCKS]
     x = torch.rand(64, len(names), generator=torch.Generator().manual_seed(0)) * 0.05

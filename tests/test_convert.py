@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from conceptguard.editing.artefacts import read
-from conceptguard.editing.convert import convert, main, weights
-from conceptguard.editing.direction import direction_of
+from conceptguard.editing.converters.directions import convert, main, weights
+from conceptguard.editing.files.artefacts import read
+from conceptguard.editing.methods.safe_region import direction_of
 
 
 def published(path: Path, **changes: Any) -> Path:

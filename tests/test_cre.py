@@ -10,8 +10,8 @@ import reference
 import torch
 from torch import Tensor
 
-from conceptguard.editing.attention import attend, split_heads
-from conceptguard.editing.cre import CHOICES, DEFAULTS, CREOptions, Kept, project
+from conceptguard.editing.methods.attention import attend, split_heads
+from conceptguard.editing.methods.cre import CHOICES, DEFAULTS, CREOptions, Kept, project
 
 N, H, D = 5, 4, 12
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")

@@ -13,12 +13,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing.artefacts import Artefact, read, write
-from conceptguard.editing.binding import edits_of, fingerprint_of
-from conceptguard.editing.chart import curve
-from conceptguard.editing.direction import direction_of
-from conceptguard.editing.safe_region import Learner, psi, random_like
-from conceptguard.editing.spec import Concept, Direction, Draw, Gate, Phrase, draw
+from conceptguard.editing.edits.spec import Concept, Direction, Draw, Gate, Phrase, draw
+from conceptguard.editing.engine.host import edits_of, fingerprint_of
+from conceptguard.editing.files.artefacts import Artefact, read, write
+from conceptguard.editing.gates.folder.chart import curve
+from conceptguard.editing.methods.safe_region import direction_of
+from conceptguard.editing.training.direction import Learner, psi, random_like
 from conceptguard.nodes import files
 from conceptguard.nodes import train_direction as training
 from conceptguard.nodes.cre import ConceptGuardCRE

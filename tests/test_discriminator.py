@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conceptguard.editing import artefacts, prompts
-from conceptguard.editing.augment import perturbed
-from conceptguard.editing.decoders import decoder, preview
-from conceptguard.editing.discriminator import (
+from conceptguard.editing.edits.encode import concept_from_text
+from conceptguard.editing.edits.spec import Gate
+from conceptguard.editing.files import artefacts
+from conceptguard.editing.gates import prompts
+from conceptguard.editing.gates.gates.augment import perturbed
+from conceptguard.editing.gates.gates.decoders import decoder, preview
+from conceptguard.editing.gates.gates.discriminator import (
     Discriminator,
     Head,
     calibrate,
@@ -28,10 +31,8 @@ from conceptguard.editing.discriminator import (
     to_artefact,
     train,
 )
-from conceptguard.editing.encode import concept_from_text
-from conceptguard.editing.features import Vision, squared
-from conceptguard.editing.pictures import folder_in, read_folder
-from conceptguard.editing.spec import Gate
+from conceptguard.editing.gates.gates.features import Vision, squared
+from conceptguard.editing.gates.gates.folder import folder_in, read_folder
 from conceptguard.nodes import files
 from conceptguard.nodes.discriminator import (
     KIND,

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conceptguard.editing import adapter as adapters
-from conceptguard.editing import eiup as eiup_module
-from conceptguard.editing.adapter import Adapter
-from conceptguard.editing.attention import split_heads
-from conceptguard.editing.binding import add_edit, edits_of
-from conceptguard.editing.cre import DEFAULTS as CRE
-from conceptguard.editing.cre import Kept
-from conceptguard.editing.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share, steered
-from conceptguard.editing.spec import EditSpec, Gate
+from conceptguard.editing.edits.spec import EditSpec, Gate
+from conceptguard.editing.engine.host import add_edit, edits_of
+from conceptguard.editing.methods import eiup as eiup_module
+from conceptguard.editing.methods import eiup_weight as adapters
+from conceptguard.editing.methods.attention import split_heads
+from conceptguard.editing.methods.cre import DEFAULTS as CRE
+from conceptguard.editing.methods.cre import Kept
+from conceptguard.editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share, steered
+from conceptguard.editing.methods.eiup_weight import Adapter
 from conceptguard.nodes import files
 from conceptguard.nodes.eiup import ConceptGuardEIUP, parse_weights
 

@@ -15,11 +15,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing import binding
-from conceptguard.editing.binding import RUN, add_edit, edits_of
-from conceptguard.editing.cre import CREOptions
-from conceptguard.editing.run import EDITS, Run
-from conceptguard.editing.spec import Concept, EditSpec, Gate
+from conceptguard.editing.edits.spec import Concept, EditSpec, Gate
+from conceptguard.editing.engine import host as binding
+from conceptguard.editing.engine.host import RUN, add_edit, edits_of
+from conceptguard.editing.engine.run import EDITS, Run
+from conceptguard.editing.methods.cre import CREOptions
 
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")
 

@@ -11,12 +11,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing.append import append
-from conceptguard.editing.attention import split_heads
-from conceptguard.editing.binding import add_edit
-from conceptguard.editing.direction import shift
-from conceptguard.editing.eiup import EIUPOptions, reweighted
-from conceptguard.editing.spec import Concept, Direction, EditSpec, Gate, Prompt
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Prompt
+from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.methods.append import append
+from conceptguard.editing.methods.attention import split_heads
+from conceptguard.editing.methods.eiup import EIUPOptions, reweighted
+from conceptguard.editing.methods.safe_region import shift
 
 H, D = 4, 12
 N, L, T = 6, 77, 5

@@ -12,11 +12,11 @@ import torch
 from foreign import Attn2Replace, couple, ip_adapter
 from torch import Tensor
 
-from conceptguard.editing.append import append
-from conceptguard.editing.binding import add_edit, hook_options
-from conceptguard.editing.eiup import EIUPOptions
-from conceptguard.editing.run import OBSERVER
-from conceptguard.editing.spec import EditSpec, Gate, Prompt
+from conceptguard.editing.edits.spec import EditSpec, Gate, Prompt
+from conceptguard.editing.engine.host import add_edit, hook_options
+from conceptguard.editing.engine.run import OBSERVER
+from conceptguard.editing.methods.append import append
+from conceptguard.editing.methods.eiup import EIUPOptions
 
 
 def cre(model: Any, seed: int = 100, **inputs: Any) -> Any:
@@ -235,7 +235,7 @@ def test_an_attention_override_still_applies(model: Any) -> None:
 def test_the_attention_is_the_same_with_the_hosts_cpu_default(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy.ldm.modules import attention as host
 
-    from conceptguard.editing import binding
+    from conceptguard.editing.engine import host as binding
 
     expected = tiny.sample(cre(model))
     for module in (host, binding):

@@ -11,8 +11,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing.binding import add_edit, edits_of, hook_options
-from conceptguard.editing.spec import Draw, EditSpec, Gate, InFlight, opened
+from conceptguard.editing.edits.spec import Draw, EditSpec, Gate, InFlight, opened
+from conceptguard.editing.engine.host import add_edit, edits_of, hook_options
 from conceptguard.nodes import NODES
 
 STEPS = 6

@@ -23,7 +23,7 @@ ALLOWED = {
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 
 # Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
-HOST_USERS = {"editing/binding.py", "editing/gradient.py", "editing/network.py"}
+HOST_USERS = {"editing/engine/host.py", "editing/training/gradient.py", "editing/training/network.py"}
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 
@@ -69,12 +69,12 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "editing").mkdir()
     path = tmp_path / "editing" / "example.py"
     path.write_text(
-        "import comfy.model_patcher as p\nfrom . import binding\nfrom ..nodes.cre import CRE\n"
+        "import comfy.model_patcher as p\nfrom .engine import host\nfrom ..nodes.cre import CRE\n"
         "def late():\n    from .. import demo\n    from comfy import ops\n"
     )
     assert set(imported(path)) == {
         "comfy.model_patcher",
-        "conceptguard.editing.binding",
+        "conceptguard.editing.engine.host",
         "conceptguard.nodes.cre.CRE",
         "conceptguard.demo",
         "comfy.ops",

@@ -13,12 +13,12 @@ import torch
 from comfy.sample import prepare_noise
 from torch import Tensor, nn
 
-from conceptguard.editing.binding import add_edit
-from conceptguard.editing.deltas import Deltas, chosen
-from conceptguard.editing.kpop import KPOP, KPOPOptions, LearnedPrompt, prompt_start
-from conceptguard.editing.learning import Text
-from conceptguard.editing.network import Network, gradients
-from conceptguard.editing.spec import Direction, EditSpec
+from conceptguard.editing.edits.spec import Direction, EditSpec
+from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.training.kpop import KPOP, KPOPOptions, LearnedPrompt, prompt_start
+from conceptguard.editing.training.learning import Text
+from conceptguard.editing.training.lora import Deltas, chosen
+from conceptguard.editing.training.network import Network, gradients
 
 CUT = KPOPOptions(lr=1e-2, prompt_lr=1e-2, path_steps=5, guidance=2.0)
 

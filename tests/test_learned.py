@@ -15,11 +15,17 @@ from comfy_extras.nodes_train import LoraModelLoader
 from nodes import LoraLoader
 from torch import Tensor
 
-from conceptguard.editing import artefacts
-from conceptguard.editing.binding import edits_of
-from conceptguard.editing.learn_concept import ConceptOptions, LearnedTokens, concept_of, placed, tokens_start
-from conceptguard.editing.learning import Text
-from conceptguard.editing.network import Network, gradients
+from conceptguard.editing.engine.host import edits_of
+from conceptguard.editing.files import artefacts
+from conceptguard.editing.training.learning import Text
+from conceptguard.editing.training.network import Network, gradients
+from conceptguard.editing.training.textual_inversion import (
+    ConceptOptions,
+    LearnedTokens,
+    concept_of,
+    placed,
+    tokens_start,
+)
 from conceptguard.nodes import training as training_nodes
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP

@@ -12,13 +12,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing import eiup
-from conceptguard.editing.binding import RUN, add_edit, add_watch
-from conceptguard.editing.cre import DEFAULTS as CRE
-from conceptguard.editing.eiup import EIUPOptions
-from conceptguard.editing.maps import SCALES, Watch, painted, scaled
-from conceptguard.editing.run import WATCH
-from conceptguard.editing.spec import EditSpec
+from conceptguard.editing.edits.spec import EditSpec
+from conceptguard.editing.engine.host import RUN, add_edit, add_watch
+from conceptguard.editing.engine.run import WATCH
+from conceptguard.editing.engine.watch import SCALES, Watch, painted, scaled
+from conceptguard.editing.methods import eiup
+from conceptguard.editing.methods.cre import DEFAULTS as CRE
+from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.nodes.concept_map import ConceptGuardConceptMap, noise_levels
 
 CONCEPT = tiny.concept("knife", 100, phrases=2)

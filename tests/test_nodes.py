@@ -14,10 +14,10 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import save_file
 
-from conceptguard.editing.binding import edits_of
-from conceptguard.editing.blocks import listing, parse_blocks, select_blocks
-from conceptguard.editing.cre import CHOICES, DEFAULTS
-from conceptguard.editing.spec import Concept, Gate
+from conceptguard.editing.edits.blocks import listing, parse_blocks, select_blocks
+from conceptguard.editing.edits.spec import Concept, Gate
+from conceptguard.editing.engine.host import edits_of
+from conceptguard.editing.methods.cre import CHOICES, DEFAULTS
 from conceptguard.nodes import NODES
 from conceptguard.nodes.concept import ConceptGuardConcept, ConceptGuardConceptFromConditioning
 from conceptguard.nodes.cre import ConceptGuardCRE

@@ -23,10 +23,10 @@ from documents import DOCUMENT, HASH, keys, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptguard.editing import artefacts
-from conceptguard.editing.artefacts import Artefact, data_of
-from conceptguard.editing.preset import MAX_FILE, MAX_LEARNED, packed, read, write
-from conceptguard.editing.preset_words import brought, described
+from conceptguard.editing.files import artefacts
+from conceptguard.editing.files.artefacts import Artefact, data_of
+from conceptguard.editing.presets.document import MAX_FILE, MAX_LEARNED, packed, read, write
+from conceptguard.editing.presets.words import brought, described
 from conceptguard.nodes import files
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.direction import ConceptGuardLoadDirection, ConceptGuardSafeDirection
@@ -146,7 +146,7 @@ def test_saving_takes_the_files_along_without_their_training(model: Any, clip: A
 
 
 def test_a_file_too_large_to_travel_is_named(model: Any, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from conceptguard.editing import preset_save
+    from conceptguard.editing.presets import save as preset_save
 
     monkeypatch.setattr(preset_save, "MAX_LEARNED", 100)
     hand = by_hand(model, "direction")

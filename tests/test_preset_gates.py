@@ -11,13 +11,13 @@ import torch
 from documents import DOCUMENT, WORDS, changed, keys, make
 from torch import Tensor
 
-from conceptguard.editing.binding import add_edit
-from conceptguard.editing.discriminator import Discriminator, Head
-from conceptguard.editing.features import Vision
-from conceptguard.editing.preset import read
-from conceptguard.editing.preset_edits import combined
-from conceptguard.editing.preset_words import described
-from conceptguard.editing.spec import EditSpec, Gate, InFlight
+from conceptguard.editing.edits.spec import EditSpec, Gate, InFlight
+from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.gates.gates.discriminator import Discriminator, Head
+from conceptguard.editing.gates.gates.features import Vision
+from conceptguard.editing.presets.apply import combined
+from conceptguard.editing.presets.document import read
+from conceptguard.editing.presets.words import described
 from conceptguard.nodes import files
 from conceptguard.nodes.concept import ConceptGuardConcept
 from conceptguard.nodes.cre import ConceptGuardCRE

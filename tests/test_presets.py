@@ -15,13 +15,13 @@ from documents import DOCUMENT, HASH, WORDS, by_hand, changed, keys, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptguard.editing import cre, eiup
-from conceptguard.editing.binding import edits_of
-from conceptguard.editing.preset import MAX_BYTES, CREEdit, EIUPEdit, Preset, read, write
-from conceptguard.editing.preset_edits import Given, specs_of
-from conceptguard.editing.preset_save import slug
-from conceptguard.editing.preset_words import described
-from conceptguard.editing.spec import Gate
+from conceptguard.editing.edits.spec import Gate
+from conceptguard.editing.engine.host import edits_of
+from conceptguard.editing.methods import cre, eiup
+from conceptguard.editing.presets.apply import Given, specs_of
+from conceptguard.editing.presets.document import MAX_BYTES, CREEdit, EIUPEdit, Preset, read, write
+from conceptguard.editing.presets.save import slug
+from conceptguard.editing.presets.words import described
 from conceptguard.nodes.concept import ConceptGuardConceptFromConditioning
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.preset import ConceptGuardApplyPreset, ConceptGuardSavePreset

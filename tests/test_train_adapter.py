@@ -12,10 +12,10 @@ from torch import Tensor
 
 from conceptguard.benchmarks.train_adapter import first_look, names_of, pairs_of, prompts, report, weakest
 from conceptguard.demo import world
-from conceptguard.editing import adapter as adapters
-from conceptguard.editing.binding import add_edit, edits_of
-from conceptguard.editing.eiup import EIUPOptions
-from conceptguard.editing.spec import EditSpec
+from conceptguard.editing.edits.spec import EditSpec
+from conceptguard.editing.engine.host import add_edit, edits_of
+from conceptguard.editing.methods import eiup_weight as adapters
+from conceptguard.editing.methods.eiup import EIUPOptions
 
 GRID = (-1.0, -2.0, -4.0, -8.0)
 

@@ -15,9 +15,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from conceptguard.editing.binding import cross_attentions
-from conceptguard.editing.cre import DEFAULTS
-from conceptguard.editing.spec import Concept, Phrase
+from conceptguard.editing.edits.spec import Concept, Phrase
+from conceptguard.editing.engine.host import cross_attentions
+from conceptguard.editing.methods.cre import DEFAULTS
 
 WIDTH = 16  # of the text encoding
 SIZE = 8  # of the latent, so that blocks have 64 and 16 positions

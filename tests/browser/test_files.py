@@ -14,8 +14,8 @@ import pytest
 import torch
 from page import PATIENCE, ROOT, Browser, kept
 
-from conceptguard.editing.artefacts import Artefact, data_of
-from conceptguard.editing.preset import packed, read
+from conceptguard.editing.files.artefacts import Artefact, data_of
+from conceptguard.editing.presets.document import packed, read
 from conceptguard.tools.host import Host
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -1,0 +1,1 @@
+"""The causal period: its search, and what is kept of it."""

@@ -1,0 +1,1 @@
+"""Files of other projects made into ours: one-off commands."""

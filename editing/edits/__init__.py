@@ -1,0 +1,1 @@
+"""What an edit is: data that a MODEL carries until it is sampled."""

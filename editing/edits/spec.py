@@ -1,0 +1,333 @@
+"""Edits as data: what is edited, how strongly, when and where.
+
+A spec holds numbers and CPU tensors only, so a MODEL that carries it can be cloned, cached and shared freely; whatever
+depends on the model, its weights or its device is worked out while sampling (plan.py).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..files.artefacts import Artefact
+from ..methods.cre import CREOptions
+from ..methods.eiup import EIUPOptions
+from .blocks import parse_blocks
+from .digest import Shared, digest
+
+# Also the order of application: the order of nodes in a graph never changes the picture.
+METHODS = ("direction", "prompt", "erasure", "projection")
+
+
+@dataclass(frozen=True, eq=False)
+class Phrase(Shared):
+    """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU."""
+
+    text: str
+    tokens: Tensor
+    own: tuple[int, ...]  # the positions of the phrase's own tokens: no start, end or padding
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or len(self.tokens) != 1:
+            raise ValueError(f'phrase "{self.text}": tokens of shape {tuple(self.tokens.shape)}, not [1, T, W]')
+        if not self.own or not set(self.own) <= set(range(self.tokens.shape[1])):
+            raise ValueError(f'phrase "{self.text}": own tokens {self.own} of {self.tokens.shape[1]}')
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.tokens, self.own))
+
+
+@dataclass(frozen=True, eq=False)
+class Concept(Shared):
+    """What an edit removes: phrasings, each one steering vector, and encodings [1, T, W] they are compared with.
+
+    empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text;
+    keep: neighbours that must survive: an edit leaves alone what is more like one of them.
+    """
+
+    name: str
+    phrases: tuple[Phrase, ...]
+    empty: Tensor | None = None
+    neutral: Tensor | None = None
+    neutral_text: str = ""
+    keep: tuple[Phrase, ...] = ()
+    artefact: Artefact | None = None  # what a file of it holds, if it was learned
+
+    def __post_init__(self) -> None:
+        encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
+        encodings += [tokens for tokens in (self.empty, self.neutral) if tokens is not None]
+        if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
+            raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
+
+    @property
+    def width(self) -> int:
+        return self.phrases[0].tokens.shape[-1]
+
+    @property
+    def baseline(self) -> Tensor | None:
+        return self.empty if self.neutral is None else self.neutral
+
+    @cached_property
+    def baseline_key(self) -> str:
+        return "" if self.baseline is None else digest((self.baseline,))
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.baseline_key, *([phrase.key for phrase in some] for some in (self.phrases, self.keep))))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt(Shared):
+    """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU.
+
+    mechanism and blocks: how and where they were learned (kpop.py). An edit appends them; what is to be added is a
+    Direction.
+    """
+
+    name: str
+    k: Tensor
+    v: Tensor
+    mechanism: str = "concat"
+    blocks: str = "middle"
+    artefact: Artefact | None = None  # what a file of it holds
+
+    @property
+    def width(self) -> int:
+        return self.k.shape[-1]
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.k, self.v))
+
+
+@dataclass(frozen=True, eq=False)
+class Direction(Shared):
+    """A learned shift of the text encoding. d: [T, W] fp32 on the CPU, or [1, W] for the same shift at every token."""
+
+    name: str
+    d: Tensor
+    artefact: Artefact | None = None  # what a file of it holds
+
+    @property
+    def width(self) -> int:
+        return self.d.shape[-1]
+
+    @property
+    def backbone(self) -> str:
+        """The fingerprint of the model that it was learned on; empty for any, and for an additive prompt."""
+        return self.artefact.backbone if self.artefact is not None and self.artefact.kind == "direction" else ""
+
+    @cached_property
+    def key(self) -> str:
+        return digest((self.d,))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InFlight(Shared):
+    """A decision made once a sampling run, at a percent of the timesteps, on the clean images predicted there.
+
+    look: latents [B, C, h, w], as a VAE decodes them, and the model's latent format, to the confidence in each image,
+    B floats from 0 to 1.
+    report: told the confidences and the gate's values, one an image, whenever they are found.
+    """
+
+    key: str  # of all that the decision depends on: the discriminator, the decoder
+    look: Callable[[Tensor, Any], list[float]]
+    at_percent: float
+    threshold: float = 0.5
+    soft: bool = False
+    restart: bool = False  # begin again from the first noise, edited, if an edit's window has begun by then
+    models: tuple[Any, ...] = ()  # the patchers that `look` uses, for the host to load along
+    report: Callable[[list[float], tuple[float, ...]], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_percent < 1:
+            raise ValueError(f"at_percent is {self.at_percent}; give a number from 0 (the first step) to below 1")
+
+    def __repr__(self) -> str:
+        return f"InFlight({(self.key, self.at_percent, self.threshold, self.soft, self.restart)})"
+
+    @cached_property
+    def id(self) -> str:
+        """Gates of the same id decide alike: they are asked once."""
+        return repr(self)
+
+
+def opened(scores: list[float], threshold: float, soft: bool = False) -> tuple[float, ...]:
+    """A gate's values: 1 for a confidence of at least `threshold`, the paper's round(f) at 0.5; or that confidence."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; give a number from 0 (always open) to 1")
+    if not scores or not all(0 <= score <= 1 for score in scores):  # catches NaN as well
+        raise ValueError(f"the discriminator gave {scores}, not a number from 0 to 1 for each image")
+    return tuple((score if soft else 1.0) if score >= threshold else 0.0 for score in scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Rule(Shared):
+    """How a gate decides, whatever it decided about one run's pictures: what a preset keeps of it (gates.py).
+
+    judge: a discriminator, or the concept that prompts are compared with; options: what only this kind has.
+    """
+
+    kind: str
+    judge: Any
+    threshold: float
+    soft: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gate(Shared):
+    """What a discriminator decided: one value per image of the batch, or one for all. 0 is closed, 1 open.
+
+    With `inflight` its verdict, found during sampling, multiplies the values; until then the gate is closed.
+    """
+
+    values: tuple[float, ...] = (1.0,)
+    inflight: InFlight | None = None
+    rule: Rule | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(math.isfinite(value) for value in self.values):
+            raise ValueError(f"a gate needs finite values, one or one per image, and has {self.values}")
+
+    def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        """Values for so many images, or for those of a larger batch that `window` names."""
+        if len(self.values) > 1 and window is not None and len(window) == images:
+            if len(self.values) <= max(window):
+                raise ValueError(
+                    f"the gate decided about {len(self.values)} images, but a context window shows image "
+                    f"{max(window) + 1}; give it as many images as the batch has, or one that decides for all"
+                )
+            return tuple(self.values[i] for i in window)
+        if len(self.values) not in (1, images):
+            raise ValueError(
+                f"the gate decided about {len(self.values)} images, but {images} are being sampled at once; "
+                "give it as many images as the batch has, or one that decides for all"
+            )
+        return self.values if len(self.values) == images else self.values * images
+
+    def decided(self, verdict: tuple[float, ...]) -> Gate:
+        """The gate once its `inflight` has found a verdict for each image."""
+        return Gate(tuple(a * b for a, b in zip(self.per_image(len(verdict)), verdict, strict=True)))
+
+
+@dataclass(frozen=True)
+class Draw(Gate):
+    """Open for the images that draw `index` of `of`, each image on its own: image i of a seed always draws the same."""
+
+    gate: Gate = Gate()  # decides as well
+    seed: str = ""
+    index: int = 0
+    of: int = 1
+
+    def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
+        gates = self.gate.per_image(images, window)
+        shown = window if window is not None and len(window) == images else tuple(range(images))
+        return tuple(gate * (draw(self.seed, i, self.of) == self.index) for i, gate in zip(shown, gates, strict=True))
+
+    def decided(self, verdict: tuple[float, ...]) -> Draw:
+        gate = self.gate.decided(verdict)
+        return replace(self, values=gate.values, inflight=None, gate=gate)
+
+
+def draw(seed: str, image: int, of: int) -> int:
+    """One of `of` numbers, all of them as likely."""
+    return random.Random(f"{seed} {image}").randrange(of)
+
+
+@dataclass(frozen=True, eq=False)
+class EditSpec(Shared):
+    """One edit of one MODEL: `method` applied with `source`, between two percents of the timesteps, in some blocks."""
+
+    method: str
+    source: Concept | Prompt | Direction
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    blocks: str = "all"
+    gate: Gate = Gate()
+    options: CREOptions | EIUPOptions | None = None
+    node: str = "ConceptGuard"  # who asked: every error names it
+
+    def __post_init__(self) -> None:
+        complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
+        if KINDS.get(self.method) != (type(self.source), type(self.options)):
+            given = f"{type(self.source).__name__} and {type(self.options).__name__}"
+            complaint = (
+                f"the method {self.method!r} cannot do anything with {given}; the methods are {', '.join(METHODS)}"
+            )
+        elif self.method == "prompt" and self.strength < 0:
+            complaint = f"strength is {self.strength}, but tokens cannot be appended a negative number of times"
+        elif isinstance(self.options, EIUPOptions) and isinstance(self.source, Concept):
+            weights, phrases = len(self.options.weights), len(self.source.phrases)
+            if weights not in (1, phrases):
+                complaint = complaint or (
+                    f'weights has {weights} numbers, but concept "{self.source.name}" has {phrases} phrases; give one '
+                    "number a line for each phrase, or leave it empty to use `weight` for all"
+                )
+        flight = self.gate.inflight
+        if flight and not flight.restart:
+            complaint = complaint or too_late(flight.at_percent, self.start_percent, self.end_percent)
+        if complaint:
+            raise self.error(complaint)
+
+    def error(self, text: str) -> ValueError:
+        return ValueError(f"{self.node}: {text}")
+
+    @property
+    def idle(self) -> bool:
+        """Whether this edit can never do anything: it is then never installed."""
+        closed = not any(self.gate.values)
+        nothing = isinstance(self.options, EIUPOptions) and self.options.nothing
+        return self.strength == 0 or self.start_percent >= self.end_percent or closed or nothing
+
+    @cached_property
+    def key(self) -> str:
+        window = (self.start_percent, self.end_percent)
+        return digest((self.method, self.source.key, self.strength, window, self.blocks, self.gate, self.options))
+
+    @property
+    def order(self) -> tuple[int, str, str]:
+        return METHODS.index(self.method), self.source.name, self.key
+
+
+KINDS: dict[str, tuple[type, type]] = {
+    "direction": (Direction, type(None)),
+    "prompt": (Prompt, type(None)),
+    "erasure": (Concept, EIUPOptions),
+    "projection": (Concept, CREOptions),
+}
+
+
+def complaint_about(strength: float, start_percent: float, end_percent: float, blocks: str) -> str | None:
+    """What is wrong with an edit's inputs and how to mend it; None when they are fine."""
+    if not math.isfinite(strength):
+        return f"strength is {strength}; give a finite number (0 switches the edit off)"
+    for name, percent in (("start_percent", start_percent), ("end_percent", end_percent)):
+        if not 0 <= percent <= 1:  # catches NaN as well
+            return f"{name} is {percent}; give a number from 0 (start of sampling) to 1 (its end)"
+    if start_percent > end_percent:
+        return f"start_percent {start_percent} lies after end_percent {end_percent}; swap them or move one"
+    try:
+        parse_blocks(blocks)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def too_late(at_percent: float, start_percent: float, end_percent: float) -> str | None:
+    """What is wrong with a gate that decides so, without a restart, about an edit of this window."""
+    if not start_percent < end_percent <= at_percent:
+        return None
+    return (
+        f"the gate decides at {at_percent:g}, but the edit ends at {end_percent:g}; let the gate decide earlier or "
+        "restart, or let the edit end later"
+    )

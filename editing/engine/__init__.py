@@ -1,0 +1,1 @@
+"""When, where and to which rows edits are applied while the host samples."""

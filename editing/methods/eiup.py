@@ -1,0 +1,117 @@
+"""EIUP's erasure prompt: its tokens enter the attention and the features that attend to them are re-weighted.
+
+arXiv 2408.01014 and its successor GIE (ICLR 2025), whose code reads
+
+    out = A V + sum_j w_j A_e[:, j] v_j,      A_e = softmax(Q K_e^T / sqrt d),  j over the concept's own tokens
+
+w_j < 0 takes the concept's features away, 0 leaves them, w_j > 0 adds them. DEFAULTS are what an input left alone gets.
+
+A text encoder may say most of a thing at its start, end and padding, which the own tokens lack: then this takes little
+away, and a large w_j destroys the picture. Evidence "alike" re-weights all that the erasure prompt At adds to what
+ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines and neighbours as in cre.py):
+
+    out = A + w E (At - A0),      E = 1 where cos(A - A0, At - A0) >= FLOOR, else 0
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .append import CONTEXT
+from .attention import attend, logits
+from .cre import DEFAULTS as CRE
+from .cre import Kept, alike, less, likeness
+from .eiup_weight import EVIDENCE, Adapter
+
+FLOOR = CRE.floor
+CHOICES = {"form": ("separate", "joint"), "evidence": EVIDENCE}
+
+
+@dataclass(frozen=True)
+class EIUPOptions:
+    """form: a softmax of its own ("separate"), or the prompt's ("joint"), for the erasure prompt's tokens.
+
+    weights: w_j, one for all phrases of the concept, or one for each phrase.
+    evidence: "share" multiplies A_e by the share of the attention that the concept's own tokens would get beside the
+    prompt's; "none" does not; "alike" edits only where the picture's features are like the erasure prompt's, and there
+    all of them. Only for a softmax of its own: a shared one weighs both kinds of tokens anyway.
+    auto: finds the weight of each phrase and image at the first step; `weights` then scale it, -1 being as trained.
+    """
+
+    form: str = "separate"
+    weights: tuple[float, ...] = (-1.0,)
+    evidence: str = "none"
+    auto: Adapter | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for weight in self.weights:
+            if not math.isfinite(weight):
+                raise ValueError(f"weight is {weight}; give a finite number (-1 removes the concept, 0 does nothing)")
+        if self.auto is not None and self.form != "separate":
+            raise ValueError('auto finds weights for form "separate" only; choose that form, or set auto to "off"')
+
+    @property
+    def nothing(self) -> bool:
+        """With a softmax of its own, a weight of 0 leaves the attention as it was; in a shared one it does not."""
+        return self.form == "separate" and not any(self.weights)
+
+    @property
+    def baseline(self) -> str:
+        """What A and the erasure prompt's output are compared with, as CREOptions has it."""
+        return "neutral" if self.form == "separate" and self.evidence == "alike" else "none"
+
+    def weight(self, phrase: int) -> float:
+        return self.weights[0] if len(self.weights) == 1 else self.weights[phrase]
+
+
+DEFAULTS = EIUPOptions(form="separate", weights=(-1.0,), evidence="none")
+
+
+def reweighted(q: Tensor, K: Tensor, wV: Tensor, s: Tensor, evidence: Tensor | None = None) -> Tensor:
+    """sum_j w_j A_e[:, j] v_j over the tokens j of M erasure prompts, A_e = softmax(q K^T / sqrt d); fp32 [R, N, H, d].
+
+    q: [R, N, H, d]; K, wV: [M, T, H, d], the values already weighted (0 for the tokens that are not the concept's own,
+    which still take part in the softmax); s: [M, R], each prompt's strength; evidence: [M, R, N, H, 1], `share` below.
+    """
+    s = s[:, :, None, None, None]
+    return ((s if evidence is None else s * evidence) * attend(q, K, wV).float()).sum(0)
+
+
+def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
+    """Z_own / (Z_own + Z_prompt), Z = sum_j exp(q k_j / sqrt d): evidence that a concept is there; [M, R, N, H, 1].
+
+    q: [R, N, H, d]; k: [R, L, H, d], the prompt's keys; own: M times [1, n, H, d], the concepts' own tokens' keys.
+
+    Our reading, the papers have none: A_e is a softmax over the concept's prompt alone and spends its mass somewhere,
+    concept or not. Beside the prompt's tokens, the concept's own get much only where the picture turns to them. A
+    prompt that the host repeated (append.py) counts once.
+    """
+    log_Z = logits(q, k).logsumexp(-1) - math.log(k.shape[1] / CONTEXT)  # [R, H, N]
+    shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
+    return torch.stack(shares).transpose(2, 3)[..., None]
+
+
+def where_alike(A: Tensor, At: Tensor, A0: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+    """E_p, 1 where the picture's features are like phrase p's, else 0, [P, ...]; and At_p - A0, [P, ..., 1, H d]."""
+    a, x = (less(each, A0, "full") for each in (A, At))
+    along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
+    near = None if kept is None else likeness(a, less(kept.found, A0, "full"), kept.of)
+    E = alike(a, along, norm, FLOOR, near)
+    assert isinstance(E, Tensor)
+    return E[..., 0, 0], x
+
+
+def steered(A: Tensor, At: Tensor, s: Tensor, A0: Tensor, kept: Kept | None = None) -> Tensor:
+    """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
+
+    A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...].
+    """
+    E, x = where_alike(A, At, A0, kept)
+    return ((s * E)[..., None, None] * x).sum(0).reshape(A.shape)

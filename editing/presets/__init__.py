@@ -1,0 +1,1 @@
+"""Safety presets: the document, its texts, and the way to edits and back."""

@@ -1,0 +1,69 @@
+"""A preset's .safetensors form: the document in the metadata, and the tensors of the files that travel along.
+
+Tensor "0/b" is the tensor b of the document's first file, whose own metadata stands under "file 0". Both forms hold the
+same: here files become bytes again, and whoever reads the document compares them with their sha256.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ..files.artefacts import FORMAT, header_of, header_size, packed, without_twins
+
+KIND = "preset"
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether these bytes begin as a safetensors file does: with a length, which no JSON has."""
+    return b"\0" in data[:8] and data[8:9] == b"{"
+
+
+def pack(document: str, version: int) -> bytes:
+    """A checked document's .safetensors form."""
+    found = json.loads(document)
+    metadata = {"format": FORMAT, "kind": KIND, "schema": str(version)}
+    tensors: dict[str, Tensor] = {}
+    for i, file in enumerate(found.get("files", [])):
+        data = base64.b64decode(file.pop("data"))
+        metadata[f"file {i}"] = json.dumps(header_of(data[8 : 8 + header_size(data[:8], len(data))])["__metadata__"])
+        tensors |= {f"{i}/{name}": tensor for name, tensor in load(data).items()}
+    return packed(tensors, {**metadata, "document": json.dumps(found, ensure_ascii=False)})
+
+
+def unpacked(data: bytes, version: int) -> bytes:
+    """The JSON of a .safetensors form. Raises ValueError for other files; whether it is a preset, `read` says."""
+    size = header_size(data[:8], len(data))
+    header = header_of(data[8 : 8 + size])
+    metadata = header.pop("__metadata__", {})
+    if metadata.get("format") != FORMAT or metadata.get("kind") != KIND:
+        raise ValueError("it is a safetensors file, but no preset; choose one that ConceptGuard exported")
+    schema = metadata.get("schema", "")
+    if schema.isascii() and schema.isdigit() and len(schema) < 9 and int(schema) > version:
+        raise ValueError("a newer ConceptGuard wrote it; update this one")
+    if not all(isinstance(entry, dict) and entry.get("dtype") == "F32" for entry in header.values()):
+        raise ValueError("it has a tensor that is not of type F32; export the preset again")
+    try:
+        document = json.loads(metadata["document"], object_pairs_hook=without_twins)
+        files = document.get("files", [])
+        tensors = load(data)
+        for i, file in enumerate(files):
+            file["data"] = filled(i, tensors, metadata)
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"its document is damaged ({type(error).__name__}); export the preset again") from None
+    if tensors:
+        raise ValueError(f"it has a tensor {min(tensors)[:40]!r} that belongs to no file; export the preset again")
+    return json.dumps(document).encode()
+
+
+def filled(i: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """The i-th file in base64; its tensors are taken away."""
+    names = [name for name in tensors if name.startswith(f"{i}/")]
+    own: dict[str, Any] = {name.split("/", 1)[1]: tensors.pop(name) for name in names}
+    about = json.loads(metadata[f"file {i}"], object_pairs_hook=without_twins)
+    return base64.b64encode(packed(own, about)).decode()

@@ -1,0 +1,1 @@
+"""Learning the artefacts that edits need, through the host's MODEL."""

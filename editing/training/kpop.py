@@ -1,0 +1,273 @@
+"""KPOP (arXiv 2403.12326): the concept leaves the weights while a learned prompt keeps it.
+
+theta is the original network, theta' the sanitised one, p the prompt, c_e a concept to erase and c_n a neutral text.
+Each iteration makes one step of eq. 6 (knowledge transfer, into p) and one of eq. 7 (knowledge removal, from theta').
+
+Read from the authors' later code, where the paper is silent: one concept drawn at random at a time; z_t from theta'
+with c_e and guidance 3, at a random one of 50 DDIM steps. `chain` walks such a path and makes an iteration at each of
+its steps, which costs one network call an iteration where a `fresh` path each time costs 50 on average; the noise
+levels are distributed alike. `overshoot` is the same code's `negative_guidance`: 0 is eq. 7, 1 pushes past the neutral
+output as ESD does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..edits.blocks import parse_blocks
+from ..edits.spec import Direction, Prompt
+from ..files.artefacts import Artefact
+from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
+from .lora import Deltas
+
+METHOD = "KPOP"
+MECHANISMS = ("concat", "additive")
+PATHS = ("chain", "fresh")
+STARTS = ("noise", "concept")
+KEYS_AND_VALUES = ("one", "two")  # one p for both, as the paper writes it, or one each, as the code has it
+
+
+@dataclass(frozen=True)
+class KPOPOptions:
+    lr: float = 1e-5
+    prompt_lr: float = 1e-5
+    lam: float = 0.1  # lambda of eq. 7
+    overshoot: float = 0.0
+    guidance: float = 3.0
+    path: str = "chain"
+    path_steps: int = 50
+    batch: int = 1
+    seed: int = 0
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """|| a - b ||^2, as a mean over the numbers."""
+    return (a - b).square().mean()
+
+
+def neutral_target(e_n: Tensor, e_e: Tensor, overshoot: float) -> Tensor:
+    """What theta' is to answer to c_e. e_n, e_e: theta's outputs for c_n and c_e."""
+    return e_n - overshoot * (e_e - e_n)
+
+
+class LearnedPrompt:
+    """p, and how it enters the cross-attentions of some blocks. k, v: [1, n, W].
+
+    mechanism "concat": ctx_k = [c; k], ctx_v = [c; v] before W_k, W_v; "additive": c + k, where n is the length of c.
+    """
+
+    def __init__(
+        self, start: Tensor, mechanism: str = "concat", blocks: str = "middle", keys_and_values: str = "one"
+    ) -> None:
+        self.k = nn.Parameter(start.clone())
+        two = keys_and_values == "two" and mechanism == "concat"
+        self.v = nn.Parameter(start.clone()) if two else self.k
+        self.mechanism, self.blocks, self.parts = mechanism, blocks, parse_blocks(blocks)
+
+    @property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return {"k": self.k} if self.v is self.k else {"k": self.k, "v": self.v}
+
+    def patch(self, n: Tensor, context: Tensor, value: Tensor, extra: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The host's `attn2_patch`. context, value: [B, T, W]."""
+        side, block = extra["block"]
+        if not any(side == s and first <= block <= last for s, first, last in self.parts):
+            return n, context, value
+        k, v = (x.to(context.dtype).expand(len(context), -1, -1) for x in (self.k, self.v))
+        if self.mechanism == "additive":
+            return n, context + k, value + v
+        return n, torch.cat([context, k], 1), torch.cat([value, v], 1)
+
+    def result(self, name: str, **about: Any) -> Prompt:
+        """about: more of an Artefact's fields."""
+        k, v = (x.detach()[0].to("cpu", torch.float32, copy=True) for x in (self.k, self.v))
+        n, width = k.shape
+        return prompt_of(
+            Artefact(
+                "prompt",
+                name,
+                {"k": k, "v": v},
+                METHOD,
+                text_width=width,
+                tokens=n,
+                mechanism=self.mechanism,
+                blocks=self.blocks,
+                **about,
+            )
+        )
+
+
+def prompt_of(found: Artefact) -> Prompt:
+    """The prompt that a file holds. Raises ValueError if no edit can use it."""
+    if found.mechanism not in MECHANISMS:
+        raise ValueError(
+            f'"{found.name}" has the mechanism {found.mechanism[:40]!r}, which this ConceptGuard does not '
+            f"know; it knows {' and '.join(MECHANISMS)}"
+        )
+    parse_blocks(found.blocks)
+    k, v = found.tensors["k"][None], found.tensors["v"][None]
+    if found.mechanism == "additive" and not torch.equal(k, v):
+        raise ValueError(f'"{found.name}" is additive, but adds other things to keys than to values')
+    return Prompt(found.name, k, v, found.mechanism, found.blocks, found)
+
+
+def edit_of(prompt: Prompt) -> tuple[str, Prompt | Direction]:
+    """The engine's method and source for it: tokens that are appended, or a shift of the text encoding."""
+    if prompt.mechanism == "concat":
+        return "prompt", prompt
+    return "direction", Direction(prompt.name, prompt.k[0], prompt.artefact)
+
+
+def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: int) -> Tensor:
+    """p_0 [1, n, W]. concept: [1, T, W], the encoding of a concept; additive prompts have its length.
+
+    Not in the paper, which says that p aligns with no text at first: noise as strong as the encoding's tokens, or
+    (concept) the encoding's own first tokens. An additive prompt starts from a hundredth of the noise.
+    """
+    n = concept.shape[1] if mechanism == "additive" else size
+    if start == "concept" and mechanism == "concat":
+        return concept[:, [1 + i % (concept.shape[1] - 1) for i in range(n)]].clone()
+    noise = torch.randn(1, n, concept.shape[2], generator=torch.Generator().manual_seed(seed)).to(concept)
+    return noise * concept.std() * (0.01 if mechanism == "additive" else 1)
+
+
+class Path:
+    """Where z_t comes from: DDIM from noise towards a concept, with theta' and guidance."""
+
+    def __init__(self, predict: Predict, sampling: Sampling, empty: Text, shape: Sequence[int], o: KPOPOptions) -> None:
+        self.predict, self.sampling, self.empty, self.o = predict, sampling, empty.rows(o.batch), o
+        self.shape = (o.batch, *shape)
+        self.z = torch.zeros(self.shape, device=empty.c.device)
+        self.clean = self.z
+
+    def levels(self, generator: torch.Generator) -> list[float]:
+        """One noise level from each of n equal intervals of the timesteps, falling, and 0."""
+        n = self.o.path_steps
+        percents = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        return [*(sigma_at(self.sampling, p) for p in percents.tolist()), 0.0]
+
+    def begin(self, sigma: float, generator: torch.Generator) -> None:
+        noise = torch.randn(self.shape, generator=generator).to(self.z)
+        s = torch.full((self.o.batch,), sigma, device=noise.device)
+        self.z = self.sampling.noise_scaling(s, noise, torch.zeros_like(noise))
+
+    @torch.no_grad()
+    def onward(self, z: Tensor, output: Tensor, sigma: float, towards: float) -> Tensor:
+        """z after one DDIM step. output: theta' for c_e at z."""
+        s = torch.full((self.o.batch,), sigma, device=z.device)
+        e = self.predict(z, s, self.empty)
+        self.clean = self.sampling.calculate_denoised(s, e + self.o.guidance * (output - e), z)
+        return self.clean + (z - self.clean) * (towards / sigma)
+
+
+class KPOP:
+    """The alternating training. concepts: the set E, each a text of one row; all have the same number of tokens.
+
+    neutral: what each is to become, one text for all in the paper. What a concept's text says besides, a style or a
+    place, its neutral one may say as well: it is not unlearned then.
+    """
+
+    def __init__(
+        self,
+        predict: Predict,
+        sampling: Sampling,
+        concepts: Sequence[Text],
+        neutral: Sequence[Text],
+        empty: Text,
+        deltas: Deltas,
+        prompt: LearnedPrompt,
+        shape: Sequence[int],
+        options: KPOPOptions,
+    ) -> None:
+        self.predict, self.deltas, self.prompt, self.options = predict, deltas, prompt, options
+        self.concepts, self.neutral = concepts, neutral
+        self.path = Path(predict, sampling, empty, shape, options)
+        self.adam = torch.optim.Adam(deltas.tensors.values(), lr=options.lr)
+        self.prompt_adam = torch.optim.Adam(prompt.tensors.values(), lr=options.prompt_lr)
+
+    def step(self, i: int) -> float:
+        """One iteration; returns L_R."""
+        z, sigma, c, c_n = self.noisy(i)
+        s = torch.full((len(z),), sigma, device=z.device)
+        with torch.no_grad(), self.deltas.off():
+            e_e, e_n = self.predict(z, s, c), self.predict(z, s, c_n)
+        target, outputs = neutral_target(e_n, e_e, self.options.overshoot), []
+
+        def with_prompt() -> Tensor:
+            return difference(self.predict(z, s, c, self.prompt.patch), e_e)
+
+        def removal() -> Tensor:
+            outputs.append(self.predict(z, s, c))
+            return difference(outputs[0], target)
+
+        kept = self.prompt_state()
+        try:
+            slope(self.prompt_adam, with_prompt)  # eq. 5
+            self.prompt_adam.step()  # eq. 6
+            losses = [removal] if self.options.lam == 0 else [removal, lambda: self.options.lam * with_prompt()]
+            loss = slope(self.adam, *losses)  # eq. 7
+            onward = z
+            if self.options.path == "chain":
+                onward = self.path.onward(z, outputs[0].detach(), sigma, self.towards)
+        except BaseException:  # the host interrupts in the middle of a network's call
+            self.restore_prompt(kept)
+            raise
+        self.adam.step()
+        self.path.z = onward
+        return loss
+
+    def noisy(self, i: int) -> tuple[Tensor, float, Text, Text]:
+        """z_t, its noise level, the concepts that it is drawn towards and their neutral texts, for iteration i."""
+        n = self.options.path_steps
+        start, j = (i // n * n, i % n) if self.options.path == "chain" else (i, 0)
+        generator = draws(self.options.seed, start)
+        levels = self.path.levels(generator)
+        which = torch.randint(len(self.concepts), (self.options.batch,), generator=generator).tolist()
+        c, c_n = (Text.stack([texts[w] for w in which]) for texts in (self.concepts, self.neutral))
+        if self.options.path == "fresh":
+            j = int(torch.randint(n, (), generator=generator))
+            self.path.begin(levels[0], generator)
+            for k in range(j):
+                s = torch.full((self.options.batch,), levels[k], device=self.path.z.device)
+                with torch.no_grad():
+                    e = self.predict(self.path.z, s, c)
+                self.path.z = self.path.onward(self.path.z, e, levels[k], levels[k + 1])
+        elif j == 0:
+            self.path.begin(levels[0], generator)
+        self.towards = levels[j + 1]
+        return self.path.z, levels[j], c, c_n
+
+    def prompt_state(self) -> dict[str, Tensor]:
+        tensors = self.prompt.tensors.items()
+        tokens = {f"prompt.{name}": p.detach().flatten().to("cpu", copy=True) for name, p in tensors}
+        return {**tokens, **adam_state("prompt.adam", self.prompt_adam)}
+
+    def state(self) -> dict[str, Tensor]:
+        weights = torch.cat([p.detach().flatten() for p in self.deltas.tensors.values()]).cpu()
+        return {
+            "weights": weights,
+            "z": self.path.z.flatten().to("cpu", copy=True),
+            **adam_state("adam", self.adam),
+            **self.prompt_state(),
+        }
+
+    def restore_prompt(self, state: Mapping[str, Tensor]) -> None:
+        for name, p in self.prompt.tensors.items():
+            fill(p, state[f"prompt.{name}"])
+        restore_adam("prompt.adam", self.prompt_adam, state)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        parts = list(self.deltas.tensors.values())
+        for p, values in zip(parts, state["weights"].split([p.numel() for p in parts]), strict=True):
+            fill(p, values)
+        self.path.z = state["z"].reshape(self.path.shape).to(self.path.z, copy=True)
+        restore_adam("adam", self.adam, state)
+        self.restore_prompt(state)
+
+    def preview(self) -> Tensor | None:
+        return self.path.clean[0]

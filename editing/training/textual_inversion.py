@@ -1,0 +1,115 @@
+"""A concept from pictures: tokens e that, in place of words, make the network denoise them (textual inversion,
+arXiv 2208.01618, with the loss of eq. 4 of the KPOP paper; here the tokens stand behind the text encoder).
+
+L = || eps - eps_theta(z_t, t, c(e)) ||^2 for a picture z_0, noise eps and a noise level drawn at random; only e learns.
+c(e) is a caption's encoding with e in the places of its first tokens of padding: what the caption says of the picture,
+e need not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..edits.spec import Concept, Phrase
+from ..files.artefacts import Artefact
+from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
+
+METHOD = "learned concept"
+
+
+@dataclass(frozen=True)
+class ConceptOptions:
+    tokens: int = 4
+    lr: float = 1e-2
+    batch: int = 4
+    seed: int = 0
+
+
+def tokens_start(options: ConceptOptions, empty: Tensor, like: Tensor | None = None) -> Tensor:
+    """e_0 [n, W]: the tokens `like` [m, W] in turn, or those of the empty prompt [1, T, W] with some noise."""
+    if like is not None and len(like):
+        return like[[i % len(like) for i in range(options.tokens)]].clone()
+    start = empty[0, 1 : 1 + options.tokens]
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(options.seed)).to(start)
+    return start + 0.1 * empty.std() * noise
+
+
+def placed(c: Tensor, e: Tensor, at: Sequence[int]) -> Tensor:
+    """Each row's context with e in it. c: [B, T, W]; e: [n, W]; at: B first positions."""
+    rows = [torch.cat([row[:i], e, row[i + len(e) :]]) for row, i in zip(c, at, strict=True)]
+    return torch.stack(rows)
+
+
+class LearnedTokens:
+    """The training. latents: [P, 4, h, w], the pictures; captions: a text for each, and where it has room for e."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        sampling: Sampling,
+        latents: Tensor,
+        captions: Sequence[Text],
+        at: Sequence[int],
+        start: Tensor,
+        options: ConceptOptions,
+    ) -> None:
+        self.predict, self.sampling, self.options = predict, sampling, options
+        self.latents, self.captions, self.at = latents, captions, at
+        self.e = nn.Parameter(start.clone())
+        self.adam = torch.optim.Adam([self.e], lr=options.lr)
+        self.clean = latents[:1]
+
+    def step(self, i: int) -> float:
+        generator, B = draws(self.options.seed, i), self.options.batch
+        which = torch.randint(len(self.latents), (B,), generator=generator).tolist()
+        percents = (torch.arange(B) + torch.rand(B, generator=generator)) / B  # one from each part of the timesteps
+        eps = torch.randn(B, *self.latents.shape[1:], generator=generator).to(self.latents)
+        sigma = torch.tensor([sigma_at(self.sampling, p) for p in percents.tolist()], device=eps.device)
+        z = self.sampling.noise_scaling(sigma, eps.clone(), self.latents[which])
+        text, at = Text.stack([self.captions[w] for w in which]), [self.at[w] for w in which]
+
+        def loss() -> Tensor:
+            output = self.predict(z, sigma, Text(placed(text.c, self.e, at), text.extra))
+            self.clean = self.sampling.calculate_denoised(sigma, output, z)
+            return (eps - (z - self.clean) / sigma[:, None, None, None]).square().mean()
+
+        value = slope(self.adam, loss)
+        self.adam.step()
+        self.clean = self.clean.detach()
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        return {"learned": self.e.detach().flatten().to("cpu", copy=True), **adam_state("adam", self.adam)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        fill(self.e, state["learned"])
+        restore_adam("adam", self.adam, state)
+
+    def preview(self) -> Tensor:
+        return self.clean[len(self.clean) // 2]
+
+    def artefact(self, name: str, empty: Tensor, **about: object) -> Artefact:
+        """empty: [1, T, W], the empty prompt's encoding. Neutral are the captions: what they say is no part of it."""
+        e = self.e.detach().to("cpu", torch.float32, copy=True)
+        neutral = torch.cat([text.c for text in self.captions]).mean(0)
+        rest = {"neutral": neutral, "empty": empty[0]}
+        tensors = {"learned": e, **{key: x.to("cpu", torch.float32, copy=True) for key, x in rest.items()}}
+        return Artefact("concept", name, tensors, METHOD, text_width=e.shape[1], tokens=len(e), **about)  # type: ignore[arg-type]
+
+
+def concept_of(found: Artefact) -> Concept:
+    """One phrase: what it was learned beside, the captions' mean encoding, with the learned tokens in its last places.
+
+    Compared with that same mean, what is left is what the tokens add.
+    """
+    e, empty = found.tensors["learned"], found.tensors["empty"][None]
+    neutral = found.tensors["neutral"][None] if "neutral" in found.tensors else empty
+    first = empty.shape[1] - len(e)
+    if first < 2:
+        raise ValueError(f'"{found.name}" has {len(e)} tokens, too many for a prompt of {empty.shape[1]}')
+    phrase = Phrase(found.name, placed(neutral, e, [first]), tuple(range(first, empty.shape[1])))
+    return Concept(found.name, (phrase,), empty, neutral, artefact=found)
