@@ -20,7 +20,7 @@ Edit = Callable[[Demo, Any, Concept], Any]
 
 
 def eiup(**options: Any) -> Edit:
-    """In every step: the demo model settles what it shows in the last ones (causal/search.py), beyond the paper's 80 %."""
+    """In every step: the demo model settles what it shows in the last ones , beyond the paper's 80 %."""
 
     def edit(demo: Demo, model: Any, concept: Concept) -> Any:
         return add_edit(model, EditSpec("erasure", concept, options=replace(DEFAULTS, **options), node="bench"))
