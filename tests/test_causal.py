@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conceptguard.editing.causal import kept as cache
-from conceptguard.editing.causal.search.search import (
+from conceptguard.editing.causal.search import (
     MEMORYLESS,
     Period,
     Prefixes,

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from conceptguard.editing.gates import classifiers
-from conceptguard.editing.gates.gates.classifiers import Classifier, chosen_of, read_weights, torchvision_classifier
-from conceptguard.editing.gates.gates.packages import NudeNet, OpenNSFW
+from conceptguard.editing.gates.classifiers import Classifier, chosen_of, read_weights, torchvision_classifier
+from conceptguard.editing.gates.packages import NudeNet, OpenNSFW
 from conceptguard.nodes import NODES
 from conceptguard.nodes import classifier as node
 from conceptguard.nodes.classifier import ConceptGuardLoadClassifier, ConceptGuardNudeNet, ConceptGuardOpenNSFW

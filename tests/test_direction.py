@@ -16,8 +16,8 @@ from torch import Tensor
 from conceptguard.editing.edits.spec import Concept, Direction, Draw, Gate, Phrase, draw
 from conceptguard.editing.engine.host import edits_of, fingerprint_of
 from conceptguard.editing.files.artefacts import Artefact, read, write
-from conceptguard.editing.gates.folder.chart import curve
 from conceptguard.editing.methods.safe_region import direction_of
+from conceptguard.editing.pictures.chart import curve
 from conceptguard.editing.training.direction import Learner, psi, random_like
 from conceptguard.nodes import files
 from conceptguard.nodes import train_direction as training

@@ -18,9 +18,9 @@ from conceptguard.editing.edits.encode import concept_from_text
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.files import artefacts
 from conceptguard.editing.gates import prompts
-from conceptguard.editing.gates.gates.augment import perturbed
-from conceptguard.editing.gates.gates.decoders import decoder, preview
-from conceptguard.editing.gates.gates.discriminator import (
+from conceptguard.editing.gates.augment import perturbed
+from conceptguard.editing.gates.decoders import decoder, preview
+from conceptguard.editing.gates.discriminator import (
     Discriminator,
     Head,
     calibrate,
@@ -31,8 +31,8 @@ from conceptguard.editing.gates.gates.discriminator import (
     to_artefact,
     train,
 )
-from conceptguard.editing.gates.gates.features import Vision, squared
-from conceptguard.editing.gates.gates.folder import folder_in, read_folder
+from conceptguard.editing.gates.features import Vision, squared
+from conceptguard.editing.gates.folder import folder_in, read_folder
 from conceptguard.nodes import files
 from conceptguard.nodes.discriminator import (
     KIND,

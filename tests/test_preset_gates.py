@@ -13,8 +13,8 @@ from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec, Gate, InFlight
 from conceptguard.editing.engine.host import add_edit
-from conceptguard.editing.gates.gates.discriminator import Discriminator, Head
-from conceptguard.editing.gates.gates.features import Vision
+from conceptguard.editing.gates.discriminator import Discriminator, Head
+from conceptguard.editing.gates.features import Vision
 from conceptguard.editing.presets.apply import combined
 from conceptguard.editing.presets.document import read
 from conceptguard.editing.presets.words import described
