@@ -15,7 +15,7 @@ from ..demo import world
 from ..editing.edits.spec import EditSpec, Prompt
 from ..editing.engine.host import add_edit
 from ..editing.training.kpop import edit_of
-from ..editing.training.network import gradients
+from ..editing.training.mode import gradients
 from ..nodes.train_kpop import learn
 from .sampling import Demo, Rate, object_prompts
 

@@ -21,7 +21,7 @@ from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS
 from ..editing.methods.eiup import EIUPOptions
-from ..editing.training.network import gradients
+from ..editing.training.mode import gradients
 from ..editing.training.textual_inversion import concept_of
 from ..nodes.learn_concept import learn
 from .erasure import STRENGTH

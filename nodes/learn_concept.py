@@ -16,7 +16,7 @@ from ..editing.engine.host import fingerprint_of
 from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
 from ..editing.pictures.chart import curve
-from ..editing.training.network import gradients
+from ..editing.training.mode import gradients
 from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, concept_of, tokens_start
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, file_output, named, prefix_input

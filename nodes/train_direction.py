@@ -15,6 +15,7 @@ from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.pictures.chart import curve
 from ..editing.training.direction import GOALS, Learner, Settings
 from ..editing.training.gradient import DTYPES, Predictor, train_with
+from ..editing.training.mode import gradients
 from .files import saved
 from .inputs import CATEGORY, check, choice_input, named
 from .progress import Progress, kept
@@ -204,7 +205,7 @@ def learn(
         raise ValueError("concept and clip are of different text encoders; make the concept with this clip")
     if resume is not None and (not isinstance(resume, Direction) or resume.artefact is None):
         raise ValueError("resume is no learned direction; connect what Load Direction or Train Direction gives")
-    with torch.inference_mode(False):  # autograd refuses tensors that are made in the host's mode
+    with gradients():
         if resume is None or resume.artefact is None:
             learner = Learner.start(concept, settings, tokens, backbone)
         else:

@@ -28,7 +28,8 @@ from ..editing.training.kpop import (
 )
 from ..editing.training.learning import Text
 from ..editing.training.lora import WEIGHTS, Deltas, LoRA, chosen
-from ..editing.training.network import Network, gradients
+from ..editing.training.mode import gradients
+from ..editing.training.network import Network
 from .inputs import CATEGORY, choice_input, named
 from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
 from .types import LoRAType, PromptType

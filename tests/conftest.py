@@ -59,6 +59,15 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture(scope="module")
+def as_a_node() -> Iterator[None]:
+    """As the host runs nodes, which also load their models there: in inference mode."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
 def model() -> Any:
     """A MODEL of SD1's kind, with few and random weights."""
     import tiny

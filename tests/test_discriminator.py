@@ -44,6 +44,8 @@ from conceptguard.nodes.discriminator import (
 )
 from conceptguard.nodes.gates import ConceptGuardImageGate, ConceptGuardInFlightGate, ConceptGuardPromptGate
 
+pytestmark = pytest.mark.usefixtures("as_a_node")
+
 
 class Eye:
     """A CLIP_VISION that sees the mean colours of nine fields, turned by its weights."""

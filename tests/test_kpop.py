@@ -18,7 +18,8 @@ from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.training.kpop import KPOP, KPOPOptions, LearnedPrompt, prompt_start
 from conceptguard.editing.training.learning import Text
 from conceptguard.editing.training.lora import Deltas, chosen
-from conceptguard.editing.training.network import Network, gradients
+from conceptguard.editing.training.mode import gradients
+from conceptguard.editing.training.network import Network
 
 CUT = KPOPOptions(lr=1e-2, prompt_lr=1e-2, path_steps=5, guidance=2.0)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.files import artefacts
 from conceptguard.editing.training.learning import Text
-from conceptguard.editing.training.network import Network, gradients
+from conceptguard.editing.training.mode import gradients
+from conceptguard.editing.training.network import Network
 from conceptguard.editing.training.textual_inversion import (
     ConceptOptions,
     LearnedTokens,

@@ -17,6 +17,8 @@ from conceptguard.editing.engine.host import add_edit, edits_of
 from conceptguard.editing.methods import eiup_weight as adapters
 from conceptguard.editing.methods.eiup import EIUPOptions
 
+pytestmark = pytest.mark.usefixtures("as_a_node")
+
 GRID = (-1.0, -2.0, -4.0, -8.0)
 
 

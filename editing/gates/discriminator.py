@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..edits.digest import Shared, digest
 from ..files.artefacts import Artefact
+from ..training.mode import learns
 from .augment import perturbed
 from .features import Features, squared
 
@@ -116,6 +117,7 @@ class Discriminator(Shared):
         return torch.sigmoid(self.head.logits(self.features(x))).tolist()
 
 
+@learns
 def fit(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 60) -> Head:
     """Logistic regression, each class weighing the same. x: [n, F]; y: [n] of 0 and 1."""
     mean, spread = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
@@ -126,6 +128,7 @@ def fit(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 60) -> Head:
     return Head(mean, spread, w.detach(), b.detach())
 
 
+@learns
 def calibrate(head: Head, x: Tensor, y: Tensor) -> Head:
     """Platt scaling: the head with a slope a and an offset c found on examples that it has not seen.
 
@@ -141,16 +144,15 @@ def calibrate(head: Head, x: Tensor, y: Tensor) -> Head:
 
 
 def minimise(parameters: list[Tensor], loss: Callable[[], Tensor], steps: int) -> None:
-    with torch.inference_mode(False), torch.enable_grad():
-        lbfgs = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
 
-        def closure() -> Tensor:
-            lbfgs.zero_grad()
-            value = loss()
-            value.backward()
-            return value
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        value = loss()
+        value.backward()
+        return value
 
-        lbfgs.step(closure)
+    lbfgs.step(closure)
 
 
 def threshold_for(scores: Sequence[float], rate: float) -> float:

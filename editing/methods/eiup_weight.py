@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..edits.digest import Shared, digest
 from ..files import artefacts
 from ..files.artefacts import Artefact
+from ..training.mode import learns
 
 EVIDENCE = ("none", "share", "alike")  # eiup.py; "share" also multiplies the A_e that are averaged here
 KIND = "eiup-weight"
@@ -62,6 +63,7 @@ def mlp(inputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
 
 
+@learns
 def train(
     x: Tensor,
     w: Tensor,
@@ -82,13 +84,12 @@ def train(
         network = mlp(len(blocks))
     adam = torch.optim.Adam(network.parameters(), lr=2e-3, weight_decay=1e-4)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            loss = (network((x - mean) / spread)[:, 0] - w).square().mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            decay.step()
+    for _ in range(steps):
+        loss = (network((x - mean) / spread)[:, 0] - w).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        decay.step()
     network = network.eval().requires_grad_(False)
     return Adapter(name, tuple(blocks), evidence, mean, spread, float(w.min()), float(w.max()), network)
 

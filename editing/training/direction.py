@@ -18,6 +18,7 @@ from torch import Tensor
 from ..edits.spec import Concept, Direction
 from ..files.artefacts import Artefact
 from ..methods.safe_region import direction_of, shift
+from .mode import gradients
 
 GOALS = ("away", "towards")
 METHOD = "safe region"
@@ -136,7 +137,7 @@ class Learner:
         )
 
     def direction(self) -> Direction:
-        with torch.inference_mode(False):  # so that more can be learned through a model that it edits
+        with gradients():  # so that more can be learned through a model that it edits
             return direction_of(self.artefact())
 
     def learn(

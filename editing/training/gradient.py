@@ -19,6 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .mode import copied, gradients
+
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -57,15 +59,6 @@ def with_gradient(_: Any, *args: Any, **kwargs: Any) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def copied(value: Any) -> Any:
-    """Without the tensors that the host made for inference alone, which autograd refuses."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
-    return value._copy_with(copied(value.cond)) if hasattr(value, "_copy_with") else value
-
-
 class _Body(comfy.samplers.Sampler):
     """Not a sampler, but what stands in its place."""
 
@@ -85,7 +78,7 @@ class _Body(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         unet = model_wrap.inner_model.diffusion_model
-        with torch.inference_mode(False), torch.enable_grad(), differentiable(unet, self.checkpointing):
+        with gradients(), differentiable(unet, self.checkpointing):
             self.body(Predictor(model_wrap, extra_args["model_options"], model_wrap.conds["positive"]))
         return latent_image
 

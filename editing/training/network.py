@@ -7,8 +7,6 @@ take part in a backward pass (they are inference tensors), and a MODEL's clones 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -24,13 +22,6 @@ from ..engine.host import cross_attentions
 from .learning import Patch, Text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@contextmanager
-def gradients() -> Iterator[None]:
-    """The host executes graphs in inference mode, in which nothing can be learned."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 class Network:
