@@ -14,7 +14,7 @@ import comfy.sd
 from ..demo import world
 from ..editing.edits.spec import EditSpec, Prompt
 from ..editing.engine.host import add_edit
-from ..editing.training.kpop import edit_of
+from ..editing.methods.kpop import edit_of
 from ..editing.training.mode import gradients
 from ..nodes.train_kpop import learn
 from .sampling import Demo, Rate, object_prompts

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..demo import world
 from ..demo.judge import Verdict, judge
 from ..demo.load import load_judge
+from ..editing.edits.learned import concept_of
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS
 from ..editing.methods.eiup import EIUPOptions
 from ..editing.training.mode import gradients
-from ..editing.training.textual_inversion import concept_of
 from ..nodes.learn_concept import learn
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts, style_prompts

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..editing.edits.spec import Concept, EditSpec, Phrase
-from ..editing.engine.host import RUN, WRAPPERS, start_run
+from ..editing.engine.backbone import backbone_of
+from ..editing.engine.host import RUN, WRAPPERS, of_model, start_run
 from ..editing.engine.plan import Plan
 from ..editing.engine.run import EDITS, Run
 from ..editing.methods.cre import DEFAULTS
@@ -73,7 +74,7 @@ class Call:
         base = self.model.model
         self.run: Run | None = None
         if self.specs:
-            self.run = start_run(base.diffusion_model, base.model_sampling, type(base).__name__, self.specs)
+            self.run = start_run(of_model(self.model, "bench"), base.model_sampling, self.specs)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -161,10 +162,10 @@ def memory() -> list[Row]:
     rows = []
     for shape, goal in (("SD1.5", 4.0), ("SD2.1", None), ("SDXL", 26.0), ("SDXL refiner", None)):
         model = build(shape, torch.float16, "meta").model
-        run = start_run(model.diffusion_model, model.model_sampling, shape, cre(shape, 1))
+        backbone = backbone_of(model.diffusion_model, shape, "bench")
 
-        def size(specs: list[EditSpec], blocks: Any = run.backbone.blocks) -> float:
-            return held(Plan(specs, blocks, torch.device("meta"), torch.float16)) / 1e6
+        def size(specs: list[EditSpec], backbone: Any = backbone) -> float:
+            return held(Plan(specs, backbone, torch.device("meta"), torch.float16)) / 1e6
 
         one, two = size(cre(shape, 1)), size(cre(shape, 2))
         rows.append(

@@ -15,7 +15,8 @@ from ..demo import world
 from ..demo.judge import Verdict
 from ..editing.engine.host import add_edit
 from ..editing.presets.apply import Given, specs_of
-from ..editing.presets.document import CREEdit, EIUPEdit, Preset, Words, read
+from ..editing.presets.document import Preset, read
+from ..editing.presets.parts import ConceptEdit
 from ..tools.environment import ROOT
 from .erasure import Row, Table, in_style, named
 from .sampling import Demo, Rate, object_prompts, style_prompts
@@ -35,8 +36,8 @@ def applied(demo: Demo, preset: Preset) -> Any:
 
 def spoken(preset: Preset, names: Iterable[str]) -> list[str]:
     """Those of `names` that a phrase of the preset says."""
-    concepts = [edit.concept for edit in preset.edits if isinstance(edit, CREEdit | EIUPEdit)]
-    phrases = [phrase for each in concepts if isinstance(each, Words) for phrase in each.phrases]
+    concepts = [edit.concept for edit in preset.edits if isinstance(edit, ConceptEdit)]
+    phrases = [phrase for each in concepts for phrase in each.phrases]
     return [name for name in names if any(re.search(rf"\b{name}\b", phrase) for phrase in phrases)]
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..demo import world
 from ..editing.edits.spec import EditSpec
-from ..editing.engine.host import add_edit, add_watch, cross_attentions
+from ..editing.engine.backbones.unet import cross_attentions
+from ..editing.engine.host import add_edit, add_watch
 from ..editing.engine.watch import Watch
 from ..editing.methods import eiup_weight as adapters
 from ..editing.methods.eiup import EIUPOptions
@@ -50,7 +51,7 @@ def first_look(model: Any, spec: EditSpec, positive: Any, negative: Any, noise: 
     positive: one cond with a row for each picture; noise: [n, 4, h, w].
     """
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, steps)[:2]
-    watched = add_watch(model, watch := Watch(spec))
+    watched = add_watch(model, watch := Watch(spec.source, spec.node, evidence=spec.options.evidence))
     comfy.sample.sample(
         watched,
         noise,

@@ -13,11 +13,12 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..editing.edits.spec import Concept, EditSpec
+from ..editing.edits.spec import Concept, complaint_about
 from ..editing.engine.host import add_watch
-from ..editing.engine.watch import SCALES, Watch, painted, scaled
-from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
-from .inputs import CATEGORY, blocks_input, check, choice_input, named, where
+from ..editing.engine.watch import Watch
+from ..editing.methods.eiup import CHOICES, DEFAULTS
+from ..editing.pictures.heat import SCALES, painted, scaled
+from .inputs import CATEGORY, blocks_input, check, choice_input, named
 from .types import ConceptType
 
 NODE = "ConceptGuardConceptMap"
@@ -159,16 +160,16 @@ class ConceptGuardConceptMap(io.ComfyNode):
         with named(NODE):
             if not isinstance(concept, Concept):
                 raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
-            place = where(start_percent, end_percent, blocks)
-            options = EIUPOptions(evidence=evidence)
+            if complaint := complaint_about(1.0, start_percent, end_percent, blocks):
+                raise ValueError(complaint)
+            watch = Watch(concept, NODE, blocks, evidence)
             if scale not in SCALES:
                 raise ValueError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}")
-        spec = EditSpec("erasure", concept, **place, options=options, node=NODE)
         x = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
         height, width = (8 * n for n in x.shape[-2:]) if image is None else image.shape[1:3]
         if image is not None and len(image) not in (1, len(x)):
-            raise spec.error(f"image has {len(image)} pictures and latent {len(x)}; decode the same latent")
-        watched = add_watch(model, watch := Watch(spec))
+            raise ValueError(f"{NODE}: image has {len(image)} pictures and latent {len(x)}; decode the same latent")
+        watched = add_watch(model, watch)
         with closing(watch):
             look(watched, positive, x, seed, noise_levels(model, start_percent, end_percent, steps))
             heat = scaled(watch.heat(height, width), scale)

@@ -13,7 +13,7 @@ from ..editing.edits.spec import EditSpec, Gate, Prompt
 from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact, packed, put
-from ..editing.training.kpop import edit_of, prompt_of
+from ..editing.methods.kpop import edit_of, prompt_of
 from ..editing.training.lora import LoRA
 from .files import changed, choices, file_of, saved
 from .inputs import (

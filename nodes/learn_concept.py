@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..editing.edits.digest import digest
 from ..editing.edits.encode import own_tokens
+from ..editing.edits.learned import concept_of
 from ..editing.edits.spec import Concept
 from ..editing.engine.host import fingerprint_of
 from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
 from ..editing.pictures.chart import curve
 from ..editing.training.mode import gradients
-from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, concept_of, tokens_start
+from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, tokens_start
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, file_output, named, prefix_input
 from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key

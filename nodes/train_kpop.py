@@ -14,11 +14,11 @@ from ..editing.edits.digest import digest
 from ..editing.edits.spec import Prompt
 from ..editing.engine.host import fingerprint_of
 from ..editing.files.artefacts import FORMAT, package_version
+from ..editing.methods.kpop import MECHANISMS
 from ..editing.pictures.chart import curve
 from ..editing.training.kpop import (
     KEYS_AND_VALUES,
     KPOP,
-    MECHANISMS,
     METHOD,
     PATHS,
     STARTS,

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from conceptguard.benchmarks.shapes import SHAPES, build
 from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
-from conceptguard.editing.engine.host import add_edit, cross_attentions
+from conceptguard.editing.engine.backbones.unet import cross_attentions
+from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.cre import DEFAULTS, CREOptions
 from conceptguard.editing.methods.eiup import EIUPOptions
 

@@ -14,7 +14,7 @@ import torch
 from conceptguard.editing.converters import prompts as convert_prompts
 from conceptguard.editing.converters.prompts import main, prompts_in
 from conceptguard.editing.files.artefacts import read
-from conceptguard.editing.training.kpop import prompt_of
+from conceptguard.editing.methods.kpop import prompt_of
 
 K, V = torch.arange(6.0).reshape(2, 3), -torch.arange(6.0).reshape(2, 3)
 

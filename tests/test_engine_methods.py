@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Prompt
 from conceptguard.editing.engine.host import add_edit
-from conceptguard.editing.methods.append import append
 from conceptguard.editing.methods.attention import split_heads
 from conceptguard.editing.methods.eiup import EIUPOptions, reweighted
+from conceptguard.editing.methods.kpop import append
 from conceptguard.editing.methods.safe_region import shift
 
 H, D = 4, 12
@@ -247,12 +247,17 @@ def test_the_order_of_nodes_changes_no_bit(kinds: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("projection", None), ("erasure", tiny.CRE), ("prompt", None), ("direction", None), ("x", None)],
+    [("projection", None), ("erasure", tiny.CRE), ("prompt", None), ("direction", None)],
 )
 def test_a_method_without_what_it_needs_is_refused(method: str, options: Any) -> None:
     """An edit that does nothing must not pass for one that protects."""
     with pytest.raises(ValueError, match=f"Test: the method '{method}' cannot do anything with Concept and"):
         EditSpec(method, tiny.concept(), options=options, node="Test")
+
+
+def test_a_method_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="Test: there is no method 'x'; the methods are direction, prompt, erasure, p"):
+        EditSpec("x", tiny.concept(), node="Test")
 
 
 def test_a_negative_number_of_appended_tokens_is_refused() -> None:

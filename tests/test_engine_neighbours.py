@@ -13,10 +13,10 @@ from foreign import Attn2Replace, couple, ip_adapter
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec, Gate, Prompt
-from conceptguard.editing.engine.host import add_edit, hook_options
+from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.engine.run import OBSERVER
-from conceptguard.editing.methods.append import append
 from conceptguard.editing.methods.eiup import EIUPOptions
+from conceptguard.editing.methods.kpop import append
 
 
 def cre(model: Any, seed: int = 100, **inputs: Any) -> Any:
@@ -155,7 +155,7 @@ def test_a_lora_on_one_conditioning_is_not_the_others(model: Any) -> None:
 
 def hooked(scope: comfy.hooks.EnumHookScope, edit: EditSpec) -> comfy.hooks.HookGroup:
     group = comfy.hooks.HookGroup()
-    group.add(comfy.hooks.TransformerOptionsHook(hook_options(edit), hook_scope=scope))
+    group.add(comfy.hooks.TransformerOptionsHook(tiny.hooked(edit), hook_scope=scope))
     return group
 
 
@@ -235,10 +235,10 @@ def test_an_attention_override_still_applies(model: Any) -> None:
 def test_the_attention_is_the_same_with_the_hosts_cpu_default(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy.ldm.modules import attention as host
 
-    from conceptguard.editing.engine import host as binding
+    from conceptguard.editing.engine.backbones import unet
 
     expected = tiny.sample(cre(model))
-    for module in (host, binding):
+    for module in (host, unet):
         monkeypatch.setattr(module, "optimized_attention", host.attention_sub_quad)
     torch.testing.assert_close(tiny.sample(cre(model)), expected, rtol=1e-3, atol=1e-2)
 

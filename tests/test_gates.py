@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Draw, EditSpec, Gate, InFlight, opened
-from conceptguard.editing.engine.host import add_edit, edits_of, hook_options
+from conceptguard.editing.engine.host import add_edit, edits_of
 from conceptguard.nodes import NODES
 
 STEPS = 6
@@ -203,7 +203,7 @@ def test_a_conditioning_cannot_bring_it(model: Any) -> None:
     gate, _ = flight([1.0] * 3)
     (edit,) = edits_of(cre(model, gate))
     group = comfy.hooks.HookGroup()
-    group.add(comfy.hooks.TransformerOptionsHook(hook_options(edit), hook_scope=comfy.hooks.EnumHookScope.HookedOnly))
+    group.add(comfy.hooks.TransformerOptionsHook(tiny.hooked(edit), hook_scope=comfy.hooks.EnumHookScope.HookedOnly))
     for base in (model, cre(model, Gate(), strength=0.5)):
         with pytest.raises(ValueError, match="Test: a gate that decides in flight needs the edit on the MODEL"):
             sampled(base, positive=tiny.cond(1, hooks=group))

@@ -23,7 +23,12 @@ ALLOWED = {
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 
 # Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
-HOST_USERS = {"editing/engine/host.py", "editing/training/gradient.py", "editing/training/network.py"}
+HOST_USERS = {
+    "editing/engine/host.py",
+    "editing/engine/backbones/unet.py",
+    "editing/training/gradient.py",
+    "editing/training/network.py",
+}
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 

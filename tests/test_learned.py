@@ -15,6 +15,7 @@ from comfy_extras.nodes_train import LoraModelLoader
 from nodes import LoraLoader
 from torch import Tensor
 
+from conceptguard.editing.edits.learned import concept_of, placed
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.files import artefacts
 from conceptguard.editing.training.learning import Text
@@ -23,8 +24,6 @@ from conceptguard.editing.training.network import Network
 from conceptguard.editing.training.textual_inversion import (
     ConceptOptions,
     LearnedTokens,
-    concept_of,
-    placed,
     tokens_start,
 )
 from conceptguard.nodes import training as training_nodes

@@ -15,18 +15,17 @@ from torch import Tensor
 from conceptguard.editing.edits.spec import EditSpec
 from conceptguard.editing.engine.host import RUN, add_edit, add_watch
 from conceptguard.editing.engine.run import WATCH
-from conceptguard.editing.engine.watch import SCALES, Watch, painted, scaled
+from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods import eiup
 from conceptguard.editing.methods.cre import DEFAULTS as CRE
-from conceptguard.editing.methods.eiup import EIUPOptions
+from conceptguard.editing.pictures.heat import SCALES, painted, scaled
 from conceptguard.nodes.concept_map import ConceptGuardConceptMap, noise_levels
 
 CONCEPT = tiny.concept("knife", 100, phrases=2)
 
 
 def watch(**inputs: Any) -> Watch:
-    options = EIUPOptions(evidence=inputs.pop("evidence", "none"))
-    return Watch(EditSpec("erasure", CONCEPT, options=options, node="Test", **inputs))
+    return Watch(CONCEPT, "Test", **inputs)
 
 
 def cre(model: Any) -> Any:
@@ -73,7 +72,7 @@ def test_a_map_of_what_is_alike_shows_where_edits_act(model: Any, monkeypatch: p
     monkeypatch.setattr(eiup, "FLOOR", 0.05)  # a random network finds little alike
     long = replace(CONCEPT.phrases[0], tokens=tiny.tokens(400, 154))  # another length than the baseline, and first
     concept = replace(CONCEPT, phrases=(long, CONCEPT.phrases[1]))
-    saw = Watch(EditSpec("erasure", concept, options=EIUPOptions(evidence="alike"), node="Test"))
+    saw = Watch(concept, "Test", evidence="alike")
     with tiny.Recorder(model) as seen:
         tiny.sample(add_watch(model, saw), batch=2, steps=1)
     for key, (call,) in seen.calls.items():

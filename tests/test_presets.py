@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.methods import cre, eiup
+from conceptguard.editing.methods.cre import CREEdit
+from conceptguard.editing.methods.eiup import EIUPEdit
 from conceptguard.editing.presets.apply import Given, specs_of
-from conceptguard.editing.presets.document import MAX_BYTES, CREEdit, EIUPEdit, Preset, read, write
+from conceptguard.editing.presets.document import MAX_BYTES, Preset, read, write
 from conceptguard.editing.presets.save import slug
 from conceptguard.editing.presets.words import described
 from conceptguard.nodes.concept import ConceptGuardConceptFromConditioning

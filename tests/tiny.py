@@ -15,8 +15,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Phrase
-from conceptguard.editing.engine.host import cross_attentions
+from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
+from conceptguard.editing.engine.backbones.unet import cross_attentions
+from conceptguard.editing.engine.host import EDITS, WRAPPERS
 from conceptguard.editing.methods.cre import DEFAULTS
 
 WIDTH = 16  # of the text encoding
@@ -200,3 +201,9 @@ def flux() -> ModelPatcher:
     model = comfy.supported_models.Flux(shape).get_model({}, device="cpu")
     cpu = torch.device("cpu")
     return ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def hooked(spec: EditSpec) -> dict[str, Any]:
+    """An edit of one conditioning alone, as a TransformerOptionsHook takes it: a pack that copies a MODEL's options
+    into a hook makes such."""
+    return {EDITS: [spec], "wrappers": {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}}

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..files.artefacts import Artefact, file_in, unused, write
-from ..training.kpop import METHOD, prompt_of
+from ..methods.kpop import prompt_of
+from ..training.kpop import METHOD
 
 LIMIT = 2**26  # bytes of a file
 MEND = "only prompts of KPOP's authors can be turned into ours"

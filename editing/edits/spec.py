@@ -16,13 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..files.artefacts import Artefact
-from ..methods.cre import CREOptions
-from ..methods.eiup import EIUPOptions
 from .blocks import parse_blocks
 from .digest import Shared, digest
-
-# Also the order of application: the order of nodes in a graph never changes the picture.
-METHODS = ("direction", "prompt", "erasure", "projection")
+from .method import Method, method
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +190,8 @@ class Gate(Shared):
     inflight: InFlight | None = None
     rule: Rule | None = field(default=None, compare=False, repr=False, kw_only=True)
 
+    drawn = False  # by lot, for each image
+
     def __post_init__(self) -> None:
         if not self.values or not all(math.isfinite(value) for value in self.values):
             raise ValueError(f"a gate needs finite values, one or one per image, and has {self.values}")
@@ -228,6 +226,8 @@ class Draw(Gate):
     index: int = 0
     of: int = 1
 
+    drawn = True
+
     def per_image(self, images: int, window: tuple[int, ...] | None = None) -> tuple[float, ...]:
         gates = self.gate.per_image(images, window)
         shown = window if window is not None and len(window) == images else tuple(range(images))
@@ -245,34 +245,32 @@ def draw(seed: str, image: int, of: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class EditSpec(Shared):
-    """One edit of one MODEL: `method` applied with `source`, between two percents of the timesteps, in some blocks."""
+    """One edit of one MODEL: `method` applied with `source`, between two percents of the timesteps, in some blocks.
+
+    scale: times the strength, one number an image of the batch, as a first look found them; empty: 1.
+    """
 
     method: str
-    source: Concept | Prompt | Direction
+    source: Any  # of the method's own type: a Concept, a Prompt, a Direction
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
     blocks: str = "all"
     gate: Gate = Gate()
-    options: CREOptions | EIUPOptions | None = None
+    options: Any = None  # of the method's own type
     node: str = "ConceptGuard"  # who asked: every error names it
+    scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
-        if KINDS.get(self.method) != (type(self.source), type(self.options)):
+        try:
+            how = self.how
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        if (type(self.source), type(self.options)) != (how.source, how.options):
             given = f"{type(self.source).__name__} and {type(self.options).__name__}"
-            complaint = (
-                f"the method {self.method!r} cannot do anything with {given}; the methods are {', '.join(METHODS)}"
-            )
-        elif self.method == "prompt" and self.strength < 0:
-            complaint = f"strength is {self.strength}, but tokens cannot be appended a negative number of times"
-        elif isinstance(self.options, EIUPOptions) and isinstance(self.source, Concept):
-            weights, phrases = len(self.options.weights), len(self.source.phrases)
-            if weights not in (1, phrases):
-                complaint = complaint or (
-                    f'weights has {weights} numbers, but concept "{self.source.name}" has {phrases} phrases; give one '
-                    "number a line for each phrase, or leave it empty to use `weight` for all"
-                )
+            complaint = f"the method {self.method!r} cannot do anything with {given}"
+        complaint = complaint or how.complaint(self)
         flight = self.gate.inflight
         if flight and not flight.restart:
             complaint = complaint or too_late(flight.at_percent, self.start_percent, self.end_percent)
@@ -283,28 +281,36 @@ class EditSpec(Shared):
         return ValueError(f"{self.node}: {text}")
 
     @property
+    def how(self) -> Method:
+        return method(self.method)
+
+    @property
     def idle(self) -> bool:
         """Whether this edit can never do anything: it is then never installed."""
         closed = not any(self.gate.values)
-        nothing = isinstance(self.options, EIUPOptions) and self.options.nothing
-        return self.strength == 0 or self.start_percent >= self.end_percent or closed or nothing
+        scaled_away = bool(self.scale) and not any(self.scale)
+        off = self.strength == 0 or self.start_percent >= self.end_percent
+        return off or closed or scaled_away or self.how.idle(self)
+
+    def strengths(self, images: int, window: tuple[int, ...] | None = None) -> list[float]:
+        """The strength in each of so many images, or of those of a larger batch that `window` names."""
+        try:
+            gates = self.gate.per_image(images, window)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        shown = window if window is not None and len(window) == images else range(images)
+        scales = [self.scale[i] for i in shown] if self.scale else [1.0] * images
+        return [self.strength * gate * scale for gate, scale in zip(gates, scales, strict=True)]
 
     @cached_property
     def key(self) -> str:
         window = (self.start_percent, self.end_percent)
-        return digest((self.method, self.source.key, self.strength, window, self.blocks, self.gate, self.options))
+        numbers = (self.strength, window, self.blocks, self.gate, self.options, *([self.scale] if self.scale else []))
+        return digest((self.method, self.source.key, *numbers))
 
     @property
     def order(self) -> tuple[int, str, str]:
-        return METHODS.index(self.method), self.source.name, self.key
-
-
-KINDS: dict[str, tuple[type, type]] = {
-    "direction": (Direction, type(None)),
-    "prompt": (Prompt, type(None)),
-    "erasure": (Concept, EIUPOptions),
-    "projection": (Concept, CREOptions),
-}
+        return self.how.order, self.source.name, self.key
 
 
 def complaint_about(strength: float, start_percent: float, end_percent: float, blocks: str) -> str | None:

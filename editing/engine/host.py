@@ -6,32 +6,30 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTransformer, optimized_attention
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_management import load_models_gpu
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..edits.blocks import BlockKey
-from ..edits.digest import digest
-from ..edits.spec import Direction, EditSpec, InFlight
+from .. import methods as _methods  # noqa: F401  registers the methods
+from ..edits.spec import EditSpec, InFlight
 from ..gates.features import weights_digest
-from .run import EDITS, OBSERVER, WATCH, Backbone, Run, chunks_of, window_of
+from . import backbones as _backbones  # noqa: F401  registers the kinds of models
+from .backbone import Backbone, backbone_of
+from .run import EDITS, OBSERVER, WATCH, Run
 from .watch import Watch
 
-FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
-NOTHING = Direction("nothing", torch.zeros(1, 1))
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
 
 
 def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
     """A clone of `model` with one more edit; raises if the model cannot be edited so."""
-    model = admitted(model, spec)
+    of_model(model, spec.node).admit(spec)
+    model = woken(model)
     options = model.model_options["transformer_options"]
     options[EDITS] = [*options.get(EDITS, ()), spec]
     if spec.gate.inflight:
@@ -42,15 +40,25 @@ def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
 
 
 def add_watch(model: ModelPatcher, watch: Watch) -> ModelPatcher:
-    """A clone of `model` whose model calls `watch` will see."""
-    model = admitted(model, watch.spec)
+    """A clone of `model` whose model calls `watch` will see; raises if the model cannot be watched so."""
+    watch.admitted(of_model(model, watch.node))
+    model = woken(model)
     model.model_options["transformer_options"][WATCH] = watch
     return model
 
 
-def admitted(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
-    """A clone that the engine will wake up with; raises if `spec` does not suit the model."""
-    backbone_of(model.get_model_object("diffusion_model"), type(model.model).__name__, spec).admit(spec)
+def of_model(model: ModelPatcher, node: str) -> Backbone:
+    """A MODEL as the engine sees it; raises, in the name of `node`, for one that it does not know."""
+    return backbone_of(model.get_model_object("diffusion_model"), type(model.model).__name__, node)
+
+
+def fingerprint_of(model: ModelPatcher, node: str) -> str:
+    """The same for models that differ in their weights alone."""
+    return of_model(model, node).fingerprint
+
+
+def woken(model: ModelPatcher) -> ModelPatcher:
+    """A clone that the engine will wake up with."""
     model = model.clone()
     for kind, wrapper in WRAPPERS.items():
         if not model.get_wrappers(kind, EDITS):
@@ -83,69 +91,16 @@ def holds(held: Any) -> bool:
     return any(map(holds, held.values())) if isinstance(held, dict) else bool(held)
 
 
-def hook_options(spec: EditSpec) -> dict[str, Any]:
-    """The same edit for one conditioning only: what a TransformerOptionsHook takes.
-
-    Where no MODEL brings an edit as well there is no run around it, and an automatic weight is found at every call.
-    """
-    return {EDITS: [spec], "wrappers": {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}}
-
-
-def backbone_of(unet: torch.nn.Module, model_name: str, spec: EditSpec) -> Backbone:
-    """The model as the engine sees it; `spec` is who asks, and is named if the model cannot be edited."""
-    unet = getattr(unet, "_orig_mod", unet)  # compiled
-    blocks = cross_attentions(unet) if isinstance(unet, UNetModel) else {}
-    if not blocks:
-        raise spec.error(
-            f"cannot edit {model_name} ({type(unet).__name__}): ConceptGuard edits the cross-attention of SD1.x, SD2.x "
-            "and SDXL models; connect one of these"
-        )
-    width = next(iter(blocks.values())).attn2.to_k.in_features
-    return Backbone(f"{model_name} ({type(unet).__name__})", width, blocks, fingerprint(width, blocks))
-
-
-def fingerprint(width: int, blocks: Mapping[BlockKey, BasicTransformerBlock]) -> str:
-    """Of the family and the shapes of all that reads the text: the same for models that differ in weights alone."""
-    shapes = [(key, block.attn2.to_k.in_features, block.attn2.to_k.out_features) for key, block in blocks.items()]
-    return f"{FAMILIES.get(width, f'width-{width}')} {digest(shapes)[:12]}"
-
-
-def fingerprint_of(model: ModelPatcher, node: str) -> str:
-    """Of a MODEL; raises, in the name of `node`, for one that the engine does not know."""
-    unet, probe = model.get_model_object("diffusion_model"), EditSpec("direction", NOTHING, node=node)
-    return backbone_of(unet, type(model.model).__name__, probe).fingerprint
-
-
-def cross_attentions(unet: UNetModel) -> dict[BlockKey, BasicTransformerBlock]:
-    """The transformer blocks that read the text, by the host's keys."""
-    if any(isinstance(module, SpatialVideoTransformer) for module in unet.modules()):
-        return {}  # its temporal blocks share their keys with the spatial ones, and it reads an image, not a text
-    middle = [] if unet.middle_block is None else [unet.middle_block]
-    found = {}
-    for side, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
-        for i, block in enumerate(blocks):
-            transformers = [module for module in block.modules() if isinstance(module, BasicTransformerBlock)]
-            found.update({(side, i, j): t for j, t in enumerate(transformers) if t.attn2 is not None})
-    return found
-
-
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-    """The host's own attention, as a block without a replacement calls it; Sage and Flash overrides still apply."""
-    return optimized_attention(
-        q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
-    )
-
-
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps a whole sampling run: makes its Run, and frees what it computed however the run ends."""
     guider = executor.class_obj
     options = guider.model_options.setdefault("transformer_options", {})
-    specs = [*options.get(EDITS, ()), *(watch.spec for watch in (options.get(WATCH),) if watch)]
-    if not specs or RUN in options:
+    specs, watch = options.get(EDITS, ()), options.get(WATCH)
+    if not (specs or watch) or RUN in options:
         return executor(*args, **kwargs)
     patcher = guider.model_patcher
-    unet, sampling = (patcher.get_model_object(name) for name in ("diffusion_model", "model_sampling"))
-    with closing(start_run(unet, sampling, type(patcher.model).__name__, specs)) as run:
+    backbone = of_model(patcher, specs[0].node if specs else watch.node)
+    with closing(start_run(backbone, patcher.get_model_object("model_sampling"), specs)) as run:
         options[RUN], run.carried = run, frozenset(specs)
         try:
             return executor(*args, **kwargs)
@@ -191,9 +146,9 @@ def look_at(guider: Any, latents: torch.Tensor, look: Callable[[torch.Tensor, An
     return scores
 
 
-def start_run(unet: torch.nn.Module, sampling: Any, model_name: str, specs: Sequence[EditSpec]) -> Run:
+def start_run(backbone: Backbone, sampling: Any, specs: Sequence[EditSpec]) -> Run:
     """Complains before the first step if one of the edits does not suit the model."""
-    run = Run(backbone_of(unet, model_name, specs[0]), sampling.percent_to_sigma, attention)
+    run = Run(backbone, sampling.percent_to_sigma)
     for spec in specs:
         run.window(spec)
     return run
@@ -205,15 +160,18 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
     holder, key = options_among(arguments, kwargs)
     options = holder[key]
     specs, watch = options.get(EDITS, ()), options.get(WATCH)
-    if (watch is None and all(spec.idle for spec in specs)) or 0 not in chunks_of(options):
+    if watch is None and all(spec.idle for spec in specs):
         return executor(x, t, *arguments, **kwargs)
 
     model = executor.class_obj
     with ExitStack() as stack:
         run = options.get(RUN)
         if run is None:  # an edit that only a hooked conditioning brings has no run around it
-            run = start_run(model.diffusion_model, model.model_sampling, type(model).__name__, specs)
-            stack.enter_context(closing(run))
+            backbone = backbone_of(model.diffusion_model, type(model).__name__, specs[0].node)
+            run = stack.enter_context(closing(start_run(backbone, model.model_sampling, specs)))
+        chunks, window = run.backbone.chunks(options), run.backbone.window(options)
+        if 0 not in chunks:
+            return executor(x, t, *arguments, **kwargs)
         place = weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype()
 
         def look(first: Watch) -> None:
@@ -222,7 +180,6 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
             executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
 
         active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
-        chunks, window = chunks_of(options), window_of(options)
         active = run.decide(active, len(x) // len(chunks), window, look)
         holder[key] = options
         if active or watch:

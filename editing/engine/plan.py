@@ -5,93 +5,64 @@ Made at the first model call that needs it, when the weights are loaded and patc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..edits.blocks import BlockKey, select_blocks
-from ..edits.spec import Direction, EditSpec
-from ..methods.append import append
+from ..edits.spec import EditSpec
 from ..methods.attention import attend, logits, split_heads
-from ..methods.cre import CREOptions, Kept, projection
-from ..methods.eiup import EIUPOptions, reweighted, share, steered, where_alike
-from ..methods.safe_region import shift
-from .tokens import KV, Solved, TokenSets, gather
+from ..methods.cre import Kept
+from ..methods.eiup import reweighted, share
+from ..methods.kpop import append
+from ..methods.tokens import Solved, TokenSet, TokenSets, gather
+from .backbone import Backbone
+from .binding import KV
+from .rows import Rows, Window, put
 
 Observer = Callable[..., None]
-Window = tuple[int, ...] | None  # the images of a batch that a context window shows
 
 # Numbers that the outputs found for all of a block's prompts may hold at once. A CPU is several times faster on what
 # fits its caches; elsewhere this only bounds the memory of large pictures with many concepts.
 PIECE = {"cpu": 2**21, "other": 2**26}
 
 
-@dataclass
-class Rows:
-    """The R edited rows of a batch, and s: [edits, R], the strength of each edit times its gate there."""
-
-    index: slice | Tensor
-    s: Tensor
-
-
-@dataclass
 class Steering:
-    """Concepts that are solved together, their prompts by length; the baseline, if any, is the very first.
+    """Concepts that are solved together in one attention, their prompts by length; the baseline, if any, is the very
+    first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M]."""
 
-    keep: the prompts of their neighbours, and whose each is, [K, M].
-    """
-
-    options: CREOptions | EIUPOptions
-    prompts: list[KV]
-    keep: list[KV]
-
-    def __post_init__(self) -> None:
+    def __init__(self, group: Solved, bind: Callable[..., KV]) -> None:
+        self.group = group
+        self.prompts, self.keep = ([bind(part) for part in parts] for parts in (group.phrases, group.keep))
         self.owner = torch.cat([kv.owner for kv in self.prompts])
         self.scale = torch.cat([kv.scale for kv in self.prompts])
         if self.keep:
-            concepts = self.owner[1:] if self.options.baseline == "neutral" else self.owner
+            concepts = self.owner[1:] if group.compared else self.owner
             self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
 
-    @classmethod
-    def bound(cls, sets: Solved, attn: Any, dtype: torch.dtype) -> Steering:
-        prompts, keep = ([part.bind(attn, dtype) for part in parts] for parts in (sets.phrases, sets.keep))
-        return cls(sets.options, prompts, keep)
-
-    @classmethod
-    def of(cls, spec: EditSpec, attn: Any, device: torch.device, dtype: torch.dtype) -> Steering:
-        """One edit alone."""
-        (sets,) = gather([spec], [0], device).steering
-        return cls.bound(sets, attn, dtype)
-
-    def alike(self, A: Tensor, q: Tensor) -> Tensor:
-        """E of an erasure's one phrase (eiup.py): [R, N]."""
-        found = found_in(self.prompts, q)
-        kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
-        return where_alike(A, found[1:], found[0], kept)[0][0]
+    def found(self, q: Tensor) -> tuple[Tensor, Tensor | None, Kept | None]:
+        """What the queries [R, N, H, d] find in the phrases, [K, R, N, H, d], the baseline and the neighbours."""
+        At, A0 = found_in(self.prompts, q), None
+        if self.group.compared:
+            A0, At = At[0], At[1:]
+        return At, A0, Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
 
     def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
         s = (s[self.owner] * self.scale[:, None])[:, :, None]
         sets = len(s) + sum(len(kv.owner) for kv in self.keep)
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
+        s = s[1:] if self.group.compared else s
         pieces = [self._project(*piece, s, observe) for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _project(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
-        """The same for some positions; s: [K, R, 1], the baseline's in front."""
-        At, A0 = found_in(self.prompts, q), None
-        if self.options.baseline == "neutral":
-            A0, At, s = At[0], At[1:], s[1:]
+        """The same for some positions; s: [K, R, 1]."""
+        At, A0, kept = self.found(q)
         if observe is not None:
-            observe(A=A, At=At, A0=A0, s=s, options=self.options)
-        kept = Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
-        if isinstance(self.options, CREOptions):
-            return projection(A, At, s, self.options, A0, kept)
-        assert A0 is not None
-        return steered(A, At, s, A0, kept)
+            observe(A=A, At=At, A0=A0, s=s, options=self.group.options)
+        return self.group.method.taken(A, At, s, self.group.options, A0, kept)
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
@@ -101,13 +72,15 @@ def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
 
 
 class BlockEdits:
-    """What happens to one cross-attention's output."""
+    """What happens to one attention's output."""
 
-    def __init__(self, sets: TokenSets, attn: Any, dtype: torch.dtype) -> None:
-        self.heads: int = attn.heads
-        self.joined = [each.bind(attn, dtype) for each in sets.joined]
-        self.separate = [each.bind(attn, dtype) for each in sets.separate]
-        self.steering = [Steering.bound(each, attn, dtype) for each in sets.steering]
+    def __init__(self, sets: TokenSets, backbone: Backbone, key: BlockKey, dtype: torch.dtype) -> None:
+        def bind(tokens: TokenSet) -> KV:
+            return backbone.keys_values(key, tokens, dtype)
+
+        self.heads = backbone.blocks[key].heads
+        self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
+        self.steering = [Steering(group, bind) for group in sets.solved]
 
     def apply(
         self, A: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, foreign: bool, observe: Observer | None
@@ -129,24 +102,23 @@ class BlockEdits:
 
 
 class Plan:
-    """The edits of one or more model calls; `blocks` has every cross-attention whose output they change."""
+    """The edits of one or more model calls; `blocks` has every attention whose output they change."""
 
-    def __init__(
-        self, specs: Sequence[EditSpec], blocks: Mapping[BlockKey, Any], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, specs: Sequence[EditSpec], backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
         self.specs = specs
         self.device = device
-        self.chosen = [select_blocks(spec.blocks, blocks) for spec in specs]
-        self.directions = {i: s.source.d.to(device) for i, s in enumerate(specs) if isinstance(s.source, Direction)}
+        self.chosen = [select_blocks(spec.blocks, backbone.blocks) for spec in specs]
+        on_text = {i: spec.how.on_text(spec, device) for i, spec in enumerate(specs)}
+        self.texts = {i: change for i, change in on_text.items() if change is not None}
         self.blocks: dict[BlockKey, BlockEdits] = {}
         self._rows: dict[tuple[object, ...], Rows | None] = {}
         gathered: dict[tuple[int, ...], TokenSets] = {}  # most blocks get the same edits
-        for key, block in blocks.items():
-            here = tuple(i for i in range(len(specs)) if key in self.chosen[i] and i not in self.directions)
+        for key in backbone.blocks:
+            here = tuple(i for i in range(len(specs)) if key in self.chosen[i] and i not in self.texts)
             if here:
                 if here not in gathered:
                     gathered[here] = gather(specs, here, device)
-                self.blocks[key] = BlockEdits(gathered[here], block.attn2, dtype)
+                self.blocks[key] = BlockEdits(gathered[here], backbone, key, dtype)
 
     def rows(self, chunks: Sequence[int], batch: int, window: Window = None) -> Rows | None:
         """The rows to edit, None if there are none.
@@ -167,7 +139,7 @@ class Plan:
                 f"cannot tell which of {batch} rows are conditional: they do not divide into the host's {len(chunks)} "
                 "parts. A node between this one and the sampler changes the batch inside the model; take it out"
             )
-        gates = [self._strengths(spec, images, window) for spec in self.specs]
+        gates = [spec.strengths(images, window) for spec in self.specs]
         opened = [image for image in range(images) if any(gate[image] for gate in gates)]
         index = [c * images + image for c, cond in enumerate(chunks) if cond == 0 for image in opened]
         if not index:
@@ -177,28 +149,12 @@ class Plan:
             return Rows(slice(index[0], index[-1] + 1), s)
         return Rows(torch.tensor(index, device=self.device), s)
 
-    def _strengths(self, spec: EditSpec, images: int, window: Window) -> list[float]:
-        try:
-            return [spec.strength * value for value in spec.gate.per_image(images, window)]
-        except ValueError as error:
-            raise spec.error(str(error)) from None
-
-    def shift(self, context: Tensor, key: BlockKey, rows: Rows) -> Tensor:
-        """`context` [B, L, W] with the directions that reach this block added to the edited rows."""
-        here = [i for i in self.directions if key in self.chosen[i]]
+    def changed(self, context: Tensor, key: BlockKey, rows: Rows) -> Tensor:
+        """`context` [B, L, W] as the edits of the text that reach this attention make it, in the edited rows."""
+        here = [i for i in self.texts if key in self.chosen[i]]
         if not here:
             return context
         c = context[rows.index]
         for i in here:
-            c = shift(c, self.directions[i], rows.s[i])
+            c = self.texts[i](c, rows.s[i])
         return put(context, rows.index, c)
-
-
-def put(x: Tensor, index: slice | Tensor, rows: Tensor) -> Tensor:
-    """A copy of x with some rows replaced."""
-    rows = rows.to(x.dtype)
-    if isinstance(index, slice) and len(rows) == len(x):
-        return rows
-    x = x.clone()
-    x[index] = rows
-    return x

@@ -7,7 +7,7 @@ prompt's output is like the concept's, and edits act.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,51 +17,74 @@ from torch import Tensor
 
 from ..edits.blocks import BlockKey
 from ..edits.digest import Shared
-from ..edits.spec import Concept, EditSpec, Phrase
+from ..edits.spec import Concept, EditSpec
+from ..methods import eiup
 from ..methods.attention import logits, split_heads
-from ..methods.eiup import EIUPOptions, share
+from ..methods.tokens import TokenSet
+from .backbone import Backbone
 from .plan import Steering
-
-SCALES = ("picture", "batch", "none")
-# Black through purple and orange to pale yellow, as plots colour heat: readable in grey, and for the colour-blind.
-COLOURS = ((0.0, 0.0, 0.0), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64))
 
 
 class Watch(Shared):
-    """What the model calls of one sampling run show of the concept of `spec`, an erasure that is never applied."""
+    """What the model calls of one sampling run show of a concept, in the attentions that `blocks` names.
 
-    def __init__(self, spec: EditSpec) -> None:
-        assert isinstance(spec.source, Concept) and isinstance(spec.options, EIUPOptions)
-        self.spec, self.concept = spec, spec.source
-        self.phrases = spec.source.phrases
-        self.evidence = spec.options.evidence
+    evidence: one of methods.eiup.EVIDENCE; node: who asks, and is named by every error.
+    """
+
+    def __init__(self, concept: Concept, node: str, blocks: str = "all", evidence: str = "none") -> None:
+        # Phrase by phrase as an erasure would find it. A spec that is never applied, but that says what suits a model.
+        options = eiup.EIUPOptions(evidence=evidence)
+        self.edits = [
+            EditSpec("erasure", phrase_of(concept, p), blocks=blocks, options=options, node=node)
+            for p in range(len(concept.phrases))
+        ]
+        self.phrases, self.evidence, self.blocks, self.node = concept.phrases, evidence, blocks, node
         self.maps: dict[BlockKey, list[Tensor]] = {}  # of each model call, [P, images, h, w]
+
+    def admitted(self, backbone: Backbone) -> Collection[BlockKey]:
+        """The attentions that it looks at; raises if the concept does not suit the model."""
+        for edit in self.edits:
+            backbone.admit(edit)
+        return backbone.chosen(self.blocks, self.node)
 
     @torch.no_grad()
     def see(
-        self, key: BlockKey, attn: Any, A: Tensor, q: Tensor, k: Tensor, chunks: Sequence[int], shape: Sequence[int]
+        self,
+        backbone: Backbone,
+        key: BlockKey,
+        A: Tensor,
+        q: Tensor,
+        k: Tensor,
+        chunks: Sequence[int],
+        shape: Sequence[int],
     ) -> None:
-        """One cross-attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
+        """One attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
 
         chunks: which cond each equal part of the batch serves; the parts of the conditional one (0) count alike.
         """
         conds = [i for i, cond in enumerate(chunks) if cond == 0]
         rows = (x.unflatten(0, (len(chunks), -1))[conds].flatten(0, 1) for x in (A, q, k))
-        A, q, k = (split_heads(x, attn.heads) for x in rows)
-        found = torch.stack([self._found(attn, A, q, k, phrase) for phrase in self.phrases])  # [P, R, N]
+        A, q, k = (split_heads(x, backbone.blocks[key].heads) for x in rows)
+        found = torch.stack([self._found(backbone, key, A, q, k, p) for p in range(len(self.phrases))])  # [P, R, N]
         maps = found.unflatten(1, (len(conds), -1)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
-    def _found(self, attn: Any, A: Tensor, q: Tensor, k: Tensor, phrase: Phrase) -> Tensor:
+    def _found(self, backbone: Backbone, key: BlockKey, A: Tensor, q: Tensor, k: Tensor, p: int) -> Tensor:
         """A, q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
+
+        def bind(tokens: TokenSet) -> Any:
+            return backbone.keys_values(key, tokens, q.dtype)
+
         if self.evidence == "alike":
-            alone = replace(self.spec, source=replace(self.concept, phrases=(phrase,)))
-            return Steering.of(alone, attn, q.device, q.dtype).alike(A, q)
-        own = list(phrase.own)
-        K = split_heads(attn.to_k(phrase.tokens.to(q)), attn.heads)  # [1, T, H, d]
+            (group,) = eiup.METHOD.token_sets([(0, self.edits[p])], q.device).solved
+            At, A0, kept = Steering(group, bind).found(q)
+            assert A0 is not None
+            return eiup.where_alike(A, At, A0, kept)[0][0]
+        own, tokens = list(self.phrases[p].own), self.phrases[p].tokens.to(q.device)
+        K = bind(TokenSet([0], tokens, tokens)).K  # [1, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]
         if self.evidence == "share":
-            A_e = A_e * share(q, k, [K[:, own]])[0, ..., 0]
+            A_e = A_e * eiup.share(q, k, [K[:, own]])[0, ..., 0]
         return A_e.mean(-1)
 
     def features(self, blocks: Iterable[BlockKey]) -> Tensor:
@@ -74,7 +97,9 @@ class Watch(Shared):
     def heat(self, height: int, width: int) -> Tensor:
         """The mean over blocks and model calls, of the phrase found most: [images, height, width] on the CPU."""
         if not self.maps:
-            raise self.spec.error("the prompt plays no part at the noise levels looked at; look at others, or all")
+            raise ValueError(
+                f"{self.node}: the prompt plays no part at the noise levels looked at; look at others, or all"
+            )
         mean = [
             F.interpolate(torch.stack(maps).mean(0), (height, width), mode="bilinear", align_corners=False)
             for maps in self.maps.values()
@@ -85,22 +110,6 @@ class Watch(Shared):
         self.maps.clear()
 
 
-def scaled(heat: Tensor, scale: str) -> Tensor:
-    """[images, h, w] from 0 to 1: each "picture" from its least to its greatest, all of the "batch" alike, or as is."""
-    if scale != "none":
-        over = (1, 2) if scale == "picture" else (0, 1, 2)
-        low, high = heat.amin(over, keepdim=True), heat.amax(over, keepdim=True)
-        heat = (heat - low) / (high - low).clamp_min(1e-12)
-    return heat.clamp(0, 1)
-
-
-def painted(heat: Tensor, picture: Tensor | None = None) -> Tensor:
-    """The heat as colours, over the picture if there is one. heat: [B, h, w] from 0 to 1; picture: [B, h, w, 3]."""
-    colours = torch.tensor(COLOURS)
-    place = heat.clamp(0, 1) * (len(colours) - 1)
-    below = place.floor().long().clamp_max(len(colours) - 2)
-    hot = torch.lerp(colours[below], colours[below + 1], (place - below)[..., None])
-    if picture is None:
-        return hot
-    cover = 0.25 + 0.6 * heat[..., None]  # the picture stays visible, most of it where nothing was found
-    return torch.lerp(picture[..., :3].float(), hot, cover)
+def phrase_of(concept: Concept, p: int) -> Concept:
+    """The concept with one of its phrases alone."""
+    return replace(concept, phrases=concept.phrases[p : p + 1])

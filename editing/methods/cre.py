@@ -8,10 +8,18 @@ leaves open what `CREOptions` chooses; `make bench` compares the readings on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..edits.method import Method, register
+from ..edits.spec import Concept, EditSpec, Phrase
+from ..presets.parts import ConceptEdit
+from ..presets.texts import Percent
+from .tokens import TokenSets, solved_together
 
 CHOICES = {
     "width": ("full", "head"),
@@ -134,3 +142,57 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + TINY
     L, _ = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * torch.eye(X.shape[-2], device=X.device))
     return torch.cholesky_solve(b, L).movedim(-2, 0)
+
+
+class CREEdit(ConceptEdit):
+    method: Literal["CRE"]
+    width: Literal["full", "head"] = "full"
+    tokens: Literal["all", "own"] = "all"
+    baseline: Literal["none", "neutral"] = "neutral"
+    negative: Literal["keep", "clip"] = "clip"
+    solve: Literal["joint", "sum"] = "joint"
+    floor: Percent = DEFAULTS.floor
+
+
+class CRE(Method):
+    name, label, order = "projection", "CRE", 40
+    source, options, document = Concept, CREOptions, CREEdit
+
+    def admit(self, spec: EditSpec, backbone: Any) -> None:
+        neutral_needed(spec, 'baseline to "none"')
+
+    def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
+        return TokenSets(solved=solved_together(self, edits, device, chosen))
+
+    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
+        return projection(A, At, s, options, A0, kept)
+
+    def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> CREEdit:
+        concept = saver.concept(spec.source)
+        return CREEdit(method="CRE", concept=concept, blocks=spec.blocks, **common, **vars(spec.options))
+
+    def from_document(self, edit: CREEdit, maker: Any) -> dict[str, Any]:
+        options = CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve, edit.floor)
+        return dict(source=maker.concept(edit.concept), options=options)
+
+    def described(self, edit: CREEdit) -> str:
+        kept = f", but not {'; '.join(edit.concept.keep)}" if edit.concept.keep else ""
+        verb = "Erases" if edit.strength else "Leaves"
+        return f"{verb} {edit.concept.said()}{kept} (CRE, strength {edit.strength:g})"
+
+
+def chosen(options: CREOptions, phrase: Phrase) -> Tensor:
+    """The tokens that stand for a phrase: [1, n, W]."""
+    return phrase.tokens[:, list(phrase.own)] if options.tokens == "own" else phrase.tokens
+
+
+def neutral_needed(spec: EditSpec, mend: str) -> None:
+    """Raise if a concept is to be compared with what it has not."""
+    if spec.options.baseline == "neutral" and spec.source.baseline is None:
+        raise spec.error(
+            f'concept "{spec.source.name}" has nothing neutral to be compared with; connect a CLIPTextEncode '
+            f"with ordinary words, or none, to its `neutral` input, or set {mend}"
+        )
+
+
+METHOD = register(CRE())

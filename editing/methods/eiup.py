@@ -16,16 +16,23 @@ ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from .append import CONTEXT
+from ..edits.method import Method, register
+from ..edits.spec import Concept, EditSpec, Phrase
+from ..presets.parts import ConceptEdit
 from .attention import attend, logits
 from .cre import DEFAULTS as CRE
-from .cre import Kept, alike, less, likeness
+from .cre import Kept, alike, less, likeness, neutral_needed
 from .eiup_weight import EVIDENCE, Adapter
+from .kpop import CONTEXT
+from .tokens import TokenSet, TokenSets, solved_together
 
 FLOOR = CRE.floor
 CHOICES = {"form": ("separate", "joint"), "evidence": EVIDENCE}
@@ -91,7 +98,7 @@ def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
 
     Our reading, the papers have none: A_e is a softmax over the concept's prompt alone and spends its mass somewhere,
     concept or not. Beside the prompt's tokens, the concept's own get much only where the picture turns to them. A
-    prompt that the host repeated (append.py) counts once.
+    prompt that the host repeated (kpop.py) counts once.
     """
     log_Z = logits(q, k).logsumexp(-1) - math.log(k.shape[1] / CONTEXT)  # [R, H, N]
     shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
@@ -115,3 +122,121 @@ def steered(A: Tensor, At: Tensor, s: Tensor, A0: Tensor, kept: Kept | None = No
     """
     E, x = where_alike(A, At, A0, kept)
     return ((s * E)[..., None, None] * x).sum(0).reshape(A.shape)
+
+
+Weight = Annotated[float, Field(ge=-16, le=16)]
+
+
+class EIUPEdit(ConceptEdit):
+    method: Literal["EIUP"]
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1, max_length=64)] = (-1.0,)
+    form: Literal["separate", "joint"] = "separate"
+    evidence: Literal["none", "share", "alike"] = "none"
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_phrase(self) -> EIUPEdit:
+        phrases = len(self.concept.phrases)
+        if phrases and len(self.weights) not in (1, phrases):
+            raise ValueError(f"{len(self.weights)} weights for {phrases} phrases; give one, or as many")
+        return self
+
+
+class EIUP(Method):
+    name, label, order = "erasure", "EIUP", 30
+    source, options, document = Concept, EIUPOptions, EIUPEdit
+
+    def complaint(self, spec: EditSpec) -> str | None:
+        weights, phrases = len(spec.options.weights), len(spec.source.phrases)
+        if weights not in (1, phrases):
+            return (
+                f'weights has {weights} numbers, but concept "{spec.source.name}" has {phrases} phrases; give one '
+                "number a line for each phrase, or leave it empty to use `weight` for all"
+            )
+        return None
+
+    def idle(self, spec: EditSpec) -> bool:
+        return spec.options.nothing
+
+    def admit(self, spec: EditSpec, backbone: Any) -> None:
+        neutral_needed(spec, "another evidence")
+        auto = spec.options.auto
+        if auto is not None and auto.blocks != backbone.block_names:
+            raise spec.error(
+                f'auto: "{auto.name}" was trained on another model, of {len(auto.blocks)} cross-attentions from '
+                f"{auto.blocks[0]} to {auto.blocks[-1]}; {backbone.name} has {len(backbone.blocks)}. Choose a file "
+                "that was trained on this model, or set auto to off"
+            )
+
+    def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
+        compared = [(i, spec) for i, spec in edits if spec.options.baseline == "neutral"]
+        phrases = [
+            (i, phrase, spec.options, spec.options.weight(p))
+            for i, spec in edits
+            if spec.options.baseline == "none"
+            for p, phrase in enumerate(spec.source.phrases)
+        ]
+        joint = [own_set(i, phrase, w, device) for i, phrase, options, w in phrases if options.form == "joint"]
+        groups: dict[tuple[int, str], list[tuple[int, Phrase, float]]] = {}
+        for i, phrase, options, w in phrases:
+            if options.form == "separate":
+                groups.setdefault((phrase.tokens.shape[1], options.evidence), []).append((i, phrase, w))
+        return TokenSets(
+            joined=joint,
+            separate=[weighted_set(groups[T, e], e == "share", device) for T, e in sorted(groups)],
+            solved=solved_together(self, compared, device, scale=lambda options, p: -options.weight(p)),
+        )
+
+    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
+        assert A0 is not None
+        return steered(A, At, s, A0, kept)
+
+    def first_look(self, spec: EditSpec) -> str | None:
+        return None if spec.options.auto is None else spec.options.evidence
+
+    def settled(self, spec: EditSpec, watch: Any, blocks: Iterable[Any], images: Sequence[int]) -> list[EditSpec]:
+        """One edit a phrase, with the weights that the regressor found. images: of the batch, as the watch saw them."""
+        w = spec.options.auto.weights(watch.features(blocks))  # [P, images]
+        out = []
+        for p, phrase in enumerate(spec.source.phrases):
+            found = {i: -spec.options.weight(p) * w_i for i, w_i in zip(images, w[p].tolist(), strict=True)}
+            scale = tuple(found.get(i, 0.0) for i in range(max(images) + 1))
+            concept, options = replace(spec.source, phrases=(phrase,)), replace(spec.options, weights=(1.0,), auto=None)
+            out.append(replace(spec, source=concept, options=options, scale=scale))
+        return out
+
+    def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> EIUPEdit:
+        concept, options = saver.concept(spec.source), spec.options
+        if options.auto is not None:
+            raise ValueError(f"the edit of {spec.node} finds its weight with a file of its own; set its auto to off")
+        numbers = {k: v for k, v in vars(options).items() if k != "auto"}
+        return EIUPEdit(method="EIUP", concept=concept, blocks=spec.blocks, **common, **numbers)
+
+    def from_document(self, edit: EIUPEdit, maker: Any) -> dict[str, Any]:
+        options = EIUPOptions(edit.form, edit.weights, edit.evidence)
+        return dict(source=maker.concept(edit.concept), options=options)
+
+    def described(self, edit: EIUPEdit) -> str:
+        weights = ", ".join(f"{weight:g}" for weight in edit.weights)
+        verb = "Adds" if all(weight > 0 for weight in edit.weights) else "Weakens or adds"
+        verb = "Takes away" if all(weight <= 0 for weight in edit.weights) else verb
+        scaled = "" if edit.strength == 1 else f", strength {edit.strength:g}"
+        return f"{verb} what attends to {edit.concept.said()} (EIUP, weight {weights}{scaled})"
+
+
+def own_set(i: int, phrase: Phrase, weight: float, device: torch.device) -> TokenSet:
+    """A phrase's own tokens alone: start, end and padding are in the prompt already."""
+    own = phrase.tokens[:, list(phrase.own)].to(device)
+    return TokenSet([i], own, own, torch.full((1, own.shape[1], 1, 1), weight, device=device))
+
+
+def weighted_set(phrases: Sequence[tuple[int, Phrase, float]], evidence: bool, device: torch.device) -> TokenSet:
+    """Erasure prompts of one length; only the values of a phrase's own tokens count, each with the phrase's weight."""
+    tokens = torch.cat([phrase.tokens for _, phrase, _ in phrases]).to(device)
+    w = torch.zeros(*tokens.shape[:2], 1, 1)
+    for m, (_, phrase, weight) in enumerate(phrases):
+        w[m, list(phrase.own)] = weight
+    own = [phrase.own for _, phrase, _ in phrases] if evidence else []
+    return TokenSet([i for i, _, _ in phrases], tokens, tokens, w.to(device), own)
+
+
+METHOD = register(EIUP())

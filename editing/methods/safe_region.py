@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..edits.spec import Direction
+from ..edits.method import Method, OnText, method, register
+from ..edits.spec import Direction, EditSpec
 from ..files.artefacts import Artefact
+from ..presets.parts import LearnedEdit, LearnedFile
 
 
 def shift(c: Tensor, d: Tensor, beta: Tensor) -> Tensor:
@@ -47,3 +51,51 @@ def offset(conditioning: Sequence[Any], direction: Direction, beta: float, poole
         changed = {} if pooled is None or extra.get("pooled_output") is None else {"pooled_output": pooled}
         out.append([moved, {**extra, **changed}])
     return out
+
+
+class DirectionEdit(LearnedEdit):
+    method: Literal["safe region"]
+    direction: LearnedFile
+
+    def learned(self) -> Iterator[tuple[LearnedFile, str]]:
+        yield self.direction, "direction"
+        yield from super().learned()
+
+
+class SafeRegion(Method):
+    name, label, order = "direction", "safe region", 10
+    source, document = Direction, DirectionEdit
+
+    def admit(self, spec: EditSpec, backbone: Any) -> None:
+        learned_on = spec.source.backbone
+        if learned_on and backbone.fingerprint and learned_on != backbone.fingerprint:
+            logging.warning(
+                '%s: "%s" was learned on another kind of model (%s) than %s (%s); look at what it does',
+                spec.node,
+                spec.source.name,
+                learned_on,
+                backbone.name,
+                backbone.fingerprint,
+            )
+
+    def on_text(self, spec: EditSpec, device: torch.device) -> OnText:
+        return partial(shifted, spec.source.d.to(device))
+
+    def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> Any:
+        file = saver.learned(spec)
+        if spec.source.artefact.kind == "prompt":  # KPOP's additive ones are shifts
+            return method("prompt").document(method="KPOP", prompt=file, **common)
+        return DirectionEdit(method="safe region", direction=file, blocks=spec.blocks, **common)
+
+    def from_document(self, edit: DirectionEdit, maker: Any) -> dict[str, Any]:
+        return dict(source=direction_of(maker.artefact(edit.direction, "direction")))
+
+    def described(self, edit: DirectionEdit) -> str:
+        return f"Moves the prompt along {edit.direction.file} (safe region, strength {edit.strength:g})"
+
+
+def shifted(d: Tensor, c: Tensor, beta: Tensor) -> Tensor:
+    return shift(c, d, beta)
+
+
+METHOD = register(SafeRegion())

@@ -8,33 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..edits.encode import concept_from_text
-from ..edits.spec import Concept, Direction, EditSpec, Gate, Prompt
+from ..edits.method import labelled
+from ..edits.spec import Concept, EditSpec, Gate
 from ..files.artefacts import Artefact
 from ..gates.discriminator import Discriminator, from_artefact
 from ..gates.features import Features
-from ..gates.gates import Report, image_gate, in_flight_gate, prompt_gate
-from ..methods.cre import CREOptions
-from ..methods.eiup import EIUPOptions
-from ..methods.safe_region import direction_of
-from ..training.kpop import edit_of, prompt_of
-from ..training.textual_inversion import concept_of
-from .document import (
-    AnyGate,
-    CREEdit,
-    DirectionEdit,
-    Edit,
-    EIUPEdit,
-    ImageGate,
-    InFlightGate,
-    KPOPEdit,
-    LearnedFile,
-    Preset,
-    Words,
-    parsed,
-)
-
-Source = Concept | Prompt | Direction
+from ..gates.gates import Report
+from .document import Preset
+from .parts import AnyGate, LearnedFile, Words, parsed
 
 
 def nowhere(file: LearnedFile, kind: str) -> Artefact:
@@ -93,87 +74,37 @@ class Maker:
         self.concepts: dict[Words | LearnedFile, Concept] = {}
         self.gates: dict[Any, Gate] = {}
 
-    def spec(self, edit: Edit) -> EditSpec:
-        if isinstance(edit, DirectionEdit):
-            direction = direction_of(self.artefact(edit.direction, "direction"))
-            return self.edited(edit, "direction", direction)
-        if isinstance(edit, KPOPEdit):
-            prompt = prompt_of(self.artefact(edit.prompt, "prompt"))
-            return self.edited(edit, *edit_of(prompt), blocks=prompt.blocks)
-        assert isinstance(edit, CREEdit | EIUPEdit)
-        concept = self.concept(edit.concept)
-        if isinstance(edit, EIUPEdit):
-            return self.edited(edit, "erasure", concept, EIUPOptions(edit.form, edit.weights, edit.evidence))
-        options = CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve, edit.floor)
-        return self.edited(edit, "projection", concept, options)
-
-    def edited(
-        self,
-        edit: Edit,
-        method: str,
-        source: Source,
-        options: CREOptions | EIUPOptions | None = None,
-        blocks: str | None = None,
-    ) -> EditSpec:
-        gate = combined(self.gate(edit.gate, source), self.outer)
+    def spec(self, edit: Any) -> EditSpec:
+        how = labelled(edit.method)
+        own = {"method": how.name, "blocks": edit.blocks, **how.from_document(edit, self)}
+        gate = combined(self.gate(edit.gate, own["source"]), self.outer)
         return EditSpec(
-            method,
-            source,
-            self.strength * edit.strength,
-            edit.start_percent,
-            edit.end_percent,
-            edit.blocks if blocks is None else blocks,
-            gate,
-            options,
-            self.node,
+            **own,
+            strength=self.strength * edit.strength,
+            start_percent=edit.start_percent,
+            end_percent=edit.end_percent,
+            gate=gate,
+            node=self.node,
         )
 
     def concept(self, source: Words | LearnedFile) -> Concept:
         if source not in self.concepts:
-            if isinstance(source, LearnedFile):
-                self.concepts[source] = concept_of(self.artefact(source, "concept"))
-            else:
-                self.concepts[source] = encoded(source, self.given.clip)
+            self.concepts[source] = source.concept(self)
         return self.concepts[source]
 
     def artefact(self, file: LearnedFile, kind: str) -> Artefact:
         along = self.along.get(file.sha256)
         return self.given.find(file, kind) if along is None else parsed(along, kind)
 
-    def gate(self, rule: AnyGate | None, source: Source) -> Gate:
+    def gate(self, rule: AnyGate | None, source: Any) -> Gate:
         if rule is None:
             return Gate()
         key = rule, source if rule.discriminator is None else None
         if key not in self.gates:
-            self.gates[key] = self.made(rule, source)
+            judge = source if rule.discriminator is None else self.discriminator(rule.discriminator)
+            self.gates[key] = rule.made(judge, self.given)
         return self.gates[key]
-
-    def made(self, rule: AnyGate, source: Source) -> Gate:
-        judge = source if rule.discriminator is None else self.discriminator(rule.discriminator)
-        if isinstance(rule, InFlightGate):
-            vae = self.needed("vae", "a VAE", self.given.vae) if rule.decode == "vae" else None
-            return in_flight_gate(
-                judge, vae, rule.at_percent, rule.threshold, rule.soft, rule.restart, self.given.report
-            )
-        if isinstance(rule, ImageGate):
-            image = self.needed("image", "a reference picture", self.given.image)
-            return image_gate(judge, image, rule.threshold, rule.soft, rule.decides)[0]
-        text = self.needed("text", "the prompt", self.given.text)
-        return prompt_gate(judge, self.given.clip, text, rule.threshold, rule.soft)[0]
 
     def discriminator(self, file: LearnedFile) -> Discriminator:
         artefact = self.artefact(file, "discriminator")
         return from_artefact(artefact, self.given.encoder(artefact))
-
-    @staticmethod
-    def needed(input: str, what: str, value: Any) -> Any:
-        if value is None:
-            raise ValueError(
-                f"its gate needs {what}; give it to a Preset Gate node (`{input}`), and connect that to `gate`"
-            )
-        return value
-
-
-def encoded(words: Words, clip: Any) -> Concept:
-    phrases, neutral, keep = map("\n".join, (words.phrases, words.neutral, words.keep))
-    return concept_from_text(clip, phrases, words.name, neutral, keep)

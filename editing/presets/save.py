@@ -11,28 +11,11 @@ from typing import Any
 import torch
 
 from ..edits.encode import lines_of
-from ..edits.spec import Concept, Direction, Draw, EditSpec, Gate, Prompt
+from ..edits.spec import Concept, EditSpec, Gate
 from ..files import artefacts
 from ..files.artefacts import Artefact
 from ..gates.discriminator import Discriminator, to_artefact
-from ..methods.cre import CREOptions
-from ..methods.eiup import EIUPOptions
-from .apply import encoded
-from .document import (
-    MAX_LEARNED,
-    AnyGate,
-    CREEdit,
-    DirectionEdit,
-    Edit,
-    EIUPEdit,
-    Embedded,
-    ImageGate,
-    InFlightGate,
-    KPOPEdit,
-    LearnedFile,
-    PromptGate,
-    Words,
-)
+from .parts import GATES, MAX_LEARNED, AnyGate, Edit, Embedded, LearnedFile, Words
 
 CLOSE = 1e-2  # of an encoding's size: an encoder in half precision does not give the same numbers twice everywhere
 
@@ -55,7 +38,7 @@ class Saver:
         return tuple(self.edit(spec, i) for i, spec in enumerate(sorted(specs, key=lambda spec: spec.order), 1))
 
     def edit(self, spec: EditSpec, i: int) -> Edit:
-        if isinstance(spec.gate, Draw):
+        if spec.gate.drawn:
             raise ValueError(
                 f"the edit of {spec.node} draws directions anew with each seed, which no preset says; "
                 "keep that node in the workflow"
@@ -66,25 +49,16 @@ class Saver:
             end_percent=float(spec.end_percent),
             gate=self.gate(spec, i),
         )
-        source, options = spec.source, spec.options
-        if isinstance(source, Prompt | Direction):
-            if source.artefact is None:
-                raise ValueError(f'"{source.name}" of {spec.node} has no file, and a preset cannot hold it; learn it')
-            if source.artefact.kind == "prompt":
-                return KPOPEdit(method="KPOP", prompt=self.file(source.artefact), **common)
-            return DirectionEdit(
-                method="safe region", direction=self.file(source.artefact), blocks=spec.blocks, **common
-            )
-        learned = source.artefact
-        common |= dict(
-            concept=words_of(source, self.clip) if learned is None else self.file(learned), blocks=spec.blocks
-        )
-        if isinstance(options, CREOptions):
-            return CREEdit(method="CRE", **common, **vars(options))
-        assert isinstance(options, EIUPOptions)
-        if options.auto is not None:
-            raise ValueError(f"the edit of {spec.node} finds its weight with a file of its own; set its auto to off")
-        return EIUPEdit(method="EIUP", **common, **{k: v for k, v in vars(options).items() if k != "auto"})
+        return spec.how.to_document(spec, self, common)
+
+    def learned(self, spec: EditSpec) -> LearnedFile:
+        """The file of a learned source."""
+        if spec.source.artefact is None:
+            raise ValueError(f'"{spec.source.name}" of {spec.node} has no file, and a preset cannot hold it; learn it')
+        return self.file(spec.source.artefact)
+
+    def concept(self, concept: Concept) -> Words | LearnedFile:
+        return words_of(concept, self.clip) if concept.artefact is None else self.file(concept.artefact)
 
     def gate(self, spec: EditSpec, i: int) -> AnyGate | None:
         """What a preset keeps of a gate: its rule. Where it has none to keep, a note says so."""
@@ -102,8 +76,8 @@ class Saver:
                 what = f"asks {getattr(rule.judge, 'name', type(rule.judge).__name__)}, which has no file of ours"
             self.notes.append(f"The gate of edit {i} stays behind: it {what}. The preset's edit is always on.")
             return None
-        kind = {"image": ImageGate, "prompt": PromptGate, "in-flight": InFlightGate}[rule.kind]
-        return kind(kind=rule.kind, **common, **rule.options)
+        made: AnyGate = GATES[rule.kind](kind=rule.kind, **common, **rule.options)
+        return made
 
     def file(self, artefact: Artefact) -> LearnedFile:
         data = artefacts.data_of(artefacts.bare(artefact))
@@ -139,7 +113,7 @@ def words_of(concept: Concept, clip: Any) -> Words:
     phrases, keep = (tuple(phrase.text for phrase in some) for some in (concept.phrases, concept.keep))
     try:
         words = Words(name=concept.name, phrases=phrases, neutral=tuple(lines_of(concept.neutral_text)), keep=keep)
-        again = encoded(words, clip)
+        again = words.encoded(clip)
     except ValueError:
         again = None
     if again is None or not alike(concept, again):

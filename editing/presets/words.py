@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from .document import (
-    CREEdit,
-    DirectionEdit,
-    Edit,
-    EIUPEdit,
-    ImageGate,
-    InFlightGate,
-    KPOPEdit,
-    LearnedFile,
-    Preset,
-    Words,
-    bytes_of,
-    learned_files,
-    parsed,
-)
+from ..edits.method import labelled
+from .document import Preset, learned_files
+from .parts import Edit, bytes_of, parsed
 
 
 def described(preset: Preset) -> list[str]:
@@ -26,27 +15,8 @@ def described(preset: Preset) -> list[str]:
     return [f"{_what(edit)}, {_when(edit)}{_where(edit)}{_whether(edit)}." for edit in preset.edits]
 
 
-def _what(edit: Edit) -> str:
-    if isinstance(edit, KPOPEdit):
-        return f"Puts the learned prompt {edit.prompt.file} back (KPOP, strength {edit.strength:g})"
-    if isinstance(edit, DirectionEdit):
-        return f"Moves the prompt along {edit.direction.file} (safe region, strength {edit.strength:g})"
-    assert isinstance(edit, CREEdit | EIUPEdit)
-    if isinstance(edit.concept, LearnedFile):
-        thing = f"the concept in {edit.concept.file}"
-    else:
-        thing = f'"{edit.concept.name}"'
-        if edit.concept.phrases != (edit.concept.name,):
-            thing += " (" + "; ".join(edit.concept.phrases) + ")"
-    if isinstance(edit, CREEdit):
-        kept = edit.concept.keep if isinstance(edit.concept, Words) else ()
-        thing += f", but not {'; '.join(kept)}" if kept else ""
-        return f"{'Erases' if edit.strength else 'Leaves'} {thing} (CRE, strength {edit.strength:g})"
-    weights = ", ".join(f"{weight:g}" for weight in edit.weights)
-    verb = "Adds" if all(weight > 0 for weight in edit.weights) else "Weakens or adds"
-    verb = "Takes away" if all(weight <= 0 for weight in edit.weights) else verb
-    scaled = "" if edit.strength == 1 else f", strength {edit.strength:g}"
-    return f"{verb} what attends to {thing} (EIUP, weight {weights}{scaled})"
+def _what(edit: Any) -> str:
+    return labelled(edit.method).described(edit)
 
 
 def _when(edit: Edit) -> str:
@@ -62,17 +32,7 @@ def _where(edit: Edit) -> str:
 
 
 def _whether(edit: Edit) -> str:
-    gate = edit.gate
-    if gate is None:
-        return ""
-    judge = gate.discriminator.file if gate.discriminator is not None else "its likeness to the concept"
-    shown = f"({judge}, from {gate.threshold:g}{', the surer the stronger' if gate.soft else ''})"
-    if isinstance(gate, InFlightGate):
-        again = "; it then begins again" if gate.restart else ""
-        return f", only in pictures that show it at {100 * gate.at_percent:g} % of the timesteps {shown}{again}"
-    if isinstance(gate, ImageGate):
-        return f", only if {'any' if gate.decides == 'any' else 'the'} reference picture shows it {shown}"
-    return f", only if the prompt asks for it {shown}"
+    return "" if edit.gate is None else edit.gate.said()
 
 
 def brought(preset: Preset) -> list[str]:

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.blocks import parse_blocks
-from ..edits.spec import Direction, Prompt
+from ..edits.spec import Prompt
 from ..files.artefacts import Artefact
+from ..methods.kpop import prompt_of
 from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
 from .lora import Deltas
 
 METHOD = "KPOP"
-MECHANISMS = ("concat", "additive")
 PATHS = ("chain", "fresh")
 STARTS = ("noise", "concept")
 KEYS_AND_VALUES = ("one", "two")  # one p for both, as the paper writes it, or one each, as the code has it
@@ -100,27 +100,6 @@ class LearnedPrompt:
                 **about,
             )
         )
-
-
-def prompt_of(found: Artefact) -> Prompt:
-    """The prompt that a file holds. Raises ValueError if no edit can use it."""
-    if found.mechanism not in MECHANISMS:
-        raise ValueError(
-            f'"{found.name}" has the mechanism {found.mechanism[:40]!r}, which this ConceptGuard does not '
-            f"know; it knows {' and '.join(MECHANISMS)}"
-        )
-    parse_blocks(found.blocks)
-    k, v = found.tensors["k"][None], found.tensors["v"][None]
-    if found.mechanism == "additive" and not torch.equal(k, v):
-        raise ValueError(f'"{found.name}" is additive, but adds other things to keys than to values')
-    return Prompt(found.name, k, v, found.mechanism, found.blocks, found)
-
-
-def edit_of(prompt: Prompt) -> tuple[str, Prompt | Direction]:
-    """The engine's method and source for it: tokens that are appended, or a shift of the text encoding."""
-    if prompt.mechanism == "concat":
-        return "prompt", prompt
-    return "direction", Direction(prompt.name, prompt.k[0], prompt.artefact)
 
 
 def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: int) -> Tensor:

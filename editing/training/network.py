@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.host import cross_attentions
+from ..engine.backbones.unet import cross_attentions
 from .learning import Patch, Text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..edits.spec import Concept, Phrase
+from ..edits.learned import placed
 from ..files.artefacts import Artefact
 from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
 
@@ -36,12 +36,6 @@ def tokens_start(options: ConceptOptions, empty: Tensor, like: Tensor | None = N
     start = empty[0, 1 : 1 + options.tokens]
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(options.seed)).to(start)
     return start + 0.1 * empty.std() * noise
-
-
-def placed(c: Tensor, e: Tensor, at: Sequence[int]) -> Tensor:
-    """Each row's context with e in it. c: [B, T, W]; e: [n, W]; at: B first positions."""
-    rows = [torch.cat([row[:i], e, row[i + len(e) :]]) for row, i in zip(c, at, strict=True)]
-    return torch.stack(rows)
 
 
 class LearnedTokens:
@@ -99,17 +93,3 @@ class LearnedTokens:
         rest = {"neutral": neutral, "empty": empty[0]}
         tensors = {"learned": e, **{key: x.to("cpu", torch.float32, copy=True) for key, x in rest.items()}}
         return Artefact("concept", name, tensors, METHOD, text_width=e.shape[1], tokens=len(e), **about)  # type: ignore[arg-type]
-
-
-def concept_of(found: Artefact) -> Concept:
-    """One phrase: what it was learned beside, the captions' mean encoding, with the learned tokens in its last places.
-
-    Compared with that same mean, what is left is what the tokens add.
-    """
-    e, empty = found.tensors["learned"], found.tensors["empty"][None]
-    neutral = found.tensors["neutral"][None] if "neutral" in found.tensors else empty
-    first = empty.shape[1] - len(e)
-    if first < 2:
-        raise ValueError(f'"{found.name}" has {len(e)} tokens, too many for a prompt of {empty.shape[1]}')
-    phrase = Phrase(found.name, placed(neutral, e, [first]), tuple(range(first, empty.shape[1])))
-    return Concept(found.name, (phrase,), empty, neutral, artefact=found)

@@ -1,0 +1,119 @@
+"""What an erasure method is to the rest of the pack: one object in one table, which everything else loops over.
+
+A method's file in methods/ holds its formulas, its options, its part of a preset, and the object that is registered:
+specs are checked, applied, saved, read and put into words by it, and by nothing that knows it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .spec import EditSpec
+
+OnText = Callable[[Tensor, Tensor], Tensor]  # (context [R, L, W], s [R]) to the context that is read instead
+
+
+class Method:
+    """What every method says of itself; what it leaves out, it does not do.
+
+    name: in specs; label: for people, and in presets; order: of application, the least first, whatever the order of the
+    nodes; source, options: the types of what a spec of it holds; document: its part of a preset, a presets.parts.Edit.
+    """
+
+    name: str
+    label: str
+    order: int
+    source: type
+    options: type = type(None)
+    document: Any
+
+    # -- the spec --------------------------------------------------------------------------------------------------
+
+    def complaint(self, spec: EditSpec) -> str | None:
+        """What is wrong with a spec's own numbers, and the mend."""
+        return None
+
+    def idle(self, spec: EditSpec) -> bool:
+        """Whether its options say that nothing happens."""
+        return False
+
+    def admit(self, spec: EditSpec, backbone: Any) -> None:
+        """Raise `spec.error` if it cannot edit this model, for reasons beside the text's width and the blocks."""
+
+    # -- the edit --------------------------------------------------------------------------------------------------
+
+    def on_text(self, spec: EditSpec, device: torch.device) -> OnText | None:
+        """What is done to the text that keys and values are made of."""
+        return None
+
+    def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> Any:
+        """What the edits need of a cross-attention: methods.tokens.TokenSets, each set with its edit's number."""
+        raise NotImplementedError(f"{self.label} works on the text alone")
+
+    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
+        """What a group of edits that is solved together takes away from A; fp32 [..., H, d].
+
+        A: [..., H, d]; At: [K, ..., H, d], what the same queries find in each prompt; s: [K, ...]; A0: the baseline's;
+        kept: methods.cre.Kept or None.
+        """
+        raise NotImplementedError(f"{self.label} solves nothing together")
+
+    def first_look(self, spec: EditSpec) -> str | None:
+        """The evidence (methods.eiup.EVIDENCE) whose maps of one call of the unedited model it must see before it can
+        act; None: it needs no look."""
+        return None
+
+    def settled(self, spec: EditSpec, watch: Any, blocks: Iterable[Any], images: Sequence[int]) -> Sequence[EditSpec]:
+        """The edits that it comes to after its first look, an engine.watch.Watch, at these images of the batch."""
+        return (spec,)
+
+    # -- presets ---------------------------------------------------------------------------------------------------
+
+    def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> Any:
+        """Its part of a preset. saver: presets.save.Saver; common: the fields that all edits have. Raises ValueError
+        for what no preset can say."""
+        raise ValueError(f"the edit of {spec.node} cannot be saved: presets do not hold {self.label}")
+
+    def from_document(self, edit: Any, maker: Any) -> dict[str, Any]:
+        """The fields of an EditSpec that are the method's own. maker: presets.apply.Maker."""
+        raise NotImplementedError(f"presets do not hold {self.label}")
+
+    def described(self, edit: Any) -> str:
+        """What a preset's edit will do, in plain words: the start of a sentence."""
+        raise NotImplementedError(f"presets do not hold {self.label}")
+
+
+_methods: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method; refuses a twin."""
+    for other in _methods.values():
+        if method.name == other.name or method.label == other.label or method.order == other.order:
+            raise ValueError(f"{method.label} ({method.name}, {method.order}) is like {other.label}, which is there")
+    _methods[method.name] = method
+    return method
+
+
+def unregister(name: str) -> None:
+    del _methods[name]
+
+
+def methods() -> tuple[Method, ...]:
+    """All of them, in the order of application."""
+    return tuple(sorted(_methods.values(), key=lambda method: method.order))
+
+
+def method(name: str) -> Method:
+    if name not in _methods:
+        raise ValueError(f"there is no method {name!r}; the methods are {', '.join(each.name for each in methods())}")
+    return _methods[name]
+
+
+def labelled(label: str) -> Method:
+    return next(each for each in _methods.values() if each.label == label)

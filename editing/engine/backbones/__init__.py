@@ -1,0 +1,5 @@
+"""The kinds of models that the engine edits: a file each, and its name in this list."""
+
+from . import unet
+
+__all__ = ["unet"]
