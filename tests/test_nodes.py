@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import save_file
 
-from conceptguard.editing.edits.blocks import listing, parse_blocks, select_blocks
+from conceptguard.editing.edits.blocks import listing, select_blocks
 from conceptguard.editing.edits.spec import Concept, Gate
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.methods.cre import CHOICES, DEFAULTS
@@ -430,7 +430,8 @@ def test_blocks_are_chosen_by_their_names() -> None:
     assert select_blocks("input.3", keys) == {("input", 3, 0), ("input", 3, 1)}
     assert select_blocks("all", [("input", 1, 0)]) == {("input", 1, 0)}  # a model without a middle block
     assert listing(keys) == "input.3, middle.0, output.0, output.1"
-    assert parse_blocks("all") == parse_blocks("input,middle,output")
+    with pytest.raises(ValueError, match='blocks "all,input.99": this model has no cross-attention there; it has i'):
+        select_blocks("all,input.99", keys)  # a part that names nothing is a mistake, whatever stands beside it
 
 
 def test_concepts_are_deep_copied_by_reference(model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..edits.blocks import BlockKey, select_blocks
+from ..edits.blocks import BlockKey, know_sides, select_blocks
 from ..edits.spec import Concept, Direction, EditSpec, Prompt
 from ..methods.attention import split_heads
 from ..methods.tokens import TokenSet
@@ -46,6 +46,7 @@ class Backbone:
     their weights alone; family: for people, and for presets' `base_models`."""
 
     supports = ""  # for people: the models that this kind is for
+    sides: tuple[str, ...] = ()  # of its blocks' keys, in their order
 
     def __init__(
         self, name: str, width: int, blocks: Mapping[BlockKey, TextAttention], fingerprint: str = "", family: str = ""
@@ -123,6 +124,7 @@ BACKBONES: list[type[Backbone]] = []
 
 def register_backbone(kind: type[Backbone]) -> type[Backbone]:
     """Add a kind of model; the first that knows a model has it."""
+    know_sides(*kind.sides)
     BACKBONES.append(kind)
     return kind
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edits.blocks import parse_blocks
+from ..edits.blocks import parse_blocks, within
 from ..edits.spec import Prompt
 from ..files.artefacts import Artefact
 from ..methods.kpop import prompt_of
@@ -75,8 +75,7 @@ class LearnedPrompt:
 
     def patch(self, n: Tensor, context: Tensor, value: Tensor, extra: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The host's `attn2_patch`. context, value: [B, T, W]."""
-        side, block = extra["block"]
-        if not any(side == s and first <= block <= last for s, first, last in self.parts):
+        if not any(within((*extra["block"], 0), part) for part in self.parts):
             return n, context, value
         k, v = (x.to(context.dtype).expand(len(context), -1, -1) for x in (self.k, self.v))
         if self.mechanism == "additive":

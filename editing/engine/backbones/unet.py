@@ -22,6 +22,7 @@ FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the te
 @register_backbone
 class UNet(Backbone):
     supports = "SD1.x, SD2.x and SDXL"
+    sides = ("input", "middle", "output")
 
     @classmethod
     def of(cls, network: torch.nn.Module, name: str) -> UNet | None:
