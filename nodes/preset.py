@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,21 @@ from .inputs import CATEGORY, check, named, strength_input
 from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
 from .show import id_of
-from .types import GateType
+from .types import GateType, PresetGateType
 
 APPLY, SAVE, LOOK = "ConceptGuardApplyPreset", "ConceptGuardSavePreset", "ConceptGuardPresetGate"
 FOLDER = "concept_guard_presets"  # in the host's output folder
 
 
 @dataclass(frozen=True)
-class PresetGate(Gate):
+class PresetGate:
     """A gate for a preset as a whole, and what the preset's own gates look with and at."""
 
-    vae: Any = field(default=None, compare=False, repr=False, kw_only=True)
-    clip_vision: Any = field(default=None, compare=False, repr=False, kw_only=True)
-    image: Tensor | None = field(default=None, compare=False, repr=False, kw_only=True)
-    text: str | None = field(default=None, compare=False, repr=False, kw_only=True)
+    whole: Gate = Gate()
+    vae: Any = None
+    clip_vision: Any = None
+    image: Tensor | None = None
+    text: str | None = None
 
 
 def of_type(gate: Any) -> Gate:
@@ -80,7 +81,9 @@ class ConceptGuardPresetGate(io.ComfyNode):
                     "connected: open.",
                 ),
             ],
-            outputs=[GateType.Output(display_name="gate", tooltip="For the `gate` input of Apply Safety Preset.")],
+            outputs=[
+                PresetGateType.Output(display_name="gate", tooltip="For the `gate` input of Apply Safety Preset.")
+            ],
         )
 
     @classmethod
@@ -94,9 +97,7 @@ class ConceptGuardPresetGate(io.ComfyNode):
     ) -> io.NodeOutput:
         with named(LOOK):
             whole = of_type(gate)
-        seen = PresetGate(
-            whole.values, whole.inflight, rule=whole.rule, vae=vae, clip_vision=clip_vision, image=image, text=text
-        )
+        seen = PresetGate(whole, vae, clip_vision, image, text)
         return io.NodeOutput(seen)
 
 
@@ -123,8 +124,9 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                     "A strength of 0 in it switches that edit off.",
                 ),
                 strength_input("Multiplies the strength of every edit of the preset: 1 as written, 0 all off."),
-                GateType.Input(
+                io.MultiType.Input(
                     "gate",
+                    types=[GateType, PresetGateType],
                     optional=True,
                     tooltip="Multiplies the strength of every edit, image by image; 0 is a closed gate and leaves the "
                     "image untouched. Not connected: open. A preset with gates of its own may want a Preset Gate here.",
@@ -146,11 +148,10 @@ class ConceptGuardApplyPreset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, preset: str, strength: float = 1.0, gate: Gate | None = None
+        cls, model: Any, clip: Any, preset: str, strength: float = 1.0, gate: Gate | PresetGate | None = None
     ) -> io.NodeOutput:
         with named(APPLY):
-            whole = of_type(gate)
-            seen = whole if isinstance(whole, PresetGate) else PresetGate()
+            seen = gate if isinstance(gate, PresetGate) else PresetGate(of_type(gate))
             given = Given(
                 clip,
                 read_file,
@@ -160,9 +161,7 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                 seen.text,
                 reporting(id_of(cls)),
             )
-            if whole is seen:
-                whole = Gate(seen.values, seen.inflight, rule=seen.rule)
-            specs = specs_of(read(preset), given, strength, whole, APPLY)
+            specs = specs_of(read(preset), given, strength, seen.whole, APPLY)
         for spec in specs:
             if spec.source.artefact is not None and spec.source.artefact.kind == "prompt":
                 compare(spec.source.artefact, model, APPLY)

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 ConceptType = io.Custom("CONCEPT_GUARD_CONCEPT")
 GateType = io.Custom("CONCEPT_GUARD_GATE")
+PresetGateType = io.Custom("CONCEPT_GUARD_PRESET_GATE")  # a gate with what a preset's own gates look with and at
 DiscriminatorType = io.Custom("CONCEPT_GUARD_DISCRIMINATOR")
 DirectionType = io.Custom("CONCEPT_GUARD_DIRECTION")
 PromptType = io.Custom("CONCEPT_GUARD_PROMPT")

@@ -11,8 +11,7 @@ import torch
 from documents import DOCUMENT, WORDS, changed, keys, make
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import EditSpec, Gate, InFlight
-from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.edits.spec import Gate, InFlight
 from conceptguard.editing.gates.discriminator import Discriminator, Head
 from conceptguard.editing.gates.features import Vision
 from conceptguard.editing.presets.apply import combined
@@ -197,11 +196,13 @@ def test_a_whole_presets_gate_is_saved_with_edits_that_have_none(model: Any, cli
     assert saved is not None and saved.kind == "image" and saved.soft
 
 
-def test_a_preset_gate_is_a_gate_for_other_nodes_too(model: Any) -> None:
-    for gate in (Gate((0.5,)), Gate()):
-        spec = EditSpec("projection", tiny.concept(), options=tiny.CRE, gate=look(gate=gate, image=PICTURES))
-        plain = EditSpec("projection", tiny.concept(), options=tiny.CRE, gate=gate)
-        assert torch.equal(tiny.sample(add_edit(model, spec)), tiny.sample(add_edit(model, plain)))
+def test_a_preset_gate_is_for_presets_alone(model: Any) -> None:
+    """Elsewhere what it carries would be dropped without a word."""
+    assert ConceptGuardPresetGate.GET_SCHEMA().outputs[0].get_io_type() == "CONCEPT_GUARD_PRESET_GATE"
+    accepted = {each.id: each.get_io_type() for each in ConceptGuardApplyPreset.GET_SCHEMA().inputs}["gate"]
+    assert accepted == "CONCEPT_GUARD_GATE,CONCEPT_GUARD_PRESET_GATE"
+    with pytest.raises(ValueError, match="ConceptGuardCRE: gate is a PresetGate; connect the GATE output of a"):
+        ConceptGuardCRE.execute(model, tiny.concept(), gate=look(image=PICTURES))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
