@@ -15,6 +15,7 @@ import torch
 from ..demo import world
 from ..demo.judge import accuracy
 from ..demo.load import load_judge
+from ..editing.files.whole import put
 from ..tools.environment import ROOT
 from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, presets, readings
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, Rate
@@ -37,15 +38,12 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(name: str, rows: Sequence[dict[str, Any]], about: str) -> None:
     """A table, whole or not at all."""
-    OUTPUT.mkdir(parents=True, exist_ok=True)
     texts = {
         ".json": json.dumps([{k: plain(v) for k, v in row.items()} for row in rows], indent=1) + "\n",
         ".md": f"# {name}\n\n{about}\n\n{markdown(rows)}",
     }
     for ending, text in texts.items():
-        part = OUTPUT / f"{name}{ending}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(OUTPUT / f"{name}{ending}")
+        put(text.encode(), OUTPUT / f"{name}{ending}")
     print(f"\n{texts['.md']}", flush=True)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from ..editing.files.whole import put
 from .load import JUDGE_FILE, MODEL_FILE
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
-    part.replace(path)
+    put(save({k: v.contiguous() for k, v in tensors.items()}, metadata), path)
 
 
 def latent_rgb(latents: Tensor, pixels: Tensor) -> Tensor:

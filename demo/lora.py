@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from ..editing.files.whole import put
 from .load import MODEL_FILE
 
 NAME = "concept-guard-demo.safetensors"
@@ -16,7 +17,6 @@ RANK = 2
 
 def write(folder: Path) -> Path:
     """Differences of the cross-attentions' values, under the names that the host's LoraLoader reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     generator, tensors = torch.Generator().manual_seed(0), {}
     with safe_open(MODEL_FILE, "pt") as file:
         for key in file.keys():  # noqa: SIM118  (not a dict)
@@ -27,5 +27,4 @@ def write(folder: Path) -> Path:
                 tensors[f"{name}.lora_down.weight"] = torch.randn(RANK, columns, generator=generator) * columns**-0.5
                 tensors[f"{name}.alpha"] = torch.tensor(float(RANK))
     assert tensors
-    save_file(tensors, folder / NAME)
-    return folder / NAME
+    return put(save(tensors), folder / NAME)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
 
+from ..editing.files.whole import whole
 from . import model, world
 from .autoencoder import initialise
 
@@ -245,5 +246,5 @@ def train(
             pace = (time.time() - start) / (trainer.step - first)
             print(f"unet {trainer.step}/{steps} loss {shown:.4f} {pace:.2f} s/step", flush=True)
         if checkpoint and (trainer.step % 250 == 0 or trainer.step == steps):
-            torch.save(trainer.state(), checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
+            with whole(checkpoint) as part:
+                torch.save(trainer.state(), part)

@@ -23,6 +23,7 @@ from ..editing.edits.digest import digest
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit, edits_of, look_at, settled
 from ..editing.engine.run import EDITS
+from ..editing.files.whole import NotWritten
 from ..editing.gates.decoders import decoder
 from ..editing.gates.discriminator import Judge
 from ..editing.gates.gates import image_discriminator
@@ -288,10 +289,9 @@ class Task:
         if file is not None and (kept := cache.read(file, steps)):
             return kept, "from the file of an earlier search"
         found, calls = self.found(tick)
-        if file is not None:
-            cache.write(file, found)
         naive = naive_calls(found.probes, steps)
-        return found, f"{calls} model calls for each picture ({naive} if runs shared no steps)"
+        note = f"{calls} model calls for each picture ({naive} if runs shared no steps)"
+        return found, note if file is None else f"{note}{kept_in(file, found)}"
 
     def found(self, tick: Tick, find: Callable[..., Period] | None = None) -> tuple[Period, int]:
         """The period, and the model calls that it took; `find` searches in another way."""
@@ -327,6 +327,15 @@ class Task:
         )
         assert search.found is not None
         return search.found, search.calls
+
+
+def kept_in(file: Path, found: Period) -> str:
+    """Keep it; what a node adds if that fails, for which nobody should search again."""
+    try:
+        cache.write(file, found)
+    except NotWritten as error:
+        return f"\nnot kept for the next time: {error}"
+    return ""
 
 
 def progress(model: Any, node_id: str | None, steps: int) -> Tick:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+import yaml
+from comfy.cli_args import args
 
 from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
+from ..editing.files.kinds import KINDS
+from ..editing.files.names import dated, file_in, inside, is_learned
+from ..editing.files.whole import numbered, put_beside
 
 FOLDER = "concept_guard"
 OFF = "off"
@@ -24,7 +30,19 @@ DEMO = {  # what came with the demo model: kind -> choice -> file
     "discriminator": {f"demo: {f.stem.replace('-', ' ')}": f for f in sorted(DEMO_GATES.glob("*.safetensors"))},
 }
 
-folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+def default_elsewhere() -> bool:
+    """Whether an extra_model_paths.yaml makes a folder of its own the default for our files; the host keeps no note."""
+    files = [Path(folder_paths.__file__).parent / "extra_model_paths.yaml"]
+    files += [Path(file) for file in chain(*(args.extra_model_paths_config or ()))]
+    read = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    sections = [section for each in read for section in (each or {}).values()]
+    return any(isinstance(s, dict) and s.get("is_default") and FOLDER in s for s in sections)
+
+
+OWN = Path(folder_paths.models_dir) / FOLDER
+# First, where we write, unless an extra_model_paths.yaml says that another is the default.
+folder_paths.add_model_folder_path(FOLDER, str(OWN), is_default=not default_elsewhere())
 
 
 def choices(kind: str) -> list[str]:
@@ -32,7 +50,7 @@ def choices(kind: str) -> list[str]:
     ours = []
     for name in folder_paths.get_filename_list(FOLDER):
         path = folder_paths.get_full_path(FOLDER, name)
-        if name.endswith(".safetensors") and path and told(Path(path)) in (kind, None):
+        if is_learned(name) and path and told(Path(path)) in (kind, None):
             ours.append(name.replace(os.sep, "/"))
     return [choice for choice, path in DEMO.get(kind, {}).items() if path.is_file()] + ours
 
@@ -53,23 +71,21 @@ def file_of(choice: str, kind: str, input: str = "file") -> Path:
     """The file that a choice names. Raises ValueError if there is none, or none here."""
     if choice in DEMO.get(kind, {}):
         return DEMO[kind][choice]
-    for folder in folder_paths.get_folder_paths(FOLDER):
-        path = artefacts.file_in(Path(folder), choice)
-        if path.is_file():
-            return path
+    if path := folder_paths.get_full_path(FOLDER, inside(choice)):
+        return Path(path)
     raise ValueError(f'{input}: "{choice}" is not in the models folder {FOLDER}/; put it there, or choose another')
 
 
 def held() -> list[Path]:
     """All learned files there are: the models folder's, at any depth, and the ones that came with the demo model."""
     paths = [folder_paths.get_full_path(FOLDER, name) for name in folder_paths.get_filename_list(FOLDER)]
-    ours = [Path(path) for path in paths if path and path.endswith(".safetensors")]
+    ours = [Path(path) for path in paths if path and is_learned(path)]
     return ours + [path for each in DEMO.values() for path in each.values() if path.is_file()]
 
 
 def known_by(name: str, sha256: str, kind: str) -> Path:
     """The file of this name with these contents. Raises ValueError, which says what is wrong with what is there."""
-    alike = [path for path in held() if path.name == name and path.stat().st_size <= artefacts.KINDS[kind].limit]
+    alike = [path for path in held() if path.name == name and path.stat().st_size <= KINDS[kind].limit]
     for path in alike:
         if contents(path, fingerprint(path)) == sha256:
             return path
@@ -98,15 +114,15 @@ def holding(artefact: Artefact) -> Path | None:
     return None
 
 
-def new_file(prefix: str) -> Path:
-    """Where to save under this name: always a new file, the prefix and the next number."""
-    return artefacts.unused(artefacts.file_in(Path(folder_paths.get_folder_paths(FOLDER)[0]), prefix))
-
-
 def saved(artefact: Artefact, prefix: str) -> str:
-    """Write it; returns its name as `choices` gives it."""
-    path = artefacts.write(artefact, new_file(prefix))
-    return path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]).as_posix()
+    """Write it into a new file, the prefix and the next number; returns its name as `choices` gives it."""
+    return saved_in(Path(folder_paths.get_folder_paths(FOLDER)[0]), artefacts.data_of(artefact), prefix)
+
+
+def saved_in(folder: Path, data: bytes, prefix: str) -> str:
+    """The same in any models folder."""
+    path = put_beside(data, file_in(folder, dated(prefix)), numbered)
+    return path.relative_to(folder).as_posix()
 
 
 def changed(choice: str | None, kind: str) -> Any:

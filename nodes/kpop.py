@@ -12,10 +12,11 @@ from comfy_api.latest import io
 from ..editing.edits.spec import EditSpec, Gate, Prompt
 from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files import artefacts
-from ..editing.files.artefacts import Artefact, packed, put
+from ..editing.files.artefacts import Artefact
+from ..editing.files.header import packed
 from ..editing.methods.kpop import edit_of, prompt_of
 from ..editing.training.lora import LoRA
-from .files import changed, choices, file_of, saved
+from .files import changed, choices, file_of, saved, saved_in
 from .inputs import (
     CATEGORY,
     UNLINKED,
@@ -62,8 +63,7 @@ class ConceptGuardSaveWeights(io.ComfyNode):
                 raise ValueError(f"weights is a {type(weights).__name__}; connect the weights of Train KPOP")
             lora = weights if isinstance(weights, LoRA) else LoRA(weights, {})
             folder = Path(folder_paths.get_folder_paths("loras")[0])
-            path = artefacts.unused(artefacts.file_in(folder, filename_prefix))
-            name = put(packed(lora.checked(), lora.about), path).relative_to(folder).as_posix()
+            name = saved_in(folder, packed(lora.checked(), lora.about), filename_prefix)
         return io.NodeOutput(name, ui={"text": (name,)})
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..editing.edits.spec import Gate
 from ..editing.engine.host import add_edit, edits_of
-from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
+from ..editing.files.whole import put_beside
 from ..editing.presets.apply import Given, specs_of
 from ..editing.presets.document import LearnedFile, Preset, packed, read, write
 from ..editing.presets.save import Saver, slug
@@ -231,7 +231,7 @@ def save(preset: Preset) -> Path:
     """Write a new file in the output folder, whole or not at all; an older one of that name is never replaced."""
     data, suffix = (packed(preset), ".safetensors") if preset.files else (write(preset).encode(), ".json")
     folder = Path(folder_paths.get_output_directory()) / FOLDER
-    return artefacts.put_beside(data, folder / f"{slug(preset.name) or 'preset'}{suffix}")
+    return put_beside(data, folder / f"{slug(preset.name) or 'preset'}{suffix}")
 
 
 add_routes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import comfy.sample
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 
 from ..editing.edits.spec import Concept, Direction, EditSpec
 from ..editing.engine.host import add_edit, fingerprint_of
+from ..editing.files.names import safe
 from ..editing.pictures.chart import curve
 from ..editing.training.direction import GOALS, Learner, Settings
 from ..editing.training.gradient import DTYPES, Predictor, train_with
@@ -219,7 +219,7 @@ def learn(
     def body(predictor: Predictor) -> None:
         learner.learn(steps, predictor, predictor.contexts, sigmas, active, progress, predictor.device)
 
-    name = re.sub(r"[^\w ()+,=@-]+", "_", concept.name)[:60].strip() or "direction"
+    name = safe(concept.name, "direction")
     if learner.done < steps:
         with kept(lambda: saved(learner.artefact(), f"unfinished/{name}") if learner.done else None, RESUME):
             train_with(model, positive, torch.zeros(settings.shape), body, settings.precision, checkpointing)

@@ -64,7 +64,9 @@ LEARNED = {
         blocks="middle",
         backbone="SD9 elsewhere",
     ),
-    "concept": Artefact("concept", "from pictures", {"learned": K[:2], "empty": K}, text_width=W, tokens=2),
+    "concept": Artefact(
+        "concept", "from pictures", {"learned": K[:2], "empty": K, "neutral": K.flip(0)}, text_width=W, tokens=2
+    ),
 }
 
 
@@ -395,16 +397,3 @@ def test_writers_at_once_lose_nothing() -> None:
     assert len(set(paths)) == len(presets)
     assert [read(path.read_bytes()) for path in paths] == presets
     assert not list(paths[0].parent.glob(".*"))
-
-
-def test_a_disk_without_links_and_one_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def none(*_: Any) -> None:
-        raise OSError("not supported")
-
-    monkeypatch.setattr(artefacts.os, "link", none)
-    paths = [artefacts.put_beside(text, tmp_path / "x.json") for text in (b"1", b"2")]
-    assert [path.name for path in paths] == ["x.json", "x-2.json"] and paths[0].read_bytes() == b"1"
-    monkeypatch.setattr(artefacts.os, "fdopen", none)
-    with pytest.raises(OSError, match="not supported"):
-        artefacts.put_beside(b"3", tmp_path / "x.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-2.json", "x.json"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..edits.digest import digest
+from ..files.header import json_of
+from ..files.whole import put
 from .search import Period
 
 
@@ -35,15 +35,8 @@ def plain(value: Any) -> str:
 
 def write(file: Path, period: Period) -> None:
     """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump({"start": period.start, "end": period.end, "steps": period.steps, "probes": period.probes}, out)
-        os.replace(part, file)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    held = {"start": period.start, "end": period.end, "steps": period.steps, "probes": period.probes}
+    put(json.dumps(held).encode(), file)
 
 
 def read(file: Path, steps: int) -> Period | None:
@@ -51,7 +44,7 @@ def read(file: Path, steps: int) -> Period | None:
     try:
         if file.stat().st_size > 2**20:
             return None
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = json_of(file.read_bytes())
         probes = tuple((a, b, float(f)) for a, b, f in held["probes"])
         windows = [(held["start"], held["end"]), *((a, b) for a, b, _ in probes)]
         sound = all(type(a) is int and type(b) is int and 0 <= a < b <= steps for a, b in windows)

@@ -10,7 +10,6 @@ pair of these for keys and values; a file holds one prompt, or {concept: prompt}
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.artefacts import Artefact, file_in, unused, write
+from ..files.artefacts import Artefact, data_of
+from ..files.names import file_in, safe
+from ..files.whole import numbered, put_beside
 from ..methods.kpop import prompt_of
 from ..training.kpop import METHOD
 
@@ -88,8 +89,8 @@ def main() -> None:
     parser.add_argument("--blocks", default="middle", help='where they were learned: "middle", "middle,output", "all"')
     args = parser.parse_args()
     for artefact in prompts_in(args.file, args.mechanism, args.blocks):
-        name = re.sub(r"[^\w ()+,=@-]+", "_", artefact.name)[:60].strip() or "prompt"
-        print(f"wrote {write(artefact, unused(file_in(args.folder, name)))}")
+        path = file_in(args.folder, safe(artefact.name, "prompt"))
+        print(f"wrote {put_beside(data_of(artefact), path, numbered)}")
 
 
 if __name__ == "__main__":

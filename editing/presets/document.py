@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from .. import methods as _methods  # noqa: F401  registers the methods
 from ..edits.method import methods
-from ..files import artefacts
+from ..files.header import HEADER
 from .packed import is_packed, pack, unpacked
 from .parts import MAX_LEARNED, Edit, Embedded, LearnedFile, Part, parsed
 from .texts import Line, Name, Prose
@@ -29,7 +29,7 @@ from .texts import Line, Name, Prose
 KIND = "concept-guard preset"
 VERSION = 1
 MAX_BYTES = 256 * 1024  # of words and numbers
-MAX_FILE = MAX_LEARNED + artefacts.HEADER  # bytes of either form
+MAX_FILE = MAX_LEARNED + HEADER  # bytes of either form
 MAX_PHRASES = 256  # in the whole document: each costs a cross-attention at every step
 MOST_EDITS = 32
 

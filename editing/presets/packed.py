@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..files.artefacts import FORMAT, header_of, header_size, packed, without_twins
+from ..files.header import FORMAT, header_and_body, json_of, packed
 
 KIND = "preset"
 
@@ -31,15 +31,14 @@ def pack(document: str, version: int) -> bytes:
     tensors: dict[str, Tensor] = {}
     for i, file in enumerate(found.get("files", [])):
         data = base64.b64decode(file.pop("data"))
-        metadata[f"file {i}"] = json.dumps(header_of(data[8 : 8 + header_size(data[:8], len(data))])["__metadata__"])
+        metadata[f"file {i}"] = json.dumps(header_and_body(data)[0]["__metadata__"])
         tensors |= {f"{i}/{name}": tensor for name, tensor in load(data).items()}
     return packed(tensors, {**metadata, "document": json.dumps(found, ensure_ascii=False)})
 
 
 def unpacked(data: bytes, version: int) -> bytes:
     """The JSON of a .safetensors form. Raises ValueError for other files; whether it is a preset, `read` says."""
-    size = header_size(data[:8], len(data))
-    header = header_of(data[8 : 8 + size])
+    header, _ = header_and_body(data)
     metadata = header.pop("__metadata__", {})
     if metadata.get("format") != FORMAT or metadata.get("kind") != KIND:
         raise ValueError("it is a safetensors file, but no preset; choose one that ConceptGuard exported")
@@ -49,7 +48,7 @@ def unpacked(data: bytes, version: int) -> bytes:
     if not all(isinstance(entry, dict) and entry.get("dtype") == "F32" for entry in header.values()):
         raise ValueError("it has a tensor that is not of type F32; export the preset again")
     try:
-        document = json.loads(metadata["document"], object_pairs_hook=without_twins)
+        document = json_of(metadata["document"])
         files = document.get("files", [])
         tensors = load(data)
         for i, file in enumerate(files):
@@ -65,5 +64,5 @@ def filled(i: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """The i-th file in base64; its tensors are taken away."""
     names = [name for name in tensors if name.startswith(f"{i}/")]
     own: dict[str, Any] = {name.split("/", 1)[1]: tensors.pop(name) for name in names}
-    about = json.loads(metadata[f"file {i}"], object_pairs_hook=without_twins)
+    about = json_of(metadata[f"file {i}"])
     return base64.b64encode(packed(own, about)).decode()
