@@ -75,11 +75,12 @@ class AttentionCouple:
         count = len(extra["cond_or_uncond"])
         for part, c, cond in zip(n.chunk(count), context.chunk(count), extra["cond_or_uncond"], strict=True):
             regions = [c]
-            if cond == 0:
-                regions += [tiny.tokens(70 + i).to(c).expand(len(c), -1, -1) for i in range(self.regions - 1)]
+            if cond != 1:
+                more = [tiny.tokens(70 + i).to(c) for i in range(self.regions - 1)]
+                regions += [each.repeat(len(c), c.shape[1] // each.shape[1], 1) for each in more]
             ns += [part] * len(regions)
             contexts += regions
-            chunks += [cond] * len(regions)
+            chunks += [int(cond == 1)] * len(regions)
         extra["cond_or_uncond_couple"] = chunks
         enlarged = torch.cat(contexts)
         return torch.cat(ns), enlarged, enlarged

@@ -96,7 +96,7 @@ def test_a_batch_that_cannot_be_read_is_an_error(model: Any) -> None:
     odd = cre(model)
     odd.set_model_attn2_patch(lambda n, c, v, extra: (n[:3], c[:3], v[:3]))
     odd.set_model_attn2_output_patch(lambda n, extra: torch.cat([n, n[:1]]))
-    with pytest.raises(ValueError, match="Test: cannot tell which of 3 rows are conditional"):
+    with pytest.raises(ValueError, match="Test: cannot tell which of 3 rows belong to which prompt"):
         tiny.sample(odd, batch=2)
 
 

@@ -243,11 +243,16 @@ def draw(seed: str, image: int, of: int) -> int:
     return random.Random(f"{seed} {image}").randrange(of)
 
 
+ROWS = ("conditional", "all")
+
+
 @dataclass(frozen=True, eq=False)
 class EditSpec(Shared):
     """One edit of one MODEL: `method` applied with `source`, between two percents of the timesteps, in some blocks.
 
     scale: times the strength, one number an image of the batch, as a first look found them; empty: 1.
+    rows: of a batch; "conditional", those of the prompts that the guider calls positive, or "all": where the guidance
+    follows another prompt, or goes beyond all of them.
     """
 
     method: str
@@ -260,6 +265,7 @@ class EditSpec(Shared):
     options: Any = None  # of the method's own type
     node: str = "ConceptGuard"  # who asked: every error names it
     scale: tuple[float, ...] = ()
+    rows: str = ROWS[0]
 
     def __post_init__(self) -> None:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
@@ -270,6 +276,8 @@ class EditSpec(Shared):
         if (type(self.source), type(self.options)) != (how.source, how.options):
             given = f"{type(self.source).__name__} and {type(self.options).__name__}"
             complaint = f"the method {self.method!r} cannot do anything with {given}"
+        if self.rows not in ROWS:
+            complaint = complaint or f"rows is {self.rows!r}; choose one of {', '.join(ROWS)}"
         complaint = complaint or how.complaint(self)
         flight = self.gate.inflight
         if flight and not flight.restart:
@@ -305,7 +313,8 @@ class EditSpec(Shared):
     @cached_property
     def key(self) -> str:
         window = (self.start_percent, self.end_percent)
-        numbers = (self.strength, window, self.blocks, self.gate, self.options, *([self.scale] if self.scale else []))
+        later = [self.scale] * bool(self.scale) + [self.rows] * (self.rows != ROWS[0])
+        numbers = (self.strength, window, self.blocks, self.gate, self.options, *later)
         return digest((self.method, self.source.key, *numbers))
 
     @property

@@ -6,7 +6,7 @@ act there, on which rows and how strongly, is the run's part (run.py), the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,6 @@ from ..edits.spec import Concept, Direction, EditSpec, Prompt
 from ..methods.attention import split_heads
 from ..methods.tokens import TokenSet
 from .binding import KV
-from .rows import Window, chunks_of, window_of
 
 
 class TextAttention(Protocol):
@@ -62,16 +61,6 @@ class Backbone:
     def hooks(self, run: Any) -> Hooks:
         """The functions of a run (run.Run)."""
         raise NotImplementedError
-
-    # -- who is who in a batch ---------------------------------------------------------------------------------------
-
-    def chunks(self, extra: Mapping[str, Any]) -> Sequence[int]:
-        """Which cond each equal part of the batch serves, of those that the host calls together: 0 is conditional."""
-        return chunks_of(extra)
-
-    def window(self, extra: Mapping[str, Any]) -> Window:
-        """The images that a context window shows; None when all are shown."""
-        return window_of(extra)
 
     # -- the text ------------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,15 @@ import torch
 from comfy.model_management import load_models_gpu
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 
 from .. import methods as _methods  # noqa: F401  registers the methods
-from ..edits.spec import EditSpec, InFlight
+from ..edits.spec import ROWS, EditSpec, InFlight
 from ..gates.features import weights_digest
 from . import backbones as _backbones  # noqa: F401  registers the kinds of models
 from .backbone import Backbone, backbone_of
+from .conds import CONDS, positive
+from .rows import Served, images_of, patches_of, tiles_of, window_of
 from .run import EDITS, OBSERVER, WATCH, Run
 from .watch import Watch
 
@@ -96,16 +99,50 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     options = guider.model_options.setdefault("transformer_options", {})
     specs, watch = options.get(EDITS, ()), options.get(WATCH)
-    if not (specs or watch) or RUN in options:
+    if not (specs or watch):
         return executor(*args, **kwargs)
+    if RUN in options:  # a guider within a guider
+        options[RUN].guiders.add(guider, ordered(guider))
+        return executor(*args, **kwargs)
+    follows_the_positive(guider, specs)
     patcher = guider.model_patcher
     backbone = of_model(patcher, specs[0].node if specs else watch.node)
     with closing(start_run(backbone, patcher.get_model_object("model_sampling"), specs)) as run:
         options[RUN], run.carried = run, frozenset(specs)
+        run.guiders.add(guider, ordered(guider))
         try:
             return executor(*args, **kwargs)
         finally:
             del options[RUN]
+
+
+def ordered(guider: Any) -> bool:
+    """Whether it passes its prompts on as the host's own does: the positive one first."""
+    return type(guider).predict_noise is CFGGuider.predict_noise
+
+
+def follows_the_positive(guider: Any, specs: Sequence[EditSpec]) -> None:
+    """Raise if the picture follows the negative prompt, which conditional edits leave as it is."""
+    cfg = getattr(guider, "cfg", 1.0)
+    if not ordered(guider) or cfg > 0 or "sampler_cfg_function" in guider.model_options:
+        return
+    for spec in specs:
+        if spec.rows == ROWS[0] and not spec.idle:
+            raise spec.error(
+                f"cfg is {cfg:g}: the picture follows the negative prompt, which this edit leaves as it is. Set its "
+                "rows to all, or cfg above 0"
+            )
+
+
+def calc_cond_batch(
+    executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]
+) -> Any:
+    """Wraps the batching of some prompts: says below it who they are."""
+    options = model_options.get("transformer_options", {})
+    if RUN in options:
+        named = options[RUN].guiders.named(conds, len(x))
+        model_options = {**model_options, "transformer_options": {**options, CONDS: named}}
+    return executor(model, conds, x, timestep, model_options)
 
 
 class Restart(Exception):
@@ -169,24 +206,38 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         if run is None:  # an edit that only a hooked conditioning brings has no run around it
             backbone = backbone_of(model.diffusion_model, type(model).__name__, specs[0].node)
             run = stack.enter_context(closing(start_run(backbone, model.model_sampling, specs)))
-        chunks, window = run.backbone.chunks(options), run.backbone.window(options)
-        if 0 not in chunks:
+        served = served_by(run, options, len(x), specs or [watch])
+        if not any(served.edited) and all(spec.rows == ROWS[0] for spec in specs):
             return executor(x, t, *arguments, **kwargs)
         place = weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype()
 
         def look(first: Watch) -> None:
             """One more model call, of the unedited model, whose result nobody needs."""
-            holder[key] = run.install(options, run.plan((), *place), first)
+            holder[key] = run.install(options, run.plan((), *place), served, first)
             executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
 
         active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
-        active = run.decide(active, len(x) // len(chunks), window, look)
+        active = run.decide(active, served.images, served.window, look)
         holder[key] = options
         if active or watch:
             plan = run.plan(active, *place)
-            plan.rows(chunks, len(x), window)  # found now: what torch.compile finds new at a later step, it compiles
-            holder[key] = run.install(options, plan, watch)
+            if active:
+                plan.rows(served, len(x))  # found now: what torch.compile finds new at a later step, it compiles
+            holder[key] = run.install(options, plan, served, watch)
         return executor(x, t, *arguments, **kwargs)
+
+
+def served_by(run: Run, options: dict[str, Any], batch: int, who: Sequence[Any]) -> Served:
+    """What the batch of a model call is; raises in the name of the first of `who` if nobody can tell."""
+    parts = tuple(options.get("cond_or_uncond") or (0,))
+    try:
+        names = run.guiders.of_parts(parts, options) if run.guiders.guiders else ("positive",) * len(parts)
+        images = images_of(options, options.get(CONDS), batch, len(parts))
+        tiles = tiles_of(batch, len(parts), images, run.guiders.options.get("model_function_wrapper"))
+    except ValueError as error:
+        raise ValueError(f"{who[0].node}: {error}") from None
+    edited = tuple(map(positive, names))
+    return run.same(Served(parts, names, edited, images, tiles, window_of(options), *patches_of(options)))
 
 
 def unused(argument: Any) -> Any:
@@ -219,5 +270,6 @@ WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: outer_sample,
     WrappersMP.SAMPLER_SAMPLE: sampler_sample,
     WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
     WrappersMP.APPLY_MODEL: apply_model,
 }

@@ -19,7 +19,7 @@ from ..methods.kpop import append
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
-from .rows import Rows, Window, put
+from .rows import Layout, Rows, Served, put
 
 Observer = Callable[..., None]
 
@@ -120,31 +120,28 @@ class Plan:
                     gathered[here] = gather(specs, here, device)
                 self.blocks[key] = BlockEdits(gathered[here], backbone, key, dtype)
 
-    def rows(self, chunks: Sequence[int], batch: int, window: Window = None) -> Rows | None:
-        """The rows to edit, None if there are none.
+    def rows(self, served: Served, batch: int, couple: tuple[int, ...] = ()) -> Rows | None:
+        """The rows to edit of a batch of a model call, or of an attention in it; None if there are none.
 
-        `chunks` says for each equal part of the batch, every part holding all images, which of the host's conds it
-        serves: 0 is the conditional one, and the only one that is edited. `window` names the images if a context
-        window shows only some of them.
+        couple: what an attention couple says of it.
         """
-        key = (tuple(chunks), batch, window)
+        key = served, batch, couple
         if key not in self._rows:
-            self._rows[key] = self._find_rows(chunks, batch, window)
+            try:
+                self._rows[key] = self._find_rows(served, served.layout(batch, couple))
+            except ValueError as error:
+                raise self.specs[0].error(str(error)) from None
         return self._rows[key]
 
-    def _find_rows(self, chunks: Sequence[int], batch: int, window: Window) -> Rows | None:
-        images, left = divmod(batch, len(chunks))
-        if left:
-            raise self.specs[0].error(
-                f"cannot tell which of {batch} rows are conditional: they do not divide into the host's {len(chunks)} "
-                "parts. A node between this one and the sampler changes the batch inside the model; take it out"
-            )
-        gates = [spec.strengths(images, window) for spec in self.specs]
-        opened = [image for image in range(images) if any(gate[image] for gate in gates)]
-        index = [c * images + image for c, cond in enumerate(chunks) if cond == 0 for image in opened]
+    def _find_rows(self, served: Served, layout: Layout) -> Rows | None:
+        strengths = []
+        for spec in self.specs:
+            gate, here = spec.strengths(served.images, served.window), served.reached(spec)
+            strengths.append([gate[image] * here[part] for part, image in zip(layout.part, layout.image, strict=True)])
+        index = [row for row, of_edits in enumerate(zip(*strengths, strict=True)) if any(of_edits)]
         if not index:
             return None
-        s = torch.tensor([[gate[row % images] for row in index] for gate in gates], device=self.device)
+        s = torch.tensor([[of_rows[row] for row in index] for of_rows in strengths], device=self.device)
         if index == list(range(index[0], index[-1] + 1)):
             return Rows(slice(index[0], index[-1] + 1), s)
         return Rows(torch.tensor(index, device=self.device), s)

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..edits.blocks import BlockKey
 from ..edits.spec import EditSpec, InFlight, Shared, opened
 from .backbone import Backbone
+from .conds import Guiders
 from .plan import Plan
-from .rows import Window, put
+from .rows import Served, Window, couple_of, put
 from .watch import Watch
 
 EDITS = "concept_guard"  # in transformer_options: the list of specs
@@ -34,6 +35,7 @@ class Call(Shared):
     """What one model call's patches share."""
 
     plan: Plan
+    served: Served
     watch: Watch | None = None
     watched: Collection[BlockKey] = ()
     previous: Mapping[Any, Attention] = field(default_factory=dict)  # other packs' replacements of an attention
@@ -49,8 +51,10 @@ class Run(Shared):
         self.backbone = backbone
         self.percent_to_sigma = percent_to_sigma
         self.hooks = backbone.hooks(self)
+        self.guiders = Guiders()  # none where only a hooked conditioning brings the edits
         self.windows: dict[EditSpec, tuple[float, float]] = {}
         self.plans: dict[Hashable, Plan] = {}
+        self.batches: dict[Served, Served] = {}
         self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
         self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
         self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
@@ -134,6 +138,10 @@ class Run(Shared):
             out += self.decided[spec, images, window]
         return tuple(sorted((spec for spec in out if not spec.idle), key=lambda spec: spec.order))
 
+    def same(self, served: Served) -> Served:
+        """The one of its kind: torch.compile takes another object for something new."""
+        return self.batches.setdefault(served, served)
+
     def plan(self, specs: tuple[EditSpec, ...], weights: Hashable, device: torch.device, dtype: torch.dtype) -> Plan:
         key = (tuple(spec.key for spec in specs), weights, device, dtype)
         if key not in self.plans:
@@ -142,12 +150,14 @@ class Run(Shared):
             self.plans[key] = Plan(specs, self.backbone, device, dtype)
         return self.plans[key]
 
-    def install(self, options: dict[str, Any], plan: Plan, watch: Watch | None = None) -> dict[str, Any]:
+    def install(
+        self, options: dict[str, Any], plan: Plan, served: Served, watch: Watch | None = None
+    ) -> dict[str, Any]:
         """A copy of a model call's transformer_options with the plan's edits behind all that is there already.
 
         `watch` looks at every attention that its blocks name, edited or not.
         """
-        call = Call(plan, watch, () if watch is None else watch.admitted(self.backbone))
+        call = Call(plan, served, watch, () if watch is None else watch.admitted(self.backbone))
         # Emptied, so that a wrapper registered twice (by the MODEL and by a hook) edits once.
         edits: dict[str, Any] = {EDITS: [], WATCH: None, CALL: call}
         return self.hooks.install({**options, **edits}, call)
@@ -160,22 +170,23 @@ class Run(Shared):
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
         call: Call = extra[CALL]
-        chunks = self.backbone.chunks(extra)
+        couple = couple_of(extra)
         if call.watch is not None and key in call.watched:
-            call.watch.see(self.backbone, key, A, q, k, chunks, extra["activations_shape"])
+            rows = call.served.conditional(len(q), couple)
+            call.watch.see(self.backbone, key, A, q, k, rows, call.served.images, extra["activations_shape"])
         edits = call.plan.blocks.get(key)
-        rows = None if edits is None else call.plan.rows(chunks, q.shape[0], self.backbone.window(extra))
-        if edits is None or rows is None:
+        edited = None if edits is None else call.plan.rows(call.served, len(q), couple)
+        if edits is None or edited is None:
             return A
-        i = rows.index
+        i = edited.index
         observe = extra.get(OBSERVER)
         observer = observe and partial(observe, block=key, specs=call.plan.specs)
-        return put(A, i, edits.apply(A[i], q[i], k[i], v[i], rows.s, foreign, observer))
+        return put(A, i, edits.apply(A[i], q[i], k[i], v[i], edited.s, foreign, observer))
 
     def text(self, key: BlockKey, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The text that an attention makes keys and values of, as the edits leave it. context, value: [B, L, W]."""
         call: Call = extra[CALL]
-        rows = call.plan.rows(self.backbone.chunks(extra), context.shape[0], self.backbone.window(extra))
+        rows = call.plan.rows(call.served, len(context), couple_of(extra))
         if rows is None:
             return context, value
         changed = call.plan.changed(context, key, rows)

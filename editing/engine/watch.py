@@ -55,18 +55,17 @@ class Watch(Shared):
         A: Tensor,
         q: Tensor,
         k: Tensor,
-        chunks: Sequence[int],
+        rows: Sequence[int],
+        images: int,
         shape: Sequence[int],
     ) -> None:
         """One attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
 
-        chunks: which cond each equal part of the batch serves; the parts of the conditional one (0) count alike.
+        rows: the positive prompts' rows, all images of one before the next; the prompts count alike.
         """
-        conds = [i for i, cond in enumerate(chunks) if cond == 0]
-        rows = (x.unflatten(0, (len(chunks), -1))[conds].flatten(0, 1) for x in (A, q, k))
-        A, q, k = (split_heads(x, backbone.blocks[key].heads) for x in rows)
+        A, q, k = (split_heads(x[list(rows)], backbone.blocks[key].heads) for x in (A, q, k))
         found = torch.stack([self._found(backbone, key, A, q, k, p) for p in range(len(self.phrases))])  # [P, R, N]
-        maps = found.unflatten(1, (len(conds), -1)).mean(1)  # [P, images, N]
+        maps = found.unflatten(1, (-1, images)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
     def _found(self, backbone: Backbone, key: BlockKey, A: Tensor, q: Tensor, k: Tensor, p: int) -> Tensor:
