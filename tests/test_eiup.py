@@ -88,7 +88,7 @@ def test_every_block_follows_the_formula_with_evidence(model: Any, pieces: int) 
         expected = reference.attention(q, k, v, h)
         for phrase, weight in zip(tiny.concept("knife", 100, 2).phrases, options.weights, strict=True):
             k_e, v_e = (seen.project(key, name, phrase.tokens[0]) for name in "kv")
-            found = reference.share(q, k, k_e[list(phrase.own)], h, pieces)
+            found = reference.share(q, k, k_e[list(phrase.own)], h, 1)
             w = [weight * (j in phrase.own) for j in range(77)]
             expected = reference.eiup(expected, q, k_e, v_e, w, h, found)
         torch.testing.assert_close(call["out"][-1].double(), expected, rtol=1e-3, atol=1e-4)

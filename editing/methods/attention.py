@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CONTEXT = 77  # tokens of one piece of prompt
+SAME = 8.0  # roundings by which the keys of one token may differ from place to place
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -26,3 +30,19 @@ def logits(q: Tensor, K: Tensor) -> Tensor:
     """q K^T / sqrt d in fp32. q: [R, N, H, d]; K: [R or 1, T, H, d]; returns [R, H, N, T]."""
     q, K = q.transpose(1, 2).float(), K.transpose(1, 2).float()
     return q @ K.mT * q.shape[-1] ** -0.5
+
+
+def repetitions(k: Tensor) -> Tensor:
+    """How often each row's prompt stands in its keys, 1 for a prompt that is long itself; [R] fp32. k: [R, L, H, d].
+
+    The host repeats a prompt that is batched with a longer one ("padding with repeat doesn't change result"), and so do
+    attention couples. Told by the keys alone, on the device, for packs change the context on its way here.
+    """
+    found = torch.ones(len(k), device=k.device)
+    tolerance = SAME * torch.finfo(k.dtype).eps * k.abs().amax((1, 2, 3))
+    for n in range(2, k.shape[1] // CONTEXT + 1):
+        if k.shape[1] % n == 0:
+            pieces = k.unflatten(1, (n, -1))
+            alike = (pieces - pieces[:, :1]).abs().amax((1, 2, 3, 4)) <= tolerance
+            found = torch.where(alike, float(n), found)
+    return found

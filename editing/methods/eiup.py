@@ -27,11 +27,10 @@ from torch import Tensor
 from ..edits.method import Method, register
 from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
-from .attention import attend, logits
+from .attention import attend, logits, repetitions
 from .cre import DEFAULTS as CRE
 from .cre import Kept, alike, less, likeness, neutral_needed
 from .eiup_weight import EVIDENCE, Adapter
-from .kpop import CONTEXT
 from .tokens import TokenSet, TokenSets, solved_together
 
 FLOOR = CRE.floor
@@ -98,9 +97,9 @@ def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
 
     Our reading, the papers have none: A_e is a softmax over the concept's prompt alone and spends its mass somewhere,
     concept or not. Beside the prompt's tokens, the concept's own get much only where the picture turns to them. A
-    prompt that the host repeated (kpop.py) counts once.
+    prompt that was repeated (attention.repetitions) counts once.
     """
-    log_Z = logits(q, k).logsumexp(-1) - math.log(k.shape[1] / CONTEXT)  # [R, H, N]
+    log_Z = logits(q, k).logsumexp(-1) - repetitions(k).log()[:, None, None]  # [R, H, N]
     shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
     return torch.stack(shares).transpose(2, 3)[..., None]
 

@@ -19,12 +19,10 @@ from ..edits.method import Method, register
 from ..edits.spec import Direction, EditSpec, Prompt
 from ..files.artefacts import Artefact
 from ..presets.parts import LearnedEdit, LearnedFile
-from .attention import logits
+from .attention import logits, repetitions
 from .tokens import TokenSet, TokenSets
 
 MECHANISMS = ("concat", "additive")  # how a prompt was learned to enter
-
-CONTEXT = 77  # tokens of one piece of prompt
 
 
 def append(A: Tensor, q: Tensor, k: Tensor, extra: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -33,10 +31,10 @@ def append(A: Tensor, q: Tensor, k: Tensor, extra: list[tuple[Tensor, Tensor, Te
     A, q: [R, N, H, d]; k: [R, L, H, d]; extra: K_i, V_i: [1, n_i, H, d] and how often to append them, s_i: [R];
     returns fp32 [R, N, H, d].
 
-    Tokens are appended s_i times for every 77 of the context. The host repeats a prompt that is batched with a longer
-    one ("padding with repeat doesn't change result"), and a single copy would then count for less.
+    Tokens are appended s_i times for every time that the prompt stands in the context (`repetitions`): beside a prompt
+    that was repeated a single copy would count for less.
     """
-    repeats = k.shape[1] / CONTEXT
+    repeats = repetitions(k)
     log_Z = [logits(q, k).logsumexp(-1)]  # [R, H, N]
     attentions = []
     for K, V, s in extra:
