@@ -19,7 +19,7 @@ from ..editing.files.artefacts import read
 from ..editing.gates.discriminator import Discriminator, from_artefact
 from ..editing.gates.discriminator import train as train_head
 from ..editing.gates.gates import in_flight_gate
-from ..nodes.discriminator import KIND, drawings
+from ..nodes.discriminator import drawings
 from .erasure import STRENGTH
 from .sampling import Demo, Rate, object_prompts
 
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 def shipped(name: str) -> Discriminator:
     """The discriminator of a concept that comes with the demo model."""
-    return from_artefact(read(gate_file(name), KIND), drawings())
+    return from_artefact(read(gate_file(name), "discriminator"), drawings())
 
 
 def accuracies(icons: Path, concept: int, others: int) -> list[Row]:

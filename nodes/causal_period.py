@@ -29,7 +29,7 @@ from ..editing.gates.discriminator import Judge
 from ..editing.gates.gates import image_discriminator
 from ..editing.methods.cre import DEFAULTS
 from ..editing.pictures.chart import Series, plot
-from .inputs import CATEGORY, choice_input, named
+from .inputs import CATEGORY, choice_input, expect, named
 from .show import id_of, told
 from .types import ConceptType, DiscriminatorType
 
@@ -233,8 +233,7 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
         strength: float = 1.0,
     ) -> io.NodeOutput:
         with named(NODE):
-            if not isinstance(concept, Concept):
-                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            expect(concept, Concept)
             if search not in SEARCHES:
                 raise ValueError(f"search is {search!r}; choose one of {', '.join(SEARCHES)}")
             judge, positive = image_discriminator(discriminator), prompts_of(positive)

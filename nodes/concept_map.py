@@ -18,7 +18,7 @@ from ..editing.engine.host import add_watch
 from ..editing.engine.watch import Watch
 from ..editing.methods.eiup import CHOICES, DEFAULTS
 from ..editing.pictures.heat import SCALES, painted, scaled
-from .inputs import CATEGORY, blocks_input, check, choice_input, named
+from .inputs import CATEGORY, blocks_input, check, choice_input, expect, named
 from .types import ConceptType
 
 NODE = "ConceptGuardConceptMap"
@@ -158,8 +158,7 @@ class ConceptGuardConceptMap(io.ComfyNode):
         scale: str = "picture",
     ) -> io.NodeOutput:
         with named(NODE):
-            if not isinstance(concept, Concept):
-                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            expect(concept, Concept)
             if complaint := complaint_about(1.0, start_percent, end_percent, blocks):
                 raise ValueError(complaint)
             watch = Watch(concept, NODE, blocks, evidence)

@@ -16,6 +16,7 @@ from .inputs import (
     blocks_input,
     check,
     choice_input,
+    expect,
     folded,
     link_inputs,
     named,
@@ -96,8 +97,7 @@ class ConceptGuardCRE(io.ComfyNode):
         **options: Any,
     ) -> io.NodeOutput:
         with named(NODE):
-            if not isinstance(concept, Concept):
-                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            expect(concept, Concept)
             place = where(start_percent, end_percent, blocks, range, gate)
             readings = replace(DEFAULTS, **options)
         spec = EditSpec("projection", concept, strength, **place, options=readings, node=NODE)

@@ -10,85 +10,56 @@ from torch import Tensor
 
 from ..editing.edits.spec import Direction, Draw, EditSpec, Gate
 from ..editing.engine.host import add_edit
-from ..editing.files.artefacts import read
+from ..editing.files.artefacts import Artefact
 from ..editing.methods.safe_region import direction_of, offset
-from .files import changed, choices, file_of, saved
 from .inputs import (
     CATEGORY,
     UNLINKED,
     blocks_input,
     check,
-    file_output,
+    expect,
     link_inputs,
     named,
-    prefix_input,
     strength_input,
     where,
     window_inputs,
 )
+from .learned import load_node, save_node
 from .types import DirectionType
 
-KIND = "direction"
 DIRECTIONS = 8  # that ConceptGuardFairDirection draws from
 
 
-def of_type(direction: Any, name: str = "direction") -> Direction:
-    if not isinstance(direction, Direction):
-        raise ValueError(
-            f"{name} is a {type(direction).__name__}; connect the output of a Load Direction or Train Direction node"
-        )
-    return direction
+def learned(direction: Any) -> Artefact:
+    if (artefact := expect(direction, Direction).artefact) is None:
+        raise ValueError("direction was not learned, and there is nothing to save; connect Train Direction")
+    return artefact
 
 
-class ConceptGuardLoadDirection(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardLoadDirection",
-            display_name="Load Direction",
-            category=f"{CATEGORY}/directions",
-            description="A learned direction from the models folder concept_guard/. Files are checked before use.",
-            inputs=[
-                io.Combo.Input("file", options=choices(KIND), tooltip="A file that Save Direction wrote."),
-            ],
-            outputs=[DirectionType.Output(display_name="direction", tooltip="The direction.")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str | None = None) -> Any:
-        return changed(file, KIND)
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        with named("ConceptGuardLoadDirection"):
-            return io.NodeOutput(direction_of(read(file_of(file, KIND), KIND)))
-
-
-class ConceptGuardSaveDirection(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardSaveDirection",
-            display_name="Save Direction",
-            category=f"{CATEGORY}/directions",
-            description="Writes a learned direction into the models folder concept_guard/, always as a new file. "
-            "Press R to see it in Load Direction.",
-            inputs=[
-                DirectionType.Input("direction", tooltip="The direction that Train Direction learned."),
-                prefix_input("direction"),
-            ],
-            outputs=[file_output()],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, direction: Direction, filename_prefix: str = "direction") -> io.NodeOutput:
-        with named("ConceptGuardSaveDirection"):
-            artefact = of_type(direction).artefact
-            if artefact is None:
-                raise ValueError("direction was not learned, and there is nothing to save; connect Train Direction")
-            name = saved(artefact, filename_prefix)
-        return io.NodeOutput(name, ui={"text": (name,)})
+ConceptGuardLoadDirection = load_node(
+    (
+        "ConceptGuardLoadDirection",
+        "Load Direction",
+        "directions",
+        "A learned direction from the models folder concept_guard/. Files are checked before use.",
+    ),
+    "direction",
+    DirectionType,
+    direction_of,
+)
+ConceptGuardSaveDirection = save_node(
+    (
+        "ConceptGuardSaveDirection",
+        "Save Direction",
+        "directions",
+        "Writes a learned direction into the models folder concept_guard/, always as a new file. "
+        "Press R to see it in Load Direction.",
+    ),
+    "direction",
+    DirectionType,
+    "The direction that Train Direction learned.",
+    learned,
+)
 
 
 class ConceptGuardSafeDirection(io.ComfyNode):
@@ -138,7 +109,7 @@ class ConceptGuardSafeDirection(io.ComfyNode):
         node = "ConceptGuardSafeDirection"
         with named(node):
             place = where(start_percent, end_percent, blocks, range, gate)
-            of_type(direction)
+            expect(direction, Direction)
         return io.NodeOutput(add_edit(model, EditSpec("direction", direction, strength, **place, node=node)))
 
 
@@ -171,7 +142,7 @@ class ConceptGuardOffsetConditioning(io.ComfyNode):
         cls, conditioning: list, direction: Direction, strength: float = 1.0, pooled_from: list | None = None
     ) -> io.NodeOutput:
         with named("ConceptGuardOffsetConditioning"):
-            return io.NodeOutput(offset(conditioning, of_type(direction), strength, pooled(pooled_from)))
+            return io.NodeOutput(offset(conditioning, expect(direction, Direction), strength, pooled(pooled_from)))
 
 
 def pooled(conditioning: list | None) -> Tensor | None:
@@ -243,7 +214,7 @@ class ConceptGuardFairDirection(io.ComfyNode):
         with named(node):
             place = where(start_percent, end_percent, "all", range, gate)
             given = {"direction_1": direction_1, "direction_2": direction_2, **more}
-            directions = [of_type(d, name) for name, d in sorted(given.items()) if d is not None]
+            directions = [expect(d, Direction, name) for name, d in sorted(given.items()) if d is not None]
         place_of = {**place, "strength": strength, "node": node}
         for spec in drawn(directions, seed, place["gate"], place_of):
             model = add_edit(model, spec)

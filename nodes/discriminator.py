@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.files import artefacts
+from ..editing.edits.encode import lines_of
 from ..editing.files.artefacts import Artefact
 from ..editing.gates import prompts
 from ..editing.gates.discriminator import Discriminator, Report, from_artefact, reliability, to_artefact, train
@@ -22,14 +22,14 @@ from ..editing.gates.drawings import Drawings
 from ..editing.gates.features import Features, Vision, squared
 from ..editing.gates.folder import folder_in, read_folder
 from ..editing.pictures.chart import Series, plot
-from .files import DRAWINGS_FILE, changed, choices, file_of, saved
+from .files import DRAWINGS_FILE, changed, saved
 from .inputs import CATEGORY, named, prefix_input
+from .learned import file_input, loaded
 from .show import told
 from .types import DiscriminatorType
 
 TRAIN, TRAIN_PROMPT = "ConceptGuardTrainDiscriminator", "ConceptGuardTrainPromptDiscriminator"
 LOAD, SAVE = "ConceptGuardLoadDiscriminator", "ConceptGuardSaveDiscriminator"
-KIND = "discriminator"
 THRESHOLD = io.Float.Output(
     display_name="threshold", tooltip="Chosen for the false positive rate; for a gate's `threshold` input."
 )
@@ -205,9 +205,7 @@ class ConceptGuardTrainPromptDiscriminator(io.ComfyNode):
         false_positive_rate: float = 0.01,
         seed: int = 0,
     ) -> io.NodeOutput:
-        concept, others = (
-            [line.strip() for line in text.splitlines() if line.strip()] for text in (concept_prompts, other_prompts)
-        )
+        concept, others = lines_of(concept_prompts), lines_of(other_prompts)
         with named(TRAIN_PROMPT):
             found, report = prompts.train_prompts(
                 concept,
@@ -288,7 +286,7 @@ class ConceptGuardLoadDiscriminator(io.ComfyNode):
             category=f"{CATEGORY}/gates",
             description="A discriminator from the models folder concept_guard/. Files are checked before use.",
             inputs=[
-                io.Combo.Input("file", options=choices(KIND), tooltip="A file that Save Discriminator wrote."),
+                file_input("discriminator"),
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="The CLIP Vision model that it was trained with, if with one."
                 ),
@@ -305,12 +303,12 @@ class ConceptGuardLoadDiscriminator(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **_: Any) -> Any:
-        return changed(file, KIND)
+        return changed(file, "discriminator")
 
     @classmethod
     def execute(cls, file: str, clip_vision: Any = None, clip: Any = None) -> io.NodeOutput:
         with named(LOAD):
-            artefact = artefacts.read(file_of(file, KIND), KIND)
+            artefact = loaded(file, "discriminator")
             found = from_artefact(artefact, encoder_of(artefact, clip_vision, clip))
         accuracy = artefact.training.get("accuracy")
         text = f'"{found.name}", {found.features.kind}, threshold {found.threshold:.3f}'

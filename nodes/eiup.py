@@ -7,12 +7,24 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..editing.edits.encode import lines_of
 from ..editing.edits.spec import Concept, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
-from ..editing.methods.eiup_weight import KIND, load
+from ..editing.methods.eiup_weight import load
 from .files import OFF, changed, choices, file_of
-from .inputs import CATEGORY, UNLINKED, blocks_input, check, choice_input, link_inputs, named, where, window_inputs
+from .inputs import (
+    CATEGORY,
+    UNLINKED,
+    blocks_input,
+    check,
+    choice_input,
+    expect,
+    link_inputs,
+    named,
+    where,
+    window_inputs,
+)
 from .types import ConceptType
 
 NODE = "ConceptGuardEIUP"
@@ -33,7 +45,7 @@ TOOLTIPS = {
 
 def parse_weights(text: str, weight: float) -> tuple[float, ...]:
     """The `weights` input as numbers; `weight` alone where it is empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines_of(text)
     try:
         return tuple(float(line) for line in lines) or (float(weight),)
     except ValueError:
@@ -71,7 +83,7 @@ class ConceptGuardEIUP(io.ComfyNode):
                 choice_input("form", CHOICES["form"], DEFAULTS.form, TOOLTIPS["form"]),
                 io.String.Input("weights", default="", multiline=True, optional=True, tooltip=TOOLTIPS["weights"]),
                 choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
-                choice_input("auto", (OFF, *choices(KIND)), OFF, TOOLTIPS["auto"]),
+                choice_input("auto", (OFF, *choices("eiup-weight")), OFF, TOOLTIPS["auto"]),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
         )
@@ -96,7 +108,7 @@ class ConceptGuardEIUP(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, auto: str | None = OFF, **_: Any) -> Any:
         """Load again when the file of the automatic weight has changed."""
-        return changed(auto, KIND)
+        return changed(auto, "eiup-weight")
 
     @classmethod
     def execute(
@@ -115,10 +127,9 @@ class ConceptGuardEIUP(io.ComfyNode):
         auto: str = OFF,
     ) -> io.NodeOutput:
         with named(NODE):
-            if not isinstance(concept, Concept):
-                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
+            expect(concept, Concept)
             place = where(start_percent, end_percent, blocks, range, gate)
-            adapter = None if auto == OFF else load(file_of(auto, KIND, "auto"))
+            adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
             evidence = evidence if adapter is None else adapter.evidence
             options = EIUPOptions(form, parse_weights(weights, weight), evidence, adapter)
         return io.NodeOutput(add_edit(model, EditSpec("erasure", concept, **place, options=options, node=NODE)))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import Gate, complaint_about
+from ..editing.edits.spec import Concept, Direction, Gate, Prompt, complaint_about
 from .types import GateType
 
 CATEGORY = "concept guard"
 UNLINKED = object()
+Kind = TypeVar("Kind")
 
 
 class Where(TypedDict):
@@ -99,6 +100,26 @@ def folded(each: Any) -> Any:
     return each
 
 
+SOURCES = {  # what to connect, for an input that has got something else
+    Concept: "the output of a Concept node",
+    Direction: "the output of a Load Direction or Train Direction node",
+    Prompt: "the output of Load Prompt or Train KPOP",
+    Gate: "the GATE output of a ConceptGuard gate node",
+}
+
+
+def expect(value: Any, kind: type[Kind], name: str = "") -> Kind:
+    """The value, if it is what the socket is for. name: the input's, if not the kind's."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name or kind.__name__.lower()} is a {type(value).__name__}; connect {SOURCES[kind]}")
+    return value
+
+
+def gate_of(gate: Any) -> Gate:
+    """Not connected, a gate is open."""
+    return Gate() if gate is None else expect(gate, Gate)
+
+
 @contextmanager
 def named(node: str) -> Iterator[None]:
     """What goes wrong inside is told with the node's name."""
@@ -117,9 +138,7 @@ def where(start_percent: float, end_percent: float, blocks: str, range: Any = No
             start_percent, end_percent = (float(percent) for percent in range)
         except (TypeError, ValueError):
             raise ValueError(f"range is {range!r}; connect a TIMESTEPS_RANGE, two numbers from 0 to 1") from None
-    if gate is not None and not isinstance(gate, Gate):
-        raise ValueError(f"gate is a {type(gate).__name__}; connect the GATE output of a ConceptGuard gate node")
-    return Where(start_percent=start_percent, end_percent=end_percent, blocks=blocks, gate=gate or Gate())
+    return Where(start_percent=start_percent, end_percent=end_percent, blocks=blocks, gate=gate_of(gate))
 
 
 def check(

@@ -11,17 +11,16 @@ from comfy_api.latest import io
 
 from ..editing.edits.spec import EditSpec, Gate, Prompt
 from ..editing.engine.host import add_edit, fingerprint_of
-from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
 from ..editing.files.header import packed
 from ..editing.methods.kpop import edit_of, prompt_of
 from ..editing.training.lora import LoRA
-from .files import changed, choices, file_of, saved, saved_in
+from .files import saved_in
 from .inputs import (
     CATEGORY,
     UNLINKED,
     check,
-    file_output,
+    expect,
     link_inputs,
     named,
     prefix_input,
@@ -29,9 +28,8 @@ from .inputs import (
     where,
     window_inputs,
 )
+from .learned import load_node, save_node
 from .types import FileType, LoRAType, PromptType
-
-KIND = "prompt"
 
 
 class ConceptGuardSaveWeights(io.ComfyNode):
@@ -67,52 +65,36 @@ class ConceptGuardSaveWeights(io.ComfyNode):
         return io.NodeOutput(name, ui={"text": (name,)})
 
 
-class ConceptGuardSavePrompt(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardSavePrompt",
-            display_name="Save Prompt",
-            category=f"{CATEGORY}/train",
-            description="Writes a learned prompt into the models folder concept_guard/, always as a new file. It is a "
-            "key to what was erased: keep it apart from the weights, with those who audit them.",
-            inputs=[
-                PromptType.Input("prompt", tooltip="The prompt that Train KPOP learned."),
-                prefix_input("prompt"),
-            ],
-            outputs=[file_output()],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, prompt: Prompt, filename_prefix: str = "prompt") -> io.NodeOutput:
-        with named("ConceptGuardSavePrompt"):
-            if (artefact := of_type(prompt).artefact) is None:
-                raise ValueError("prompt was not learned, and there is nothing to save; connect Train KPOP")
-            name = saved(artefact, filename_prefix)
-        return io.NodeOutput(name, ui={"text": (name,)})
+def learned(prompt: Any) -> Artefact:
+    if (artefact := expect(prompt, Prompt).artefact) is None:
+        raise ValueError("prompt was not learned, and there is nothing to save; connect Train KPOP")
+    return artefact
 
 
-class ConceptGuardLoadPrompt(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardLoadPrompt",
-            display_name="Load Prompt",
-            category=f"{CATEGORY}/edits",
-            description="A learned prompt from the models folder concept_guard/. Files are checked before use.",
-            inputs=[io.Combo.Input("file", options=choices(KIND), tooltip="A file that Save Prompt wrote.")],
-            outputs=[PromptType.Output(display_name="prompt", tooltip="The prompt.")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str | None = None) -> Any:
-        return changed(file, KIND)
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        with named("ConceptGuardLoadPrompt"):
-            return io.NodeOutput(prompt_of(artefacts.read(file_of(file, KIND), KIND)))
+ConceptGuardSavePrompt = save_node(
+    (
+        "ConceptGuardSavePrompt",
+        "Save Prompt",
+        "train",
+        "Writes a learned prompt into the models folder concept_guard/, always as a new file. It is a "
+        "key to what was erased: keep it apart from the weights, with those who audit them.",
+    ),
+    "prompt",
+    PromptType,
+    "The prompt that Train KPOP learned.",
+    learned,
+)
+ConceptGuardLoadPrompt = load_node(
+    (
+        "ConceptGuardLoadPrompt",
+        "Load Prompt",
+        "edits",
+        "A learned prompt from the models folder concept_guard/. Files are checked before use.",
+    ),
+    "prompt",
+    PromptType,
+    prompt_of,
+)
 
 
 class ConceptGuardKPOP(io.ComfyNode):
@@ -162,7 +144,7 @@ class ConceptGuardKPOP(io.ComfyNode):
     ) -> io.NodeOutput:
         node = "ConceptGuardKPOP"
         with named(node):
-            place = where(start_percent, end_percent, of_type(prompt).blocks, range, gate)
+            place = where(start_percent, end_percent, expect(prompt, Prompt).blocks, range, gate)
         method, source = edit_of(prompt)
         edited = add_edit(model, EditSpec(method, source, strength, **place, node=node))
         compare(prompt.artefact, model, node)
@@ -173,12 +155,6 @@ def compare(prompt: Artefact | None, model: Any, node: str) -> None:
     """Warn of a prompt that was learned on another model: it still edits this one, to whatever effect."""
     if prompt is not None and prompt.backbone not in ("", fingerprint_of(model, node)):
         logging.warning('%s: prompt "%s" was learned on %s', node, prompt.name, prompt.backbone)
-
-
-def of_type(prompt: Any) -> Prompt:
-    if not isinstance(prompt, Prompt):
-        raise ValueError(f"prompt is a {type(prompt).__name__}; connect the output of Load Prompt or Train KPOP")
-    return prompt
 
 
 NODES: list[type[io.ComfyNode]] = [

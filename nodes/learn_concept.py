@@ -14,17 +14,15 @@ from ..editing.edits.encode import own_tokens
 from ..editing.edits.learned import concept_of
 from ..editing.edits.spec import Concept
 from ..editing.engine.host import fingerprint_of
-from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
 from ..editing.pictures.chart import curve
 from ..editing.training.mode import gradients
 from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, tokens_start
-from .files import changed, choices, file_of, saved
-from .inputs import CATEGORY, file_output, named, prefix_input
+from .inputs import CATEGORY, named
+from .learned import load_node, save_node
 from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
 from .types import ConceptType
 
-KIND = "concept"
 LEARN = "ConceptGuardLearnConcept"
 DEFAULTS = ConceptOptions()
 
@@ -192,56 +190,37 @@ def place(clip: Any, caption: str, length: int, tokens: int) -> int:
     return at
 
 
-class ConceptGuardSaveConcept(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardSaveConcept",
-            display_name="Save Concept",
-            category=f"{CATEGORY}/concepts",
-            description="Writes a concept that was learned from pictures into the models folder concept_guard/, "
-            "always as a new file. Press R to see it in Load Concept.",
-            inputs=[
-                ConceptType.Input("concept", tooltip="The concept that Learn Concept made."),
-                prefix_input("concept"),
-            ],
-            outputs=[file_output()],
-            is_output_node=True,
+def learned(concept: Any) -> Artefact:
+    if not isinstance(concept, Concept) or concept.artefact is None:
+        raise ValueError(
+            "concept was not learned: what words or a conditioning say is kept by the workflow; connect Learn Concept"
         )
-
-    @classmethod
-    def execute(cls, concept: Concept, filename_prefix: str = "concept") -> io.NodeOutput:
-        with named("ConceptGuardSaveConcept"):
-            if not isinstance(concept, Concept) or concept.artefact is None:
-                raise ValueError(
-                    "concept was not learned: what words or a conditioning say is kept by the workflow; "
-                    "connect Learn Concept"
-                )
-            name = saved(concept.artefact, filename_prefix)
-        return io.NodeOutput(name, ui={"text": (name,)})
+    return concept.artefact
 
 
-class ConceptGuardLoadConcept(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ConceptGuardLoadConcept",
-            display_name="Load Concept",
-            category=f"{CATEGORY}/concepts",
-            description="A concept learned from pictures, from the models folder concept_guard/. Files are checked "
-            "before use.",
-            inputs=[io.Combo.Input("file", options=choices(KIND), tooltip="A file that Save Concept wrote.")],
-            outputs=[ConceptType.Output(display_name="concept", tooltip="The concept.")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str | None = None) -> Any:
-        return changed(file, KIND)
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        with named("ConceptGuardLoadConcept"):
-            return io.NodeOutput(concept_of(artefacts.read(file_of(file, KIND), KIND)))
-
+ConceptGuardSaveConcept = save_node(
+    (
+        "ConceptGuardSaveConcept",
+        "Save Concept",
+        "concepts",
+        "Writes a concept that was learned from pictures into the models folder concept_guard/, "
+        "always as a new file. Press R to see it in Load Concept.",
+    ),
+    "concept",
+    ConceptType,
+    "The concept that Learn Concept made.",
+    learned,
+)
+ConceptGuardLoadConcept = load_node(
+    (
+        "ConceptGuardLoadConcept",
+        "Load Concept",
+        "concepts",
+        "A concept learned from pictures, from the models folder concept_guard/. Files are checked before use.",
+    ),
+    "concept",
+    ConceptType,
+    concept_of,
+)
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardLearnConcept, ConceptGuardSaveConcept, ConceptGuardLoadConcept]

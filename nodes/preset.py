@@ -21,7 +21,7 @@ from ..editing.presets.words import described
 from .discriminator import encoder_of
 from .files import contents, fingerprint, holding
 from .gates import reporting
-from .inputs import CATEGORY, check, named, strength_input
+from .inputs import CATEGORY, check, gate_of, named, strength_input
 from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
 from .show import id_of
@@ -40,12 +40,6 @@ class PresetGate:
     clip_vision: Any = None
     image: Tensor | None = None
     text: str | None = None
-
-
-def of_type(gate: Any) -> Gate:
-    if gate is not None and not isinstance(gate, Gate):
-        raise ValueError(f"gate is a {type(gate).__name__}; connect the GATE output of a ConceptGuard gate node")
-    return gate or Gate()
 
 
 class ConceptGuardPresetGate(io.ComfyNode):
@@ -96,7 +90,7 @@ class ConceptGuardPresetGate(io.ComfyNode):
         gate: Gate | None = None,
     ) -> io.NodeOutput:
         with named(LOOK):
-            whole = of_type(gate)
+            whole = gate_of(gate)
         seen = PresetGate(whole, vae, clip_vision, image, text)
         return io.NodeOutput(seen)
 
@@ -151,7 +145,7 @@ class ConceptGuardApplyPreset(io.ComfyNode):
         cls, model: Any, clip: Any, preset: str, strength: float = 1.0, gate: Gate | PresetGate | None = None
     ) -> io.NodeOutput:
         with named(APPLY):
-            seen = gate if isinstance(gate, PresetGate) else PresetGate(of_type(gate))
+            seen = gate if isinstance(gate, PresetGate) else PresetGate(gate_of(gate))
             given = Given(
                 clip,
                 read_file,

@@ -320,9 +320,9 @@ def test_saved_and_loaded_again() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("../../etc/passwd", "cannot name a file here"),
-        ("/etc/passwd", "cannot name a file"),
-        ("", "cannot name a file"),
+        ("../../etc/passwd", "(cannot name a file here|leads out of the models folder; choose a file inside it)"),
+        ("/etc/passwd", "(cannot name a file|leads out of the models folder)"),
+        ("", '(cannot name a file|"" is not in the models folder)'),
         ("gone", '"gone" is not in the models folder concept_guard/; put it there'),
     ],
 )

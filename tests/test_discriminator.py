@@ -35,7 +35,6 @@ from conceptguard.editing.gates.features import Vision, squared
 from conceptguard.editing.gates.folder import folder_in, read_folder
 from conceptguard.nodes import files
 from conceptguard.nodes.discriminator import (
-    KIND,
     ConceptGuardLoadDiscriminator,
     ConceptGuardSaveDiscriminator,
     ConceptGuardTrainDiscriminator,
@@ -152,7 +151,7 @@ def test_bad_training_sets() -> None:
 def test_a_file_holds_it(trained: Discriminator, tmp_path: Path) -> None:
     path = artefacts.write(to_artefact(trained), tmp_path / "red.safetensors")
     assert path.stat().st_size < 20_000
-    loaded = from_artefact(artefacts.read(path, KIND), Vision(Eye()))
+    loaded = from_artefact(artefacts.read(path, "discriminator"), Vision(Eye()))
     pictures = discs(4, 5, True)
     assert loaded.scores(pictures) == trained.scores(pictures) and loaded.threshold == trained.threshold
     assert loaded.name == "red disc"
@@ -185,7 +184,7 @@ def test_hostile_files_are_refused(trained: Discriminator, tmp_path: Path, damag
     metadata = {
         "format": "concept-guard",
         "schema": "1",
-        "kind": KIND,
+        "kind": "discriminator",
         "text_width": "0",
         "tokens": "0",
         "method": "",
@@ -210,7 +209,7 @@ def test_hostile_files_are_refused(trained: Discriminator, tmp_path: Path, damag
         }[damage]
         save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match='cannot use "red.safetensors"'):
-        artefacts.read(path, KIND)
+        artefacts.read(path, "discriminator")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -240,7 +239,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("input", "concept_guard"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
-    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / "concept_guard")])
+    places = ([str(tmp_path / "concept_guard")], set[str]())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "concept_guard", places)
     return tmp_path
 
 
@@ -327,7 +327,7 @@ def test_the_hosts_preview_stands_in_for_a_vae(trained: Discriminator) -> None:
 
 def test_the_shipped_discriminators() -> None:
     """Each of the demo world's own gates loads with the network that comes with the pack."""
-    offered = [choice for choice in files.choices(KIND) if choice.startswith("demo: ")]
+    offered = [choice for choice in files.choices("discriminator") if choice.startswith("demo: ")]
     assert len(offered) == 8
     for choice in offered:
         loaded, threshold = ConceptGuardLoadDiscriminator.execute(choice).args

@@ -14,11 +14,9 @@ from ..edits.digest import Shared
 from ..files.artefacts import Artefact, read, write
 from .features import SIDE, Trunk, pattern, weights_digest
 
-KIND = "features"
-
 
 def save(trunk: Trunk, path: Path, training: Mapping[str, Any]) -> None:
-    write(Artefact(KIND, "drawings", trunk.state_dict(), training=dict(training)), path)
+    write(Artefact("features", "drawings", trunk.state_dict(), training=dict(training)), path)
 
 
 class Drawings(Shared):
@@ -31,7 +29,7 @@ class Drawings(Shared):
 
     def __init__(self, path: Path) -> None:
         self.trunk = Trunk().eval().requires_grad_(False)
-        self.trunk.load_state_dict(dict(read(path, KIND).tensors))
+        self.trunk.load_state_dict(dict(read(path, "features").tensors))
 
     @cached_property
     def probe(self) -> Tensor:

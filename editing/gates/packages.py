@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..edits.digest import Shared, digest
+from ..edits.encode import lines_of
 
 # NudeNet's labels of the KPOP paper's exposure rate
 LABELS = (
@@ -50,7 +51,7 @@ class NudeNet(Shared):
     models: tuple[Any, ...] = ()
 
     def __init__(self, labels: str) -> None:
-        self.labels = frozenset(label.strip().upper() for label in labels.splitlines() if label.strip())
+        self.labels = frozenset(label.upper() for label in lines_of(labels))
         if not self.labels:
             raise ValueError("labels is empty; name those that count, one a line, such as BELLY_EXPOSED")
         self.detector = installed("nudenet").NudeDetector()

@@ -23,7 +23,6 @@ from ..files.artefacts import Artefact
 from ..training.mode import learns
 
 EVIDENCE = ("none", "share", "alike")  # eiup.py; "share" also multiplies the A_e that are averaged here
-KIND = "eiup-weight"
 MEND = "choose a file that `make train-adapter` wrote, or set auto to off"
 
 
@@ -107,12 +106,12 @@ def save(adapter: Adapter, path: Path, about: Mapping[str, str] | None = None) -
         "low": adapter.low,
         "high": adapter.high,
     }
-    artefacts.write(Artefact(KIND, path.stem, tensors_of(adapter), method="EIUP", training=training), path)
+    artefacts.write(Artefact("eiup-weight", path.stem, tensors_of(adapter), method="EIUP", training=training), path)
 
 
 def load(path: Path) -> Adapter:
     """Raises ValueError, with the mend, for whatever is not a whole file of this kind."""
-    found = artefacts.read(path, KIND)
+    found = artefacts.read(path, "eiup-weight")
     try:
         return _assembled(path.name, found.training, dict(found.tensors))
     except (KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files.header import FORMAT, header_and_body, json_of, packed
 
-KIND = "preset"
+PACKED = "preset"
 
 
 def is_packed(data: bytes) -> bool:
@@ -27,7 +27,7 @@ def is_packed(data: bytes) -> bool:
 def pack(document: str, version: int) -> bytes:
     """A checked document's .safetensors form."""
     found = json.loads(document)
-    metadata = {"format": FORMAT, "kind": KIND, "schema": str(version)}
+    metadata = {"format": FORMAT, "kind": PACKED, "schema": str(version)}
     tensors: dict[str, Tensor] = {}
     for i, file in enumerate(found.get("files", [])):
         data = base64.b64decode(file.pop("data"))
@@ -40,7 +40,7 @@ def unpacked(data: bytes, version: int) -> bytes:
     """The JSON of a .safetensors form. Raises ValueError for other files; whether it is a preset, `read` says."""
     header, _ = header_and_body(data)
     metadata = header.pop("__metadata__", {})
-    if metadata.get("format") != FORMAT or metadata.get("kind") != KIND:
+    if metadata.get("format") != FORMAT or metadata.get("kind") != PACKED:
         raise ValueError("it is a safetensors file, but no preset; choose one that ConceptGuard exported")
     schema = metadata.get("schema", "")
     if schema.isascii() and schema.isdigit() and len(schema) < 9 and int(schema) > version:
