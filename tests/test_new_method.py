@@ -57,7 +57,9 @@ class Halve(Method):
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
         return TokenSets(solved=solved_together(self, edits, device))
 
-    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
+    def taken(
+        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
+    ) -> Tensor:
         return (s[..., None, None] * options.share * At.float()).sum(0)
 
     def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> HalveEdit:

@@ -83,7 +83,7 @@ def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
 
 def encode(clip: Any, text: str) -> Tensor:
     """[1, T, W] fp32 on the CPU."""
-    tokens = stored(clip.encode_from_tokens(clip.tokenize(text)))
+    tokens = undoubled(stored(clip.encode_from_tokens(clip.tokenize(text))))
     if not torch.isfinite(tokens).all():
         raise ValueError(f'clip encodes "{text}" to NaN or infinity; run the text encoder in fp32')
     return tokens
@@ -106,10 +106,20 @@ def checked(conditioning: Sequence[Any], name: str) -> list[Tensor]:
         raise ValueError(f"{name} is not a text encoding of shape [batch, tokens, width]; connect a CLIPTextEncode's")
     if len({entry.shape[-1] for entry in entries}) > 1:
         raise ValueError(f"{name} mixes the encodings of several text encoders; make all of it with one CLIP")
-    entries = [stored(entry) for entry in entries]
+    entries = [undoubled(stored(entry)) for entry in entries]
     if not all(torch.isfinite(entry).all() for entry in entries):
         raise ValueError(f"{name} holds NaN or infinity; encode it again, in fp32 if the text encoder runs in fp16")
     return entries
+
+
+def undoubled(tokens: Tensor) -> Tensor:
+    """Without what NegPip's encoders make: every token twice, for keys and for values, the latter with the sign of its
+    weight. tokens: [B, T, W]."""
+    keys, values = tokens[:, 0::2], tokens[:, 1::2]
+    if keys.shape != values.shape:
+        return tokens
+    twice = (keys == values).all(-1) | (keys == -values).all(-1)
+    return keys.contiguous() if twice.all() else tokens
 
 
 def stored(tokens: Tensor) -> Tensor:

@@ -266,6 +266,7 @@ class EditSpec(Shared):
     node: str = "ConceptGuard"  # who asked: every error names it
     scale: tuple[float, ...] = ()
     rows: str = ROWS[0]
+    report: Callable[[str], None] | None = None  # told at the end of a run what the edit did in it
 
     def __post_init__(self) -> None:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)

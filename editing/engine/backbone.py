@@ -62,6 +62,10 @@ class Backbone:
         """The functions of a run (run.Run)."""
         raise NotImplementedError
 
+    def foreign(self) -> str:
+        """Who put forwards of their own into its blocks, for people; empty if nobody did, or it cannot tell."""
+        return ""
+
     # -- the text ------------------------------------------------------------------------------------------------------
 
     def keys_values(self, key: BlockKey, tokens: TokenSet, dtype: torch.dtype) -> KV:

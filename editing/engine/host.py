@@ -6,24 +6,28 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack, closing
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 from comfy.model_management import load_models_gpu
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.samplers import CFGGuider
 
 from .. import methods as _methods  # noqa: F401  registers the methods
+from ..edits.digest import Shared, digest
 from ..edits.spec import ROWS, EditSpec, InFlight
 from ..gates.features import weights_digest
 from . import backbones as _backbones  # noqa: F401  registers the kinds of models
+from .account import ACCOUNTS, LISTENERS, Accounts
 from .backbone import Backbone, backbone_of
 from .conds import CONDS, positive
+from .obstacles import cause, nag_in
 from .rows import Served, images_of, patches_of, tiles_of, window_of
-from .run import EDITS, OBSERVER, WATCH, Run
+from .run import CALL, EDITS, OBSERVER, WATCH, Run
 from .watch import Watch
 
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
@@ -34,7 +38,10 @@ def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
     of_model(model, spec.node).admit(spec)
     model = woken(model)
     options = model.model_options["transformer_options"]
-    options[EDITS] = [*options.get(EDITS, ()), spec]
+    specs = options[EDITS] = [*options.get(EDITS, ()), spec]
+    options[ACCOUNTS] = Accounts()
+    model.set_attachments(EDITS, tuple(specs))
+    bear_witness(model, specs)
     if spec.gate.inflight:
         loaded = model.get_additional_models_with_key(EDITS)
         more = [each for each in spec.gate.inflight.models if not any(each.is_clone(known) for known in loaded)]
@@ -66,7 +73,23 @@ def woken(model: ModelPatcher) -> ModelPatcher:
     for kind, wrapper in WRAPPERS.items():
         if not model.get_wrappers(kind, EDITS):
             model.add_wrapper_with_key(kind, EDITS, wrapper)
+    for kind, callback in CALLBACKS.items():
+        if not model.get_callbacks(kind, EDITS):
+            model.add_callback_with_key(kind, EDITS, callback)
     return model
+
+
+def bear_witness(model: ModelPatcher, specs: Sequence[EditSpec]) -> None:
+    """Puts a Witness of its edits among the patches of the MODEL."""
+    options = model.model_options["transformer_options"]
+    patches = options.get("patches", {})
+    others = [patch for patch in patches.get(PLACE, ()) if not isinstance(patch, Witness)]
+    options["patches"] = {**patches, PLACE: [*others, Witness(specs)]}
+
+
+def accounts_of(model: ModelPatcher) -> Accounts | None:
+    """The accounts of the last runs of a MODEL or of its clones; None for one without edits."""
+    return model.model_options["transformer_options"].get(ACCOUNTS)
 
 
 def edits_of(model: ModelPatcher) -> tuple[EditSpec, ...]:
@@ -80,10 +103,13 @@ def settled(model: ModelPatcher) -> str | None:
     Edits are not counted: `edits_of` gives them.
     """
     options = model.model_options
-    known = {EDITS, OBSERVER, WATCH, "wrappers"}
+    known = {EDITS, ACCOUNTS, OBSERVER, WATCH, "wrappers", "patches"}
     foreign = set(options["transformer_options"]) - known or set(options) - {"transformer_options"}
-    foreign = foreign or {key for kind in model.wrappers.values() for key in kind if key != EDITS and kind[key]}
-    held = (model.object_patches, model.callbacks, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
+    for kinds in (model.wrappers, model.callbacks):
+        foreign = foreign or {key for kind in kinds.values() for key in kind if key != EDITS and kind[key]}
+    patches = options["transformer_options"].get("patches", {})
+    foreign = foreign or {patch for some in patches.values() for patch in some if not isinstance(patch, Witness)}
+    held = (model.object_patches, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
     if foreign or model.patches or any(map(holds, held)):
         return None
     return weights_digest(model.model.state_dict())
@@ -95,25 +121,137 @@ def holds(held: Any) -> bool:
 
 
 def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps a whole sampling run: makes its Run, and frees what it computed however the run ends."""
+    """Wraps a whole sampling run: makes its Run and its account, and frees what it computed however the run ends."""
     guider = executor.class_obj
     options = guider.model_options.setdefault("transformer_options", {})
     specs, watch = options.get(EDITS, ()), options.get(WATCH)
+    patcher = guider.model_patcher
+    nothing_lost(patcher, specs)
     if not (specs or watch):
         return executor(*args, **kwargs)
     if RUN in options:  # a guider within a guider
         options[RUN].guiders.add(guider, ordered(guider))
         return executor(*args, **kwargs)
-    follows_the_positive(guider, specs)
-    patcher = guider.model_patcher
-    backbone = of_model(patcher, specs[0].node if specs else watch.node)
+    network = patcher.get_model_object("diffusion_model")
+    can_act(guider, network, specs)
+    backbone = backbone_of(network, type(patcher.model).__name__, specs[0].node if specs else watch.node)
     with closing(start_run(backbone, patcher.get_model_object("model_sampling"), specs)) as run:
-        options[RUN], run.carried = run, frozenset(specs)
+        run.begin(specs, schedule_of(args, kwargs), patcher.model, remembered(specs, args))
         run.guiders.add(guider, ordered(guider))
+        options[RUN] = run
         try:
-            return executor(*args, **kwargs)
+            with awake(patcher, run):
+                latents = executor(*args, **kwargs)
+            complain(run, guider)
+        except ValueError as error:
+            run.account.trouble = str(error)
+            raise
         finally:
             del options[RUN]
+            run.account.close()
+        settle(run, options, latents)
+        return latents
+
+
+def schedule_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[float]:
+    """The noise levels of a run's steps, by the host's outer_sample(noise, latent_image, sampler, sigmas, ..)."""
+    sigmas = kwargs.get("sigmas", args[3] if len(args) > 3 else ())
+    return [float(sigma) for sigma in sigmas]
+
+
+def nothing_lost(patcher: ModelPatcher, specs: Sequence[EditSpec]) -> None:
+    """Raise if the MODEL carried edits that are not in its options any more."""
+    for spec in patcher.get_attachment(EDITS) or ():
+        if spec not in specs and not spec.idle:
+            raise spec.error(
+                "the edit was not applied: a node between this one and the sampler replaced the MODEL's "
+                "transformer_options, in which it travels; put that node before this one, or take it out"
+            )
+
+
+def can_act(guider: Any, network: torch.nn.Module, specs: Sequence[EditSpec]) -> None:
+    """Raise before the first step, if an edit is going to do nothing."""
+    follows_the_positive(guider, specs)
+    if (nag := nag_in(network)) and (live := [spec for spec in specs if not spec.idle]):
+        del network.forward  # it would stay, for the one who put it there does not expect an error
+        raise live[0].error(
+            f"the edit was not applied: {type(guider).__name__} puts a forward of its own into the model ({nag}), and "
+            "gives its attentions more rows than it has pictures. Use core's or sd-perturbed-attention's NAG"
+        )
+
+
+@contextmanager
+def awake(patcher: ModelPatcher, run: Run) -> Iterator[None]:
+    """While a run of this MODEL goes on, with the engine in it."""
+    AWAKE.append((patcher, run))
+    try:
+        yield
+    finally:
+        AWAKE.pop()
+
+
+def pre_run(patcher: ModelPatcher) -> None:
+    """A callback when sampling begins: raises if the engine was not woken for it."""
+    if not any(each is patcher for each, _ in AWAKE):
+        for spec in patcher.get_attachment(EDITS) or ():
+            if not spec.idle:
+                raise spec.error(
+                    "the edit was not applied: a node between this one and the sampler replaced the MODEL's wrappers, "
+                    "which wake it up; put that node before this one, or take it out"
+                )
+
+
+def loaded(patcher: ModelPatcher, device: Any, lowvram: Any, force_patch_weights: bool, *_: Any) -> None:
+    """A callback when weights are loaded: raises if that is for writing them into a file."""
+    for spec in patcher.get_attachment(EDITS) or ():
+        if force_patch_weights and not spec.idle:
+            raise spec.error(
+                "the edit acts while sampling, and a file of weights cannot hold it; save the MODEL that comes before "
+                "this node, and the edits with Save Safety Preset"
+            )
+
+
+def complain(run: Run, guider: Any) -> None:
+    """Raise if an edit that was due did not act, or not in all of its blocks."""
+    for spec, entry in run.account.entries.items():
+        if (complaint := run.account.complaint(entry)) is not None:
+            missed = bool(entry.installed)
+            why = cause(missed, run.account.calls, guider.model_options, run.backbone.foreign())
+            raise spec.error(f"the edit was not applied: it {complaint}. {why}")
+
+
+def settle(run: Run, options: dict[str, Any], latents: Any) -> None:
+    """A run has ended well: remember its account, and tell it."""
+    account, made = run.account, digest_of(latents)
+    for _, around in AWAKE:  # a guider that left its work to this one
+        around.account.absorb(account)
+    if ACCOUNTS in options:
+        options[ACCOUNTS].runs.append((made, account))
+    for flight, verdict in run.verdicts.items():
+        VERDICTS[made, flight] = verdict
+    while len(VERDICTS) > REMEMBERED:
+        VERDICTS.pop(next(iter(VERDICTS)))
+    for spec, entry in account.entries.items():
+        line = entry.line(account.steps)
+        logging.info('%s: "%s" %s', spec.node, spec.source.name, line)
+        if spec.report is not None:
+            spec.report(line)
+    for listener in LISTENERS if account.entries else ():
+        listener(account)
+
+
+def digest_of(latents: Any) -> str:
+    """The same for the same numbers, wherever they lie."""
+    return digest([latents.detach().cpu()]) if isinstance(latents, torch.Tensor) else ""
+
+
+def remembered(specs: Sequence[EditSpec], args: Sequence[Any]) -> dict[str, tuple[float, ...]]:
+    """What in-flight gates decided in the run that made the latents this one begins with."""
+    flights = {spec.gate.inflight.id for spec in specs if spec.gate.inflight is not None}
+    if not flights or len(args) < 2:
+        return {}
+    made = digest_of(args[1])
+    return {flight: VERDICTS[made, flight] for flight in flights if any(VERDICTS.get((made, flight), ()))}
 
 
 def ordered(guider: Any) -> bool:
@@ -155,23 +293,44 @@ def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return executor(*args, **kwargs)
         except Restart:
-            continue
+            begin_anew(args)
+
+
+def begin_anew(args: Sequence[Any]) -> None:
+    """Forget what was counted and cached in the steps that are done again.
+
+    The host's EasyCache and LazyCache begin anew with a run, outside of the sampler: its arguments are
+    (guider, sigmas, extra_args, ..).
+    """
+    guider, _, extra = args[:3]
+    options = extra["model_options"]["transformer_options"]
+    options[RUN].account.clear()
+    cache = options.get("easycache")
+    if cache is not None:
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        vars(cache).update(vars(cache.clone().prepare_timesteps(sampling)))
 
 
 def predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Wraps one guided prediction of the clean image: the gates that are due look at it."""
-    denoised = executor(x, timestep, *args, **kwargs)
+    """Wraps one guided prediction of the clean image: counts a step, and the gates that are due look at it."""
     guider = executor.class_obj
-    run = guider.model_options.get("transformer_options", {}).get(RUN)
-    specs = () if run is None else guider.model_options["transformer_options"].get(EDITS, ())
+    options = guider.model_options.get("transformer_options", {})
+    run, specs = options.get(RUN), options.get(EDITS, ())
+    if run is None or not specs:
+        return executor(x, timestep, *args, **kwargs)
+    sigma = float(timestep.max())  # the model is called next and looks at it as well: nobody waits longer for it
+    denoised = executor(x, timestep, *args, **kwargs)
+    first = not any(entry.due for entry in run.account.entries.values())
+    run.due(specs, sigma)
+    if first and not run.account.calls:
+        complain(run, guider)
     if all(spec.gate.inflight is None or spec.gate.inflight.id in run.verdicts for spec in specs):
         return denoised
 
     def look(flight: InFlight) -> list[float]:
         return look_at(guider, denoised, flight.look)
 
-    restart = run.judge(specs, float(timestep.max()), look)
-    if restart:
+    if run.judge(specs, sigma, look):
         raise Restart
     return denoised
 
@@ -206,7 +365,11 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         if run is None:  # an edit that only a hooked conditioning brings has no run around it
             backbone = backbone_of(model.diffusion_model, type(model).__name__, specs[0].node)
             run = stack.enter_context(closing(start_run(backbone, model.model_sampling, specs)))
+        else:
+            run = run.beside(model)
+        options = holder[key] = {**options, CALL: None}
         served = served_by(run, options, len(x), specs or [watch])
+        run.account.called(served)
         if not any(served.edited) and all(spec.rows == ROWS[0] for spec in specs):
             return executor(x, t, *arguments, **kwargs)
         place = weights_of(model), x.device, model.manual_cast_dtype or model.get_dtype()
@@ -216,15 +379,18 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
             holder[key] = run.install(options, run.plan((), *place), served, first)
             executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
 
-        active = run.active(specs, float(options.get("sigmas", t).max()))  # the one look at the device per call
-        active = run.decide(active, served.images, served.window, look)
+        sigma = float(options.get("sigmas", t).max())  # the one look at the device per call
+        active = run.decide(run.active(specs, sigma), served.images, served.window, look)
         holder[key] = options
         if active or watch:
             plan = run.plan(active, *place)
             if active:
                 plan.rows(served, len(x))  # found now: what torch.compile finds new at a later step, it compiles
             holder[key] = run.install(options, plan, served, watch)
-        return executor(x, t, *arguments, **kwargs)
+        out = executor(x, t, *arguments, **kwargs)
+        if active:
+            run.account.acted(holder[key][CALL], run.origin, sigma)
+        return out
 
 
 def served_by(run: Run, options: dict[str, Any], batch: int, who: Sequence[Any]) -> Served:
@@ -266,6 +432,33 @@ def weights_of(model: Any) -> Hashable:
     return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
 
 
+class Witness(Shared):
+    """A patch that does nothing but see that the MODEL's edits are there where its patches are.
+
+    Packs that put one MODEL's patches into another (ComfyUI-bleh's ModelPatchConditional) copy the kinds that they
+    know, this one among them, and nothing else.
+    """
+
+    def __init__(self, specs: Sequence[EditSpec]) -> None:
+        self.live = [spec for spec in specs if not spec.idle]
+
+    def __call__(self, h: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        lost = self.live and RUN not in options and CALL not in options
+        if lost and not any(self.live[0] in run.carried for _, run in AWAKE):  # else the account will tell
+            raise self.live[0].error(
+                "the edit was not applied: another node (such as ModelPatchConditional) took the patches of its MODEL "
+                "over into another one, and left the edit behind; put the edit behind that node, and give it a window "
+                "of its own"
+            )
+        return h
+
+
+PLACE = "input_block_patch"  # of the Witness: called in every pass of a UNet, whatever its attentions do
+REMEMBERED = 64
+AWAKE: list[tuple[ModelPatcher, Run]] = []  # what is being sampled with the engine in it, the outermost first
+VERDICTS: dict[tuple[str, str], tuple[float, ...]] = {}  # of in-flight gates, by the latents that their run made
+
+CALLBACKS = {CallbacksMP.ON_PRE_RUN: pre_run, CallbacksMP.ON_LOAD: loaded}
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: outer_sample,
     WrappersMP.SAMPLER_SAMPLE: sampler_sample,

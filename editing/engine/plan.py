@@ -22,6 +22,7 @@ from .binding import KV
 from .rows import Layout, Rows, Served, put
 
 Observer = Callable[..., None]
+Note = Callable[[Sequence[int], Tensor], None]  # told the owners of some phrases, and where each was found, [K, R, N]
 
 # Numbers that the outputs found for all of a block's prompts may hold at once. A CPU is several times faster on what
 # fits its caches; elsewhere this only bounds the memory of large pictures with many concepts.
@@ -37,6 +38,8 @@ class Steering:
         self.prompts, self.keep = ([bind(part) for part in parts] for parts in (group.phrases, group.keep))
         self.owner = torch.cat([kv.owner for kv in self.prompts])
         self.scale = torch.cat([kv.scale for kv in self.prompts])
+        owners = [owner for part in group.phrases for owner in part.owner]
+        self.owners = owners[1:] if group.compared else owners  # of the phrases alone
         if self.keep:
             concepts = self.owner[1:] if group.compared else self.owner
             self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
@@ -48,21 +51,29 @@ class Steering:
             A0, At = At[0], At[1:]
         return At, A0, Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
 
-    def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
+    def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None) -> Tensor:
         """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
         s = (s[self.owner] * self.scale[:, None])[:, :, None]
         sets = len(s) + sum(len(kv.owner) for kv in self.keep)
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         s = s[1:] if self.group.compared else s
-        pieces = [self._project(*piece, s, observe) for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)]
+        found: list[Tensor] = []  # at the positions of each piece
+        pieces = [
+            self._project(*piece, s, observe, found.append)
+            for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)
+        ]
+        if note is not None and found:
+            note(self.owners, found[0] if len(found) == 1 else torch.cat(found, -1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
-    def _project(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None) -> Tensor:
+    def _project(
+        self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None, note: Callable[[Tensor], None]
+    ) -> Tensor:
         """The same for some positions; s: [K, R, 1]."""
         At, A0, kept = self.found(q)
         if observe is not None:
             observe(A=A, At=At, A0=A0, s=s, options=self.group.options)
-        return self.group.method.taken(A, At, s, self.group.options, A0, kept)
+        return self.group.method.taken(A, At, s, self.group.options, A0, kept, note)
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
@@ -83,7 +94,15 @@ class BlockEdits:
         self.steering = [Steering(group, bind) for group in sets.solved]
 
     def apply(
-        self, A: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Tensor, foreign: bool, observe: Observer | None
+        self,
+        A: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s: Tensor,
+        foreign: bool,
+        observe: Observer | None,
+        note: Note | None = None,
     ) -> Tensor:
         """The edited A. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; returns fp32 or A's dtype [R, N, C].
 
@@ -95,7 +114,7 @@ class BlockEdits:
             A = A + append(base, q, k, [(kv.K, kv.V, s[kv.owner][0]) for kv in self.joined])
         for kv in self.separate:
             A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
-        taken = [steering.projection(A, q, s, observe) for steering in self.steering]  # all of them from the same A
+        taken = [steering.projection(A, q, s, observe, note) for steering in self.steering]  # all from the same A
         for part in taken:
             A = A.float() - part
         return A.flatten(-2)
@@ -142,9 +161,11 @@ class Plan:
         if not index:
             return None
         s = torch.tensor([[of_rows[row] for row in index] for of_rows in strengths], device=self.device)
+        image = torch.tensor([served.shown[layout.image[row]] for row in index], device=self.device)
+        on = tuple(sum(map(bool, of_rows)) for of_rows in strengths)
         if index == list(range(index[0], index[-1] + 1)):
-            return Rows(slice(index[0], index[-1] + 1), s)
-        return Rows(torch.tensor(index, device=self.device), s)
+            return Rows(slice(index[0], index[-1] + 1), s, image, on)
+        return Rows(torch.tensor(index, device=self.device), s, image, on)
 
     def changed(self, context: Tensor, key: BlockKey, rows: Rows) -> Tensor:
         """`context` [B, L, W] as the edits of the text that reach this attention make it, in the edited rows."""

@@ -27,10 +27,15 @@ CHANGE = "take it out, or put the Attention Couple of ComfyUI-ppm or of comfyui-
 
 @dataclass
 class Rows:
-    """The R edited rows of a batch, and s: [edits, R], the strength of each edit times its gate there."""
+    """The R edited rows of a batch, and s: [edits, R], the strength of each edit times its gate there.
+
+    image: [R], whose row each is, of the whole batch; on: for each edit, in how many of them it acts.
+    """
 
     index: slice | Tensor
     s: Tensor
+    image: Tensor
+    on: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ class Served:
     window: Window = None
     patched: str = ""
     unsaid: bool = False
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The images of each part, of the whole batch."""
+        seen = self.window if self.window is not None and len(self.window) == self.images else range(self.images)
+        return tuple(seen)
 
     def reached(self, spec: Any) -> tuple[bool, ...]:
         """For each part, whether an edit is for it."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..edits.blocks import BlockKey
 from ..edits.spec import EditSpec, InFlight, Shared, opened
-from .backbone import Backbone
+from .account import Account, Noted
+from .backbone import Backbone, backbone_of
 from .conds import Guiders
 from .plan import Plan
-from .rows import Served, Window, couple_of, put
+from .rows import Rows, Served, Window, couple_of, put
 from .watch import Watch
 
 EDITS = "concept_guard"  # in transformer_options: the list of specs
@@ -39,6 +40,13 @@ class Call(Shared):
     watch: Watch | None = None
     watched: Collection[BlockKey] = ()
     previous: Mapping[Any, Attention] = field(default_factory=dict)  # other packs' replacements of an attention
+    # For the account: the attentions whose output was edited, whose text was, and where something was found.
+    reached: dict[BlockKey, None] = field(default_factory=dict)
+    read: dict[BlockKey, None] = field(default_factory=dict)
+    noted: list[Noted] = field(default_factory=list)
+
+    def note(self, rows: Rows, shape: Sequence[int], owner: Sequence[int], found: Tensor) -> None:
+        self.noted.append(Noted((shape[-2], shape[-1], self.served.tiles), rows, owner, found))
 
     def reaches(self, key: BlockKey) -> bool:
         return key in self.plan.blocks or key in self.watched
@@ -59,8 +67,43 @@ class Run(Shared):
         self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
         self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
         self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
+        self.origin: dict[EditSpec, EditSpec] = {}  # of an edit that a gate or a first look changed
+        self.account = Account((), backbone, ())
+        self.model: Any = None
+        self.others: dict[Any, Run] = {}
+        self.before: Mapping[str, tuple[float, ...]] = {}
+
+    def begin(
+        self,
+        specs: Sequence[EditSpec],
+        schedule: Sequence[float],
+        model: Any,
+        before: Mapping[str, tuple[float, ...]],
+    ) -> None:
+        """A sampling run of a MODEL that carries these edits. schedule: the noise levels of its steps; before: what
+        in-flight gates decided in the run that this one goes on with."""
+        self.account = Account(specs, self.backbone, schedule)
+        self.carried, self.model, self.before = frozenset(specs), model, before
+        for spec in specs:
+            if spec.gate.inflight is not None and not spec.idle:
+                self.moment(spec)
+
+    def beside(self, model: Any) -> Run:
+        """The run of the host's BaseModel that is called: guiders may call another one with the same options."""
+        if self.model is None or model is self.model:
+            return self
+        if model not in self.others:
+            backbone = backbone_of(model.diffusion_model, type(model).__name__, next(iter(self.carried)).node)
+            other = self.others[model] = Run(backbone, model.model_sampling.percent_to_sigma)
+            other.model, other.guiders, other.carried, other.before = model, self.guiders, self.carried, self.before
+            other.verdicts, other.gated, other.origin = self.verdicts, self.gated, self.origin
+            other.account = self.account
+        return self.others[model]
 
     def close(self) -> None:
+        for other in self.others.values():
+            other.close()
+        self.others.clear()
         self.plans.clear()
         self.windows.clear()
         self.decided.clear()
@@ -89,12 +132,13 @@ class Run(Shared):
             return self.gated.get(spec, spec)
         if spec not in self.carried:
             raise spec.error("a gate that decides in flight needs the edit on the MODEL, not on a conditioning")
-        if (verdict := self.verdicts.get(flight.id)) is None:
+        if (verdict := self.verdicts.get(flight.id, self.before.get(flight.id))) is None:
             return None
         try:
             self.gated[spec] = replace(spec, gate=spec.gate.decided(verdict))
         except ValueError as error:
             raise spec.error(str(error)) from None
+        self.origin[self.gated[spec]] = spec
         return self.gated[spec]
 
     def judge(self, specs: Sequence[EditSpec], sigma: float, look: Callable[[InFlight], list[float]]) -> bool:
@@ -105,18 +149,68 @@ class Run(Shared):
         restart, now = False, {}
         for spec in specs:
             flight = spec.gate.inflight
-            if flight is None or spec.idle or sigma > self.percent_to_sigma(flight.at_percent):
+            if flight is None or spec.idle or sigma > self.moment(spec) * (1 + 1e-5):
                 continue
             if flight.id not in self.verdicts:
-                try:
-                    scores = look(flight)
-                    self.verdicts[flight.id] = now[flight.id] = opened(scores, flight.threshold, flight.soft)
-                except ValueError as error:
-                    raise spec.error(str(error)) from error
-                if flight.report:
-                    flight.report(scores, now[flight.id])
+                now[flight.id] = self._verdict(spec, flight, sigma, look)
+                for other in [each for each in self.gated if each.gate.inflight and each.gate.inflight.id == flight.id]:
+                    del self.gated[other]  # open by what an earlier run decided
             restart |= flight.restart and any(now.get(flight.id, ())) and sigma <= self.window(spec)[0]
         return restart
+
+    def _verdict(
+        self, spec: EditSpec, flight: InFlight, sigma: float, look: Callable[[InFlight], list[float]]
+    ) -> tuple[bool, ...]:
+        """Ask a gate; which images it has flagged that were not flagged before."""
+        try:
+            scores = look(flight)
+            verdict = opened(scores, flight.threshold, flight.soft)
+        except ValueError as error:
+            raise spec.error(str(error)) from error
+        before = self.before.get(flight.id, ())
+        before = before if len(before) == len(verdict) else (0.0,) * len(verdict)
+        self.verdicts[flight.id] = tuple(map(max, before, verdict))
+        if flight.report:
+            flight.report(scores, self.verdicts[flight.id])
+        fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
+        self.account.gate(
+            flight.id,
+            at_percent=flight.at_percent,
+            step=self.account.step(sigma) + 1,
+            scores=[round(score, 4) for score in scores],
+            opens=list(self.verdicts[flight.id]),
+            restarts=flight.restart and any(fresh),
+        )
+        return fresh
+
+    def moment(self, spec: EditSpec) -> float:
+        """The noise level from which on its gate decides: at its percent, but while there is still something to do.
+
+        With a restart that is after the last step at the latest; without one a step of the edit's window must follow.
+        """
+        flight = spec.gate.inflight
+        assert flight is not None
+        at, steps = self.percent_to_sigma(flight.at_percent), self.account.schedule
+        if not steps or flight.restart:
+            return max([at, *steps[-1:]])
+        start, end = self.window(spec)
+        within = [i for i, sigma in enumerate(steps) if end < sigma <= start]
+        if within == [0] and not any(self.before.get(flight.id, ())):
+            raise spec.error(
+                "its gate decides after a step, and no further step of this run lies within the edit's window; turn on "
+                "the gate's restart, or take more steps"
+            )
+        return max(at, steps[within[-1] - 1]) if within and within[-1] else at
+
+    def due(self, specs: Sequence[EditSpec], sigma: float) -> None:
+        """Put down for the account that the edits within their window are to act at noise level sigma."""
+        active = [spec for spec in self.active(specs, sigma) if not self.settled_away(spec)]
+        self.account.due([self.origin.get(spec, spec) for spec in active], sigma)
+
+    def settled_away(self, spec: EditSpec) -> bool:
+        """Whether its first look found that there is nothing to do."""
+        outcomes = [out for (which, *_), out in self.decided.items() if which is spec]
+        return bool(outcomes) and all(each.idle for out in outcomes for each in out)
 
     def decide(
         self, specs: Sequence[EditSpec], images: int, window: Window, look: Callable[[Watch], None]
@@ -135,6 +229,7 @@ class Run(Shared):
                 look(watch)
                 settled = spec.how.settled(spec, watch, self.backbone.blocks, window or range(images))
                 self.decided[spec, images, window] = tuple(settled)
+                self.origin.update(dict.fromkeys(settled, self.origin.get(spec, spec)))
             out += self.decided[spec, images, window]
         return tuple(sorted((spec for spec in out if not spec.idle), key=lambda spec: spec.order))
 
@@ -179,9 +274,11 @@ class Run(Shared):
         if edits is None or edited is None:
             return A
         i = edited.index
+        call.reached[key] = None
+        note = partial(call.note, edited, extra.get("activations_shape") or (1, q.shape[1]))
         observe = extra.get(OBSERVER)
         observer = observe and partial(observe, block=key, specs=call.plan.specs)
-        return put(A, i, edits.apply(A[i], q[i], k[i], v[i], edited.s, foreign, observer))
+        return put(A, i, edits.apply(A[i], q[i], k[i], v[i], edited.s, foreign, observer, note))
 
     def text(self, key: BlockKey, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The text that an attention makes keys and values of, as the edits leave it. context, value: [B, L, W]."""
@@ -189,5 +286,6 @@ class Run(Shared):
         rows = call.plan.rows(call.served, len(context), couple_of(extra))
         if rows is None:
             return context, value
+        call.read[key] = None
         changed = call.plan.changed(context, key, rows)
         return changed, changed if value is context else call.plan.changed(value, key, rows)

@@ -8,7 +8,7 @@ leaves open what `CREOptions` chooses; `make bench` compares the readings on the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,18 +82,27 @@ def project(
 
 
 def projection(
-    A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None, kept: Kept | None = None
+    A: Tensor,
+    At: Tensor,
+    s: Tensor,
+    options: CREOptions,
+    A0: Tensor | None = None,
+    kept: Kept | None = None,
+    note: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """What eq. 4 takes away, sum_k s_k c_k (At_k - A0); fp32.
 
     A: [..., H, d]; At: [K, ..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all;
-    A0: [..., H, d] or None, the baseline; returns [..., H, d].
+    A0: [..., H, d] or None, the baseline; note: told where each concept is found, [K, ...]; returns [..., H, d].
     """
     a, x = (less(each, A0, options.width) for each in (A, At))
     s = s[..., None, None]  # [K, ..., 1, 1]
     along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
     near = None if kept is None else likeness(a, less(kept.found, A0, options.width), kept.of)
-    s = s * alike(a, along, square.sqrt(), options.floor, near)
+    found = alike(a, along, square.sqrt(), options.floor, near)
+    if note is not None and isinstance(found, Tensor):
+        note(found[..., 0, 0] if found.shape[-2] == 1 else found[..., 0].amax(-1))
+    s = s * found
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
     if options.negative == "clip":
@@ -164,8 +173,10 @@ class CRE(Method):
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
         return TokenSets(solved=solved_together(self, edits, device, chosen))
 
-    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
-        return projection(A, At, s, options, A0, kept)
+    def taken(
+        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
+    ) -> Tensor:
+        return projection(A, At, s, options, A0, kept, note)
 
     def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> CREEdit:
         concept = saver.concept(spec.source)

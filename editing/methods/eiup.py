@@ -16,7 +16,7 @@ ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -114,12 +114,21 @@ def where_alike(A: Tensor, At: Tensor, A0: Tensor, kept: Kept | None = None) -> 
     return E[..., 0, 0], x
 
 
-def steered(A: Tensor, At: Tensor, s: Tensor, A0: Tensor, kept: Kept | None = None) -> Tensor:
+def steered(
+    A: Tensor,
+    At: Tensor,
+    s: Tensor,
+    A0: Tensor,
+    kept: Kept | None = None,
+    note: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
 
-    A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...].
+    A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...]; note: told E, [P, ...].
     """
     E, x = where_alike(A, At, A0, kept)
+    if note is not None:
+        note(E)
     return ((s * E)[..., None, None] * x).sum(0).reshape(A.shape)
 
 
@@ -185,9 +194,11 @@ class EIUP(Method):
             solved=solved_together(self, compared, device, scale=lambda options, p: -options.weight(p)),
         )
 
-    def taken(self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any) -> Tensor:
+    def taken(
+        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
+    ) -> Tensor:
         assert A0 is not None
-        return steered(A, At, s, A0, kept)
+        return steered(A, At, s, A0, kept, note)
 
     def first_look(self, spec: EditSpec) -> str | None:
         return None if spec.options.auto is None else spec.options.evidence

@@ -14,14 +14,19 @@ from torch import Tensor
 from ...edits.blocks import BlockKey
 from ...edits.digest import digest
 from ..backbone import Backbone, register_backbone
+from ..obstacles import own_forward
+from ..rows import said
 from ..run import CALL, Call, Run
 
+# The replacement of attention-couple-ComfyUI and ComfyCouple: attends to the regions' texts, whatever text it is given.
+OWN_TEXTS = "AttentionCouple.make_patch."
 FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
 
 
 @register_backbone
 class UNet(Backbone):
     supports = "SD1.x, SD2.x and SDXL"
+    transformers: tuple[BasicTransformerBlock, ...] = ()
     sides = ("input", "middle", "output")
 
     @classmethod
@@ -32,7 +37,13 @@ class UNet(Backbone):
         width = next(iter(blocks.values())).attn2.to_k.in_features
         family = FAMILIES.get(width, f"width-{width}")
         attentions = {key: block.attn2 for key, block in blocks.items()}
-        return cls(name, width, attentions, fingerprint(family, blocks), family)
+        unet = cls(name, width, attentions, fingerprint(family, blocks), family)
+        unet.transformers = tuple(blocks.values())
+        return unet
+
+    def foreign(self) -> str:
+        found = [own_forward(module) for block in self.transformers for module in (block, block.attn2)]
+        return ", ".join(dict.fromkeys(name for name in found if name))
 
     def hooks(self, run: Run) -> UNetHooks:
         return UNetHooks(run, self.blocks)
@@ -56,8 +67,21 @@ class UNetHooks:
             attn2[key] = self.replacements[key]
         call.previous = previous
         if call.plan.texts:
+            self.text_is_read(call, attn2)
             patches["attn2_patch"] = [*patches.get("attn2_patch", ()), self.context_patch]
         return {**options, "patches": patches, "patches_replace": slots}
+
+    def text_is_read(self, call: Call, attn2: Mapping[Any, Any]) -> None:
+        """Raise if another pack's replacement reads other texts than the one that is changed."""
+        read = [(call.plan.specs[i], key) for i in call.plan.texts for key in call.plan.chosen[i]]
+        for spec, key in read:
+            before = call.previous.get(key, attn2.get(key, attn2.get(key[:2])))
+            if before is not None and OWN_TEXTS in said(before):
+                raise spec.error(
+                    f"the edit was not applied: {said(before)} gives the attentions keys and values of its own for "
+                    "each region, which no change of the prompt reaches. Put the Attention Couple of ComfyUI-ppm or of "
+                    "comfyui-prompt-control in its place, or Offset Conditioning behind the prompt of each region"
+                )
 
     def replace(self, key: BlockKey, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
         """An `attn2` replacement. q: [B, N, C]; k, v: [B, L, C]; returns [B, N, C], before `to_out`."""

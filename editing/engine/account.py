@@ -1,0 +1,281 @@
+"""The account of one sampling run: what each edit reached and found, who was taken for conditional, when gates decided.
+
+It counts while the model is called, and looks at the device only when the run has ended. Pure torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..edits.blocks import BlockKey
+from ..edits.digest import Shared
+from ..edits.spec import EditSpec
+from .backbone import Backbone
+from .rows import Rows, Served
+
+ACCOUNTS = "concept_guard_accounts"  # in transformer_options: an Accounts, of the runs of one MODEL
+KEPT = 8  # runs of a MODEL that are remembered
+LITTLE = 0.005  # of the positions: an edit that found less found nothing
+Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
+
+
+@dataclass
+class Entry:
+    """One edit's part. due: the steps within its window at which its gate was open; acted: those at which it reached an
+    attention; reached: the attentions; edited and seen: rows, of all model calls."""
+
+    spec: EditSpec
+    named: Sequence[BlockKey]
+    due: set[int] = field(default_factory=set)
+    acted: set[int] = field(default_factory=set)
+    reached: dict[BlockKey, None] = field(default_factory=dict)
+    installed: int = 0  # model calls
+    edited: int = 0
+    seen: int = 0
+    everywhere: bool = True  # whether it never looked where to act
+    sums: dict[Size, Tensor] = field(default_factory=dict)  # [images, N], how often it acted there
+    counts: dict[Size, Tensor] = field(default_factory=dict)  # [images], how often it might have
+
+    def add(self, size: Size, images: int, image: Tensor, found: Tensor, might: Tensor) -> None:
+        """found: [R, N], how often it acted at each position of its rows; might: [R], how often it might have;
+        image: [R], whose row each is."""
+        self.everywhere = False
+        sums = self.sums.get(size, found.new_zeros(images, found.shape[-1]))
+        counts = self.counts.get(size, might.new_zeros(images))
+        if len(sums) < images:  # a context window shows further ones
+            sums, counts = (F.pad(x, [0, 0] * (x.ndim - 1) + [0, images - len(x)]) for x in (sums, counts))
+        self.sums[size], self.counts[size] = sums.index_add_(0, image, found), counts.index_add_(0, image, might)
+
+    @property
+    def found(self) -> float | None:
+        """The share of the positions of its rows that it found and acted on; None: all, it does not choose."""
+        counts = sum(float(n.sum()) * h * w for (h, w, _), n in self.counts.items())
+        return sum(float(x.sum()) for x in self.sums.values()) / counts if counts else None
+
+    @property
+    def missed(self) -> list[BlockKey]:
+        return [key for key in self.named if key not in self.reached]
+
+    def heat(self, images: int, height: int, width: int) -> Tensor:
+        """How often it acted where, from 0 to 1: [images, height, width]."""
+        maps = []
+        for (h, w, tiles), acted in self.sums.items():
+            if tiles == 1:  # which tile is where, only the pack knows
+                share = (acted / self.counts[h, w, tiles].clamp_min(1)[:, None]).unflatten(-1, (h, w))
+                share = F.pad(share, (0, 0, 0, 0, 0, images - len(share)))
+                maps.append(F.interpolate(share[None], (height, width), mode="bilinear", align_corners=False)[0])
+        if maps:
+            return torch.stack(maps).mean(0)
+        share = float(bool(self.acted)) if self.everywhere else self.found or 0.0
+        return torch.full((images, height, width), share)
+
+    def line(self, steps: int) -> str:
+        """For people, on one line."""
+        spec = self.spec
+        if spec.idle:
+            return "off: " + ("the gate is closed" if spec.strength and not any(spec.gate.values) else "nothing to do")
+        if not self.due:
+            if spec.gate.inflight is not None:
+                return "did not act: its gate flagged no image"
+            return f"did not act: none of {steps} steps lies between {spec.start_percent:g} and {spec.end_percent:g}"
+        said = f"acted in {len(self.acted)} of {steps} steps, {len(self.reached)} of {len(self.named)} blocks"
+        share = self.found
+        if share is None:
+            return said
+        if share < LITTLE:
+            return (
+                f"{said}; found in {percent(share)} of positions: nothing in these pictures is like "
+                f'"{spec.source.name}". If they show it, try another phrasing, or a lower floor'
+            )
+        return f"{said}; found in {percent(share)} of positions"
+
+    def document(self, steps: int) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "node": spec.node,
+            "method": spec.how.label,
+            "source": spec.source.name,
+            "strength": spec.strength,
+            "window": [spec.start_percent, spec.end_percent],
+            "blocks": {"named": len(self.named), "reached": len(self.reached)},
+            "steps": {"all": steps, "due": len(self.due), "acted": len(self.acted)},
+            "rows": {"edited": self.edited, "seen": self.seen, "for": spec.rows},
+            "found": None if (share := self.found) is None else round(share, 4),
+            "said": self.line(steps),
+        }
+
+
+@dataclass
+class Noted:
+    """Where some edits of one model call found what they look for, in one attention. found: [K, R, N], of K phrases;
+    owner: the edit of each phrase, by its place in the plan."""
+
+    size: Size
+    rows: Rows
+    owner: Sequence[int]
+    found: Tensor
+
+
+class Account(Shared):
+    """specs: the edits that the MODEL carries; schedule: the noise levels of the steps, the last being where the run
+    ends."""
+
+    def __init__(self, specs: Sequence[EditSpec], backbone: Backbone, schedule: Sequence[float]) -> None:
+        self.schedule = list(schedule[:-1])
+        self.backbone = backbone
+        self.specs = tuple(specs)
+        self.gates: dict[str, dict[str, Any]] = {}
+        self.trouble = ""
+        self.clear()
+
+    def clear(self) -> None:
+        """Before the first step, also when a run begins again."""
+        self.entries = {spec: Entry(spec, self._named(spec)) for spec in self.specs}
+        self.prompts: dict[str, int] = {}  # rows of each, by the guider's names
+        self.edited: set[str] = set()  # those that were taken for conditional
+        self.calls = 0
+
+    def _named(self, spec: EditSpec) -> Sequence[BlockKey]:
+        chosen = self.backbone.chosen(spec.blocks, spec.node)
+        return [key for key in self.backbone.blocks if key in chosen]
+
+    @property
+    def steps(self) -> int:
+        return len(self.schedule)
+
+    def step(self, sigma: float) -> int:
+        """The step that a noise level belongs to: samplers also call between the steps."""
+        return min(range(self.steps), key=lambda i: abs(self.schedule[i] - sigma), default=0)
+
+    # -- while the run goes on -----------------------------------------------------------------------------------------
+
+    def due(self, specs: Sequence[EditSpec], sigma: float) -> None:
+        """These edits, as the MODEL carries them, are to act at this noise level."""
+        for spec in specs:
+            if spec in self.entries:
+                self.entries[spec].due.add(self.step(sigma))
+
+    def called(self, served: Served) -> None:
+        """A model call has come through, whoever it is for."""
+        self.calls += 1
+        for name, edited in zip(served.names, served.edited, strict=True):
+            name = name or "unnamed"
+            self.prompts[name] = self.prompts.get(name, 0) + served.images * served.tiles
+            if edited:
+                self.edited.add(name)
+
+    def acted(self, call: Any, origin: Mapping[EditSpec, EditSpec], sigma: float) -> None:
+        """What the edits of one model call (run.Call) reached; origin: of each edit, the one that the MODEL carries."""
+        plan, step = call.plan, self.step(sigma)
+        rows = plan.rows(call.served, call.served.batch)
+        for i, spec in enumerate(plan.specs):
+            entry = self.entries.get(origin.get(spec, spec))
+            if entry is None:
+                continue
+            entry.installed += 1
+            entry.seen += call.served.batch
+            if rows is None or not rows.on[i]:
+                continue
+            reached = call.read if i in plan.texts else call.reached
+            reached = [key for key in reached if key in plan.chosen[i]]
+            entry.reached.update(dict.fromkeys(reached))
+            if reached:
+                entry.acted.add(step)
+                entry.edited += rows.on[i]
+        self._found(call, origin)
+
+    def _found(self, call: Any, origin: Mapping[EditSpec, EditSpec]) -> None:
+        """Adds up where edits found something, all attentions of one size at once."""
+        alike: dict[tuple[Any, ...], list[Noted]] = {}
+        for noted in call.noted:
+            alike.setdefault((noted.size, tuple(noted.owner), id(noted.rows)), []).append(noted)
+        for (size, owner, _), group in alike.items():
+            rows = group[0].rows
+            found = torch.stack([noted.found for noted in group])  # [blocks, K, R, N]
+            for i in sorted(set(owner)):
+                entry = self.entries.get(origin.get(call.plan.specs[i], call.plan.specs[i]))
+                if entry is None:
+                    continue
+                own = found[:, [k for k, edit in enumerate(owner) if edit == i]].amax(1).sum(0)  # [R, N]
+                on = (rows.s[i] != 0).to(own.dtype)
+                entry.add(size, max(call.served.shown) + 1, rows.image, own * on[:, None], on * len(group))
+
+    def absorb(self, other: Account) -> None:
+        """Count what a run within this one did with the same edits."""
+        for spec, entry in self.entries.items():
+            if (inner := other.entries.get(spec)) is not None and inner.acted:
+                entry.reached.update(inner.reached)
+                entry.acted.update(entry.due or {0})
+                entry.installed += inner.installed
+                entry.edited += inner.edited
+                entry.seen += inner.seen
+                self.calls += other.calls
+
+    def gate(self, id: str, **what: Any) -> None:
+        """What an in-flight gate decided, and when."""
+        self.gates[id] = what
+
+    # -- when it has ended ---------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Takes the sums off the device."""
+        for entry in self.entries.values():
+            entry.sums = {size: x.cpu() for size, x in entry.sums.items()}
+            entry.counts = {size: n.cpu() for size, n in entry.counts.items()}
+
+    @property
+    def applied(self) -> bool:
+        """Whether every edit acted wherever it was due."""
+        return not self.trouble and all(entry.acted or not entry.due for entry in self.entries.values())
+
+    def complaint(self, entry: Entry) -> str | None:
+        """What went wrong with an edit, without the cause; None if nothing did."""
+        if not entry.due or entry.spec.idle:
+            return None
+        if not entry.installed and self.calls and not self.edited and entry.spec.rows != "all":
+            return f"found no prompt to act on: the model was called for {', '.join(self.prompts)} alone"
+        if not entry.installed:
+            return "reached no call of the model"
+        if not entry.reached:
+            return f"reached none of {len(entry.named)} blocks"
+        if entry.missed:
+            missed = ", ".join(dict.fromkeys(f"{key[0]}.{key[1]}" for key in entry.missed))
+            return f"reached {len(entry.reached)} of {len(entry.named)} blocks, and never {missed}"
+        return None
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "applied": self.applied,
+            "steps": self.steps,
+            "prompts": {name: {"rows": n, "edited": name in self.edited} for name, n in self.prompts.items()},
+            "gates": list(self.gates.values()),
+            "edits": [entry.document(self.steps) for entry in self.entries.values()],
+        }
+
+
+class Accounts(Shared):
+    """Of the last runs of one MODEL and of its clones, each with the digest of the latents that it made."""
+
+    def __init__(self) -> None:
+        self.runs: deque[tuple[str, Account]] = deque(maxlen=KEPT)
+
+    def of(self, digest: str) -> Account | None:
+        """The account of the run that made these latents; if none did, the last."""
+        mine = [account for made, account in self.runs if made == digest]
+        return mine[-1] if mine else self.runs[-1][1] if self.runs else None
+
+
+Listener = Callable[[Account], None]
+LISTENERS: list[Listener] = []  # told of every run's account at its end
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 or not share else f"{100 * share:.2g} %"
