@@ -12,7 +12,7 @@ from ..editing.gates.classifiers import TORCHVISION, torchvision_classifier, tra
 from ..editing.gates.packages import LABELS, NudeNet, OpenNSFW
 from .files import FOLDER
 from .inputs import CATEGORY, named
-from .show import told
+from .show import offered, told
 from .types import DiscriminatorType
 
 CLASSIFIER, NUDENET, OPEN_NSFW = "ConceptGuardLoadClassifier", "ConceptGuardNudeNet", "ConceptGuardOpenNSFW"
@@ -25,7 +25,8 @@ def classifiers() -> dict[str, Path]:
     for base in folder_paths.get_folder_paths(FOLDER):
         place = Path(base) / PLACE
         for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".safetensors"):
+            whole = (path / "config.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
+            if whole and offered(path.name):
                 found[path.name] = path
     return found
 

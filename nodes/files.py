@@ -18,6 +18,7 @@ from ..editing.files.artefacts import Artefact
 from ..editing.files.kinds import KINDS
 from ..editing.files.names import dated, file_in, inside, is_learned
 from ..editing.files.whole import numbered, put_beside
+from .show import offered
 
 FOLDER = "concept_guard"
 OFF = "off"
@@ -50,7 +51,7 @@ def choices(kind: str) -> list[str]:
     ours = []
     for name in folder_paths.get_filename_list(FOLDER):
         path = folder_paths.get_full_path(FOLDER, name)
-        if is_learned(name) and path and told(Path(path)) in (kind, None):
+        if is_learned(name) and offered(name) and path and told(Path(path)) in (kind, None):
             ours.append(name.replace(os.sep, "/"))
     return [choice for choice, path in DEMO.get(kind, {}).items() if path.is_file()] + ours
 

@@ -29,6 +29,7 @@ from .inputs import (
     window_inputs,
 )
 from .learned import load_node, save_node
+from .show import said
 from .types import FileType, LoRAType, PromptType
 
 
@@ -62,7 +63,7 @@ class ConceptGuardSaveWeights(io.ComfyNode):
             lora = weights if isinstance(weights, LoRA) else LoRA(weights, {})
             folder = Path(folder_paths.get_folder_paths("loras")[0])
             name = saved_in(folder, packed(lora.checked(), lora.about), filename_prefix)
-        return io.NodeOutput(name, ui={"text": (name,)})
+        return io.NodeOutput(name, ui=said(name))
 
 
 def learned(prompt: Any) -> Artefact:

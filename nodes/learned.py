@@ -11,6 +11,7 @@ from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
 from .files import changed, choices, file_of, saved
 from .inputs import CATEGORY, file_output, named, prefix_input
+from .show import said
 
 Words = tuple[str, str, str, str]  # node id, display name, category, description
 
@@ -75,6 +76,6 @@ def save_node(
             given = {**dict(zip((kind, "filename_prefix"), inputs, strict=False)), **by_name}
             with named(node_id):
                 name = saved(held(given[kind]), given.get("filename_prefix", kind))
-            return io.NodeOutput(name, ui={"text": (name,)})
+            return io.NodeOutput(name, ui=said(name))
 
     return Save

@@ -24,7 +24,7 @@ from .gates import reporting
 from .inputs import CATEGORY, check, gate_of, named, strength_input
 from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
-from .show import id_of
+from .show import id_of, said
 from .types import GateType, PresetGateType
 
 APPLY, SAVE, LOOK = "ConceptGuardApplyPreset", "ConceptGuardSavePreset", "ConceptGuardPresetGate"
@@ -212,7 +212,7 @@ class ConceptGuardSavePreset(io.ComfyNode):
             text = write(document)
             path = save(read(text))
         lines = [f"Saved as {FOLDER}/{path.name}", *saver.notes, *described(read(text))]
-        return io.NodeOutput(text, ui={"concept_guard_preset": [text], "text": lines})
+        return io.NodeOutput(text, ui={"concept_guard_preset": [text], **said(*lines)})
 
 
 def located(artefact: Artefact) -> LearnedFile | None:

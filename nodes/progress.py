@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 from torch import Tensor
+
+from .show import show
 
 EVERY = 5  # steps between two previews
 
@@ -36,9 +37,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Under the node, if somebody watches."""
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if server is not None and self.node_id is not None and server.client_id is not None:
-            server.send_progress_text(text, self.node_id, server.client_id)
+        show(self.node_id, text)
 
 
 @contextmanager
