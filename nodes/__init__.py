@@ -1,5 +1,6 @@
 """The pack's nodes: thin, one file per family, no maths. Each file ends in its list."""
 
+from .bounds import guarded
 from .causal_period import NODES as causal_period_nodes
 from .classifier import NODES as classifier_nodes
 from .concept import NODES as concept_nodes
@@ -17,19 +18,22 @@ from .train_direction import NODES as train_direction_nodes
 from .train_kpop import NODES as train_kpop_nodes
 
 NODES = [
-    *concept_nodes,
-    *cre_nodes,
-    *eiup_nodes,
-    *direction_nodes,
-    *train_direction_nodes,
-    *train_kpop_nodes,
-    *kpop_nodes,
-    *learn_concept_nodes,
-    *discriminator_nodes,
-    *classifier_nodes,
-    *gate_nodes,
-    *causal_period_nodes,
-    *concept_map_nodes,
-    *preset_nodes,
-    *demo_nodes,
+    guarded(node)
+    for node in (
+        *concept_nodes,
+        *cre_nodes,
+        *eiup_nodes,
+        *direction_nodes,
+        *train_direction_nodes,
+        *train_kpop_nodes,
+        *kpop_nodes,
+        *learn_concept_nodes,
+        *discriminator_nodes,
+        *classifier_nodes,
+        *gate_nodes,
+        *causal_period_nodes,
+        *concept_map_nodes,
+        *preset_nodes,
+        *demo_nodes,
+    )
 ]

@@ -139,7 +139,7 @@ class ConceptGuardConceptMap(io.ComfyNode):
     def validate_inputs(
         cls, start_percent: float | None = 0.2, end_percent: float | None = 0.8, blocks: str | None = "all"
     ) -> bool | str:
-        return check(NODE, 1.0, start_percent, end_percent, blocks)
+        return check(cls, None, start_percent, end_percent, blocks)
 
     @classmethod
     def execute(

@@ -81,7 +81,7 @@ class ConceptGuardCRE(io.ComfyNode):
         blocks: str | None = "all",
         range: Any = UNLINKED,
     ) -> bool | str:
-        return check(NODE, strength, start_percent, end_percent, blocks, range)
+        return check(cls, strength, start_percent, end_percent, blocks, range)
 
     @classmethod
     def execute(

@@ -92,7 +92,7 @@ class ConceptGuardSafeDirection(io.ComfyNode):
         blocks: str | None = "all",
         range: Any = UNLINKED,
     ) -> bool | str:
-        return check("ConceptGuardSafeDirection", strength, start_percent, end_percent, blocks, range)
+        return check(cls, strength, start_percent, end_percent, blocks, range)
 
     @classmethod
     def execute(
@@ -194,7 +194,7 @@ class ConceptGuardFairDirection(io.ComfyNode):
         end_percent: float | None = 1.0,
         range: Any = UNLINKED,
     ) -> bool | str:
-        return check("ConceptGuardFairDirection", strength, start_percent, end_percent, "all", range)
+        return check(cls, strength, start_percent, end_percent, None, range)
 
     @classmethod
     def execute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,6 +11,7 @@ from ..editing.edits.spec import Concept, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
 from ..editing.methods.eiup_weight import load
+from .bounds import outside
 from .files import OFF, changed, choices, file_of
 from .inputs import (
     CATEGORY,
@@ -53,6 +53,14 @@ def parse_weights(text: str, weight: float) -> tuple[float, ...]:
             f"weights: cannot read {text.strip()!r}; give one number a line for each phrase of the concept, or leave "
             "it empty to use `weight` for all"
         ) from None
+
+
+def bounded(node: type[io.ComfyNode], weights: tuple[float, ...]) -> tuple[float, ...]:
+    """The numbers of `weights`, each within the bounds of `weight`."""
+    for weight in weights:
+        if problem := outside(node, {"weight": weight}):
+            raise ValueError(problem.replace("weight is", "weights has", 1))
+    return weights
 
 
 class ConceptGuardEIUP(io.ComfyNode):
@@ -100,10 +108,10 @@ class ConceptGuardEIUP(io.ComfyNode):
     ) -> bool | str:
         try:
             with named(NODE):
-                replace(DEFAULTS, weights=parse_weights(weights or "", -1.0 if weight is None else weight))
+                bounded(cls, parse_weights(weights or "", -1.0))
         except ValueError as error:
             return str(error)
-        return check(NODE, 1.0, start_percent, end_percent, blocks, range)
+        return check(cls, None, start_percent, end_percent, blocks, range, weight=weight)
 
     @classmethod
     def fingerprint_inputs(cls, auto: str | None = OFF, **_: Any) -> Any:
@@ -131,7 +139,7 @@ class ConceptGuardEIUP(io.ComfyNode):
             place = where(start_percent, end_percent, blocks, range, gate)
             adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
             evidence = evidence if adapter is None else adapter.evidence
-            options = EIUPOptions(form, parse_weights(weights, weight), evidence, adapter)
+            options = EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, adapter)
         return io.NodeOutput(add_edit(model, EditSpec("erasure", concept, **place, options=options, node=NODE)))
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, TypeVar
 from comfy_api.latest import io
 
 from ..editing.edits.spec import Concept, Direction, Gate, Prompt, complaint_about
+from .bounds import outside, schema_of
 from .types import GateType
 
 CATEGORY = "concept guard"
@@ -142,20 +143,22 @@ def where(start_percent: float, end_percent: float, blocks: str, range: Any = No
 
 
 def check(
-    node: str,
-    strength: float | None = 1.0,
-    start_percent: float | None = 0.0,
-    end_percent: float | None = 1.0,
-    blocks: str | None = "all",
+    node: type[io.ComfyNode],
+    strength: float | None = None,
+    start_percent: float | None = None,
+    end_percent: float | None = None,
+    blocks: str | None = None,
     range: Any = UNLINKED,
+    **numbers: float | None,
 ) -> bool | str:
     """For `validate_inputs`, before anything runs. An input that is linked is None here and checked when it arrives."""
     if range is not UNLINKED:
         start_percent = end_percent = None
-    complaint = complaint_about(
+    given = {"strength": strength, "start_percent": start_percent, "end_percent": end_percent, **numbers}
+    complaint = outside(node, given) or complaint_about(
         1.0 if strength is None else strength,
         0.0 if start_percent is None else start_percent,
         1.0 if end_percent is None else end_percent,
         "all" if blocks is None else blocks,
     )
-    return True if complaint is None else f"{node}: {complaint}"
+    return True if complaint is None else f"{schema_of(node).node_id}: {complaint}"

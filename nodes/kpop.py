@@ -130,7 +130,7 @@ class ConceptGuardKPOP(io.ComfyNode):
         end_percent: float | None = 1.0,
         range: Any = UNLINKED,
     ) -> bool | str:
-        return check("ConceptGuardKPOP", strength, start_percent, end_percent, "all", range)
+        return check(cls, strength, start_percent, end_percent, None, range)
 
     @classmethod
     def execute(

@@ -138,7 +138,7 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                     raise ValueError(f"preset: {'; '.join(lacks)}")
         except ValueError as error:
             return str(error)
-        return check(APPLY, strength)
+        return check(cls, strength)
 
     @classmethod
     def execute(

@@ -153,7 +153,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
     def validate_inputs(
         cls, start_percent: float | None = DEFAULTS.start_percent, end_percent: float | None = DEFAULTS.end_percent
     ) -> bool | str:
-        return check(NODE, 1.0, start_percent, end_percent)
+        return check(cls, None, start_percent, end_percent)
 
     @classmethod
     def execute(
@@ -173,7 +173,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
             if steps < 1:
                 raise ValueError(f"steps is {steps}; give at least 1")
-            if (complaint := check(NODE, 1.0, settings.get("start_percent"), settings.get("end_percent"))) is not True:
+            if (complaint := check(cls, None, settings.get("start_percent"), settings.get("end_percent"))) is not True:
                 raise ValueError(str(complaint).removeprefix(f"{NODE}: "))
             lines = [line.strip() for line in prompts.splitlines() if line.strip()]
             lines = lines or [phrase.text for phrase in concept.phrases]

@@ -60,7 +60,12 @@ def test_pickles_that_would_run_code_or_hold_something_else(tmp_path: Path, monk
 @pytest.mark.parametrize(
     "changes", [{"b": torch.zeros(77)}, {"c": torch.zeros(1)}, {"a": torch.full((1, 1, 768), float("nan"))}]
 )
-def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not a direction of|NaN"):
-        convert(published(tmp_path / "x.pt", **changes), tmp_path / "x.safetensors")
-    assert os.listdir(tmp_path) == ["x.pt"]
+def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], monkeypatch: Any, capsys: Any) -> None:
+    source, target = published(tmp_path / "x.pt", **changes), tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match='"x.pt".* holds NaN or infinity; download it|"x" is not a direction of'):
+        convert(source, target)
+    monkeypatch.setattr("sys.argv", ["convert", str(source), str(target)])
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("editing.converters.directions: ") and os.listdir(tmp_path) == ["x.pt"]

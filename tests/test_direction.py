@@ -19,7 +19,7 @@ from conceptguard.editing.files.artefacts import Artefact, read, write
 from conceptguard.editing.methods.safe_region import direction_of
 from conceptguard.editing.pictures.chart import curve
 from conceptguard.editing.training.direction import Learner, psi, random_like
-from conceptguard.nodes import files
+from conceptguard.nodes import bounds, files
 from conceptguard.nodes import train_direction as training
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.direction import (
@@ -268,13 +268,12 @@ def test_fp16_models_are_trained_in_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps is 0; give at least 1"),
+        ({"steps": 0}, "steps is 0; give a number from 1 to 100000"),
         ({"goal": "sideways"}, "goal is 'sideways'; choose one of away, towards"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; give a number above 0"),
-        ({"guidance": float("nan")}, "guidance is nan; give a finite"),
+        ({"learning_rate": 0.0}, "learning_rate is 0; give a number from 0.0001 to 10"),
+        ({"guidance": float("nan")}, "guidance is nan; give a number from 0 to 50"),
         ({"start_percent": 0.9, "end_percent": 0.1}, "start_percent 0.9 lies after end_percent 0.1"),
         ({"start_percent": 0.3, "end_percent": 0.3}, "no denoising step lies between"),
-        ({"learning_rate": 1e30, "steps": 9}, "the loss or its gradient is no number after .* steps; lower learning"),
         ({"concept": "knife"}, "concept is a str; connect the output of a Concept node"),
         ({"resume": vector()}, "resume is no learned direction; connect what"),
         ({"concept": Concept("x", (Phrase("x", tiny.tokens(1), (1,)),))}, 'concept "x" comes without the empty prompt'),
@@ -286,6 +285,14 @@ def test_fp16_models_are_trained_in_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_inputs_name_node_input_and_mend(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^ConceptGuardTrainDirection: {message}"):
         train(**changes)
+    for file in (FOLDER / "unfinished").glob("*"):
+        file.unlink()
+
+
+def test_a_training_that_diverges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "outside", lambda *_: None)  # no number that the node takes is bad enough here
+    with pytest.raises(ValueError, match="TrainDirection: the loss or its gradient is no number after .* steps; lower"):
+        train(learning_rate=1e30, steps=9)
     for file in (FOLDER / "unfinished").glob("*"):
         file.unlink()
 

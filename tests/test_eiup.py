@@ -340,10 +340,11 @@ def test_a_weight_for_each_phrase(model: Any, form: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"weight": math.nan}, "weight is nan; give a finite number"),
-        ({"weight": math.inf}, "weight is inf; give a finite number"),
+        ({"weight": math.nan}, "weight is nan; give a number from -16 to 16"),
+        ({"weight": math.inf}, "weight is inf; give a number from -16 to 16"),
         ({"weights": "-1\nmuch"}, "weights: cannot read '-1.*much'; give one number a line"),
-        ({"weights": "-1\nnan"}, "weight is nan"),
+        ({"weights": "-1\nnan"}, "weights has nan; give a number from -16 to 16"),
+        ({"weights": "-1\n1e308"}, "weights has 1e\\+308; give a number from -16 to 16"),
         ({"weights": "-1\n-1\n-1"}, 'weights has 3 numbers, but concept "knife" has 2 phrases; give one'),
         ({"form": "both"}, "form is 'both'; choose one of separate, joint"),
         ({"evidence": "much"}, "evidence is 'much'; choose one of none, share, alike"),

@@ -249,8 +249,12 @@ def test_a_concept_of_the_models_own_text_encoder_edits_it(clip: Any) -> None:
 
 NAN, INF = math.nan, math.inf
 BAD = [
-    ({"strength": NAN}, "strength is nan; give a finite number"),
-    ({"strength": -INF}, "strength is -inf; give a finite number"),
+    ({"strength": NAN}, "strength is nan; give a number from 0 to 4"),
+    ({"strength": -INF}, "strength is -inf; give a number from 0 to 4"),
+    ({"strength": 1e308}, "strength is 1e+308; give a number from 0 to 4"),
+    ({"strength": -1.0}, "strength is -1; give a number from 0 to 4"),
+    ({"strength": "x"}, "strength is 'x'; give a number from 0 to 4"),
+    ({"strength": [1.0]}, "strength is [1.0]; give a number from 0 to 4"),
     ({"start_percent": -0.1}, "start_percent is -0.1; give a number from 0"),
     ({"start_percent": NAN}, "start_percent is nan; give a number from 0"),
     ({"end_percent": 1.8}, "end_percent is 1.8; give a number from 0"),

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.artefacts import Artefact, write
+from ..files.artefacts import Artefact, data_of
+from ..files.whole import put
 
 LIMIT = 2**26  # bytes; the published files are far smaller
 
@@ -74,7 +75,12 @@ FORMS: dict[str, Callable[[Mapping[str, Tensor], str], Artefact]] = {"safe-regio
 
 
 def convert(source: Path, target: Path, form: str = "safe-region") -> Path:
-    return write(FORMS[form](weights(source), source.stem), target)
+    made = FORMS[form](weights(source), source.stem)
+    try:
+        data = data_of(made)
+    except ValueError as error:
+        raise ValueError(f'cannot convert "{source.name}": {error}; download it again from its authors') from None
+    return put(data, target)
 
 
 def main() -> Any:
@@ -88,7 +94,7 @@ def main() -> Any:
     try:
         print(f"wrote {convert(args.source, args.target, args.form)}")
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
 
 Their files are pickles. They are read with `weights_only=True`, which builds tensors, lists and dicts and runs nothing
 else; what is in them is then checked as any file of ours. Known forms: a prompt is a tensor [k, W] or [1, k, W], or a
-pair of these for keys and values; a file holds one prompt, or {concept: prompt}.
+pair of these for keys and values, in a list or as {p_k, p_v}; a file holds one prompt, or {concept: prompt}.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,36 @@ from ..methods.kpop import prompt_of
 from ..training.kpop import METHOD
 
 LIMIT = 2**26  # bytes of a file
+TEXT = 77  # tokens of a whole text
+PAIRS = ({"p_k", "p_v"}, {"k", "v"})  # names of what is for keys and what for values
 MEND = "only prompts of KPOP's authors can be turned into ours"
 
 
-def prompts_in(path: Path, mechanism: str = "concat", blocks: str = "middle") -> list[Artefact]:
-    """The prompts of a published file. Raises ValueError for any other file."""
+class Unclear(ValueError):
+    """A file may mean several things, and only a person knows which."""
+
+
+def prompts_in(path: Path, mechanism: str | None = None, blocks: str = "middle") -> list[Artefact]:
+    """The prompts of a published file. Raises ValueError for any other file, and for one that can be read two ways."""
     try:
         if path.stat().st_size > LIMIT:
             raise ValueError(f"it has more than {LIMIT} bytes")
         found = torch.load(path, map_location="cpu", weights_only=True)
-        return [made(name, value, mechanism, blocks) for name, value in named(found, path.stem)]
+        prompts = [made(name, value, mechanism, blocks) for name, value in named(found, path.stem)]
+        for prompt in prompts:
+            data_of(prompt)  # refuses what could not be read again, such as NaN
+        return prompts
+    except Unclear:
+        raise
+    except OSError as error:
+        raise ValueError(f'cannot use "{path.name}": {(error.strerror or "no file").lower()}') from error
     except Exception as error:  # a damaged pickle can raise anything
         why = " ".join(str(error).split())[:200]
         raise ValueError(f'cannot use "{path.name}": {why or type(error).__name__}; {MEND}') from error
 
 
 def named(found: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or is_pair(found):
         yield name, found
         return
     if not found or not all(isinstance(key, str) for key in found):
@@ -48,7 +61,13 @@ def named(found: Any, name: str) -> Iterator[tuple[str, Any]]:
     yield from found.items()
 
 
-def made(name: str, value: Any, mechanism: str, blocks: str) -> Artefact:
+def is_pair(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) in PAIRS
+
+
+def made(name: str, value: Any, mechanism: str | None, blocks: str) -> Artefact:
+    if is_pair(value):
+        value = [value[key] for key in sorted(value)]
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f'"{name[:40]}" has {len(pair)} parts, not one for keys and one for values')
@@ -56,6 +75,13 @@ def made(name: str, value: Any, mechanism: str, blocks: str) -> Artefact:
     if k.shape != v.shape:
         raise ValueError(f'"{name[:40]}" has keys {list(k.shape)} and values {list(v.shape)}')
     n, width = k.shape
+    if mechanism is None and n == TEXT:
+        raise Unclear(
+            f'"{name[:40]}" has {n} tokens, as many as a whole text; say what it does: --mechanism additive if it is '
+            "added to a text's encoding, --mechanism concat if it is appended to it. One that stands in a text's "
+            "place, as in some of the authors' files, cannot be used here"
+        )
+    mechanism = mechanism or "concat"
     artefact = Artefact(
         "prompt",
         name,
@@ -81,16 +107,32 @@ def rows(part: Any, name: str) -> Tensor:
     return part.to(torch.float32).contiguous()
 
 
+def written(prompts: Sequence[Artefact], folder: Path) -> list[Path]:
+    """A new file for each, or none at all."""
+    ready = [(data_of(prompt), file_in(folder, safe(prompt.name, "prompt"))) for prompt in prompts]
+    paths: list[Path] = []
+    try:
+        for data, path in ready:
+            paths.append(put_beside(data, path, numbered))
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="editing.converters.prompts", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path, help="where the prompts go: ComfyUI's models/concept_guard")
-    parser.add_argument("--mechanism", choices=("concat", "additive"), default="concat")
+    parser.add_argument("--mechanism", choices=("concat", "additive"), help="how they join a text; asked if unclear")
     parser.add_argument("--blocks", default="middle", help='where they were learned: "middle", "middle,output", "all"')
     args = parser.parse_args()
-    for artefact in prompts_in(args.file, args.mechanism, args.blocks):
-        path = file_in(args.folder, safe(artefact.name, "prompt"))
-        print(f"wrote {put_beside(data_of(artefact), path, numbered)}")
+    try:
+        for path in written(prompts_in(args.file, args.mechanism, args.blocks), args.folder):
+            print(f"wrote {path}")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
