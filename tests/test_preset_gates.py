@@ -213,7 +213,7 @@ def test_a_preset_gate_is_for_presets_alone(model: Any) -> None:
     [
         ({"kind": "image"}, "discriminator: Field required"),
         ({"kind": "in-flight"}, "discriminator: Field required"),
-        ({"kind": "oracle"}, "Input tag 'oracle'"),
+        ({"kind": "oracle"}, "there is no kind 'oracle' here"),
         ({**DOCUMENTS["preview"], "at_percent": 1}, "at_percent"),
         ({**DOCUMENTS["preview"], "threshold": float("nan")}, "threshold"),
         ({**DOCUMENTS["preview"], "decode": "elsewhere"}, "decode"),

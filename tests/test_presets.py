@@ -57,6 +57,7 @@ def test_the_choices_are_the_nodes() -> None:
         }
 
 
+TEXT = json.dumps(DOCUMENT)
 BAD = [
     ("", "it is empty"),
     ("  \n", "it is empty"),
@@ -71,15 +72,22 @@ BAD = [
     ("{" + " " * MAX_BYTES + "}", "larger than 256 KB"),
     ('{"a":' * 20_000 + "1" + "}" * 20_000, "recursion limit"),
     ("{}", "schema_version: Field required"),
-    (changed("schema_version", value=2), "a newer ConceptGuard wrote it"),
-    (changed("schema_version", value=0), "schema_version: Input should be 1"),
+    (TEXT[:-1] + ', "name": "Another"}', "has the name 'name' twice in one place, and only one can be meant"),
+    (TEXT.replace('"blades"]}', '"blades"], "phrases": ["a cat"]}', 1), "has the name 'phrases' twice"),
+    (changed("schema_version", value=2), "has version 2 .* reads up to version 1; update ConceptGuard"),
+    (changed("needs", value=["bent lines"]), "it uses 'bent lines', which this .* does not know; update ConceptGuard"),
+    (changed("needs", value="x"), "needs: Input should be a valid array"),
+    (changed("schema_version", value=0), "schema_version: Input should be greater"),
     (changed("schema_version", value=True), "schema_version"),
     (changed("kind", value="workflow"), "kind: Input should be"),
-    (changed("extra", value=1), "extra: Extra inputs are not permitted"),
+    (changed("extra", value=1), "extra: Extra inputs are not permitted; if a newer ConceptGuard wrote it, update this"),
     (changed("edits", 0, "file", value="../x"), "Extra inputs"),
     (changed("edits", value=[]), "edits"),
     (changed("edits", value=[DOCUMENT["edits"][0]] * 33), "at most 32"),
-    (changed("edits", 0, "method", value="eval"), "edits.0: Input tag 'eval'"),
+    (
+        changed("edits", 0, "method", value="eval"),
+        "edits.0: there is no method 'eval' here, but .*'CRE'",
+    ),
     (changed("edits", 0, "strength", value="1"), "strength: Input should be a valid number"),
     (changed("edits", 0, "strength", value=math.nan), "strength"),
     (changed("edits", 0, "strength", value=math.inf), "strength"),

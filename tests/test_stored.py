@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from conceptguard.editing.files.kinds import KINDS, Feature, Kind, Older
 from conceptguard.editing.methods import eiup_weight
 from conceptguard.editing.methods.kpop import prompt_of
 from conceptguard.editing.methods.safe_region import direction_of
-from conceptguard.editing.presets import document
+from conceptguard.editing.presets import document, versions
 from conceptguard.editing.presets.words import described
 from conceptguard.nodes.files import DRAWINGS_FILE
 
@@ -180,3 +181,57 @@ def test_a_version_that_names_nothing_is_refused_as_well(today: bytes) -> None:
     metadata = {**header_and_body(today)[0]["__metadata__"], "schema": "4"}
     with pytest.raises(ValueError, match="it has version 4 of its format, and this ConceptGuard reads up to version 1"):
         parse(packed({"w": W}, metadata), "toy")
+
+
+# --- how presets may grow --------------------------------------------------------------------------------------------
+
+PLAIN = (STORED / "preset-plain.json").read_bytes()
+
+
+@pytest.fixture
+def wider(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later ConceptGuard, whose presets may have a mood and a rhythm."""
+    monkeypatch.setattr(versions, "FEATURES", {})
+
+    class Wider(document.Preset):
+        mood: Annotated[str, versions.since(2, "a mood")] = ""
+        rhythm: Annotated[int, versions.since(3, "a rhythm")] = 0
+
+    monkeypatch.setattr(document, "Preset", Wider)
+    monkeypatch.setattr(document, "_preset_class", cache(document._preset_class.__wrapped__))
+
+
+def head_of(text: str) -> tuple[int, Any]:
+    found = json.loads(text)
+    return found["schema_version"], found.get("needs")
+
+
+def test_presets_are_of_the_least_version_that_holds_what_is_used(wider: None) -> None:
+    plain = document.read(PLAIN)
+    assert json.loads(document.write(plain)) == json.loads(PLAIN)
+    moody = plain.model_copy(update={"mood": "blue"})
+    assert head_of(document.write(moody)) == (2, ["a mood"])
+    both = moody.model_copy(update={"rhythm": 3})
+    assert head_of(document.write(both)) == (3, ["a mood", "a rhythm"])
+    assert document.read(document.write(both)) == document.read(document.packed(both)) == both
+
+
+def test_an_older_reader_of_a_newer_preset_says_what_it_lacks(wider: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    moody = document.read(PLAIN).model_copy(update={"mood": "blue"})
+    forms = document.write(moody), document.packed(moody)
+    monkeypatch.undo()
+    for form in forms:
+        with pytest.raises(ValueError, match="^preset: it uses 'a mood', which this .* does not know; update"):
+            document.read(form)
+    with pytest.raises(ValueError, match="preset: it has version 2 .* up to version 1; update ConceptGuard"):
+        document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 2'))
+
+
+def test_an_older_preset_is_brought_up_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    today = document.read(PLAIN)
+    ups = [lambda old: {**old, "author": old["author"] + "!"}, lambda old: {**old, "author": old["author"] + "?"}]
+    monkeypatch.setattr(versions, "UPS", ups)
+    assert document.read(PLAIN) == today.model_copy(update={"author": "me!?"})
+    assert document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 2')).author == "me?"
+    again = document.write(document.read(PLAIN))
+    assert head_of(again) == (3, None) and document.read(again).author == "me!?"

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..edits.digest import Shared
 from .header import FORMAT, header_and_body, header_in, json_of, packed
 from .kinds import KINDS, check_tensors
-from .migrate import brought_up, row_of, stamp, stamped
+from .migrate import brought_up, compare, newest, row_of, stamp, stamped
 from .whole import put
 
 TEXT = ("method", "name", "backbone", "mechanism", "blocks", "version")
@@ -129,7 +129,8 @@ def described(header: Mapping[str, Any], body: int, kind: str) -> tuple[int, dic
         raise ValueError(f"it holds a {metadata.get('kind', 'nothing')[:40]}, not a {kind}")
     if body > row.limit:
         raise ValueError(f"it has {body} bytes of numbers, and a {kind} at most {row.limit}")
-    version, needs = stamped(metadata, row)
+    version, needs = stamped(metadata)
+    compare(version, needs, row.features, newest(row))
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     sizes, about = check_tensors(tensors, row_of(row, version, needs), body), about_of(metadata)
     for letter, key in (("W", "text_width"), ("T", "tokens")):

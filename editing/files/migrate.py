@@ -33,8 +33,8 @@ def stamp(artefact: Artefact) -> dict[str, str]:
     return {"schema": str(version), **({"needs": json.dumps(needs)} if needs else {})}
 
 
-def stamped(metadata: Mapping[str, str], kind: Kind) -> tuple[int, tuple[str, ...]]:
-    """A file's version and the features that it uses. Raises ValueError, which names what this reader lacks."""
+def stamped(metadata: Mapping[str, str]) -> tuple[int, tuple[str, ...]]:
+    """A file's version and the features that it uses."""
     text = metadata.get("schema", "")
     try:
         version, needs = int(text) if text.isascii() and len(text) < 9 else 0, json_of(metadata.get("needs", "[]"))
@@ -42,15 +42,19 @@ def stamped(metadata: Mapping[str, str], kind: Kind) -> tuple[int, tuple[str, ..
         version, needs = 0, []
     if version < 1 or not isinstance(needs, list) or not all(isinstance(name, str) for name in needs):
         raise ValueError("its metadata is damaged (schema or needs)")
-    if lacking := [name[:40] for name in needs if name not in kind.features]:
+    return version, tuple(needs)
+
+
+def compare(version: int, needs: Collection[str], known: Collection[str], most: int) -> None:
+    """Raises ValueError for a file that a newer ConceptGuard wrote, with what this one lacks if the file names it."""
+    if lacking := [name[:40] for name in needs if name not in known]:
         what = ", ".join(repr(name) for name in lacking[:SHOWN]) + (", .." if len(lacking) > SHOWN else "")
         raise ValueError(f"it uses {what}, which this ConceptGuard does not know; update ConceptGuard")
-    if version > newest(kind):
+    if version > most:
         raise ValueError(
-            f"it has version {version} of its format, and this ConceptGuard reads up to version {newest(kind)}; "
+            f"it has version {version} of its format, and this ConceptGuard reads up to version {most}; "
             "update ConceptGuard"
         )
-    return version, tuple(needs)
 
 
 def row_of(kind: Kind, version: int, needs: Collection[str]) -> dict[str, Shape]:

@@ -21,13 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from .. import methods as _methods  # noqa: F401  registers the methods
 from ..edits.method import methods
-from ..files.header import HEADER
+from ..files.header import HEADER, Twins, json_of
+from . import versions
 from .packed import is_packed, pack, unpacked
 from .parts import MAX_LEARNED, Edit, Embedded, LearnedFile, Part, parsed
 from .texts import Line, Name, Prose
 
 KIND = "concept-guard preset"
-VERSION = 1
 MAX_BYTES = 256 * 1024  # of words and numbers
 MAX_FILE = MAX_LEARNED + HEADER  # bytes of either form
 MAX_PHRASES = 256  # in the whole document: each costs a cross-attention at every step
@@ -37,8 +37,6 @@ MOST_EDITS = 32
 class Preset(Part):
     """Of any methods; `preset_class` has those that are registered."""
 
-    schema_version: Literal[1] = 1
-    kind: Literal["concept-guard preset"] = "concept-guard preset"
     name: Name
     description: Prose = ""
     author: Line = ""
@@ -93,11 +91,12 @@ def _preset_class(documents: tuple[type[Edit], ...]) -> type[Preset]:
 
 
 class Header(BaseModel):
-    """What tells a newer document from a broken one."""
+    """What tells a newer document from a broken one, and is no part of the preset."""
 
     model_config = ConfigDict(strict=True)  # true is not 1
-    schema_version: int
-    kind: str
+    schema_version: Annotated[int, Field(ge=1, lt=10**9)]
+    kind: Literal["concept-guard preset"]
+    needs: Annotated[tuple[str, ...], Field(max_length=64)] = ()
 
 
 DATA = re.compile(rb'"data": ?"[A-Za-z0-9+/=]*"')  # files that travel along, as both forms write them
@@ -113,7 +112,7 @@ def read(document: str | bytes) -> Preset:
         raise ValueError(f"preset: it is larger than {MAX_FILE // 2**20} MB, the most with learned files")
     if is_packed(data):
         try:
-            data = unpacked(data, VERSION)
+            data = unpacked(data)
         except ValueError as error:
             raise ValueError(f"preset: {error}") from None
     if len(DATA.sub(b"", data)) > MAX_BYTES:
@@ -126,26 +125,34 @@ def read(document: str | bytes) -> Preset:
         )
     try:
         header = Header.model_validate_json(data)
+        versions.admit(header.schema_version, header.needs)
+        return preset_class().model_validate_json(body_of(data, header.schema_version))
     except ValidationError as error:
         raise ValueError(f"preset: {explained(error)}") from None
-    if header.kind == KIND and header.schema_version > VERSION:
-        raise ValueError("preset: a newer ConceptGuard wrote it; update this one")
+    except ValueError as error:
+        raise ValueError(f"preset: {error}") from None
+
+
+def body_of(data: bytes, version: int) -> str:
+    """A document's JSON without its header, as one of the newest version."""
     try:
-        return preset_class().model_validate_json(data)
-    except ValidationError as error:
-        raise ValueError(f"preset: {explained(error)}") from None
+        found = json_of(data)
+    except Twins as error:
+        raise ValueError(f"it {error}, and only one can be meant; take the other out") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read as JSON ({type(error).__name__})") from None
+    return json.dumps({k: v for k, v in versions.brought_up(found, version).items() if k not in Header.model_fields})
 
 
 def write(preset: Preset) -> str:
     """The document as text, the same for the same preset."""
     document = preset.model_dump(mode="json", exclude_defaults=True)
-    head = {"schema_version": VERSION, "kind": KIND}
-    return json.dumps({**head, **document}, indent=2, ensure_ascii=False)
+    return json.dumps({**versions.stamp(preset), "kind": KIND, **document}, indent=2, ensure_ascii=False)
 
 
 def packed(preset: Preset) -> bytes:
     """The .safetensors form."""
-    data = pack(write(preset), VERSION)
+    data = pack(write(preset))
     if read(data) != preset:  # a file that another program wrote has other bytes for the same tensors
         raise ValueError("preset: a file that travels along is not as ConceptGuard writes it; load and save it again")
     return data
@@ -154,9 +161,15 @@ def packed(preset: Preset) -> bytes:
 def explained(error: ValidationError, most: int = 3) -> str:
     """The first complaints, each with its place in the document."""
     out = []
-    for each in error.errors(include_url=False, include_input=False, include_context=False)[:most]:
+    for each in error.errors(include_url=False, include_input=False)[:most]:
         place = ".".join(str(step)[:40] for step in each["loc"])
         message = each["msg"].removeprefix("Value error, ")[:200]
+        if each["type"] == "union_tag_invalid":  # a new method or gate needs no mark of its own
+            about = each["ctx"]
+            kind = about["discriminator"].strip("'")
+            message = f"there is no {kind} {about['tag'][:40]!r} here, but {about['expected_tags']}"
+        if each["type"] in ("union_tag_invalid", "extra_forbidden"):
+            message += "; if a newer ConceptGuard wrote it, update this one"
         out.append(f"{place}: {message}" if place else message)
     more = error.error_count() - most
     return "; ".join(out) + (f"; and {more} more" if more > 0 else "")

@@ -15,6 +15,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..files.header import FORMAT, header_and_body, json_of, packed
+from ..files.migrate import stamped
+from . import versions
 
 PACKED = "preset"
 
@@ -24,10 +26,12 @@ def is_packed(data: bytes) -> bool:
     return b"\0" in data[:8] and data[8:9] == b"{"
 
 
-def pack(document: str, version: int) -> bytes:
+def pack(document: str) -> bytes:
     """A checked document's .safetensors form."""
     found = json.loads(document)
-    metadata = {"format": FORMAT, "kind": PACKED, "schema": str(version)}
+    metadata = {"format": FORMAT, "kind": PACKED, "schema": str(found["schema_version"])}
+    if "needs" in found:
+        metadata["needs"] = json.dumps(found["needs"])
     tensors: dict[str, Tensor] = {}
     for i, file in enumerate(found.get("files", [])):
         data = base64.b64decode(file.pop("data"))
@@ -36,15 +40,13 @@ def pack(document: str, version: int) -> bytes:
     return packed(tensors, {**metadata, "document": json.dumps(found, ensure_ascii=False)})
 
 
-def unpacked(data: bytes, version: int) -> bytes:
+def unpacked(data: bytes) -> bytes:
     """The JSON of a .safetensors form. Raises ValueError for other files; whether it is a preset, `read` says."""
     header, _ = header_and_body(data)
     metadata = header.pop("__metadata__", {})
     if metadata.get("format") != FORMAT or metadata.get("kind") != PACKED:
         raise ValueError("it is a safetensors file, but no preset; choose one that ConceptGuard exported")
-    schema = metadata.get("schema", "")
-    if schema.isascii() and schema.isdigit() and len(schema) < 9 and int(schema) > version:
-        raise ValueError("a newer ConceptGuard wrote it; update this one")
+    versions.admit(*stamped(metadata))
     if not all(isinstance(entry, dict) and entry.get("dtype") == "F32" for entry in header.values()):
         raise ValueError("it has a tensor that is not of type F32; export the preset again")
     try:
