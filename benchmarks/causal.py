@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import comfy.samplers
@@ -16,10 +16,11 @@ from ..editing.edits.spec import EditSpec
 from ..editing.methods.cre import DEFAULTS
 from ..nodes.causal_period import Task, prompts_of
 from .erasure import STRENGTH, named
-from .gates import shipped
-from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
+from .gates import GOVERNED, shipped
+from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, demo, object_prompts
+from .table import Rate, Row, Table
 
-Row = dict[str, Any]
+DELTA = 0.02
 
 
 def task(
@@ -49,10 +50,12 @@ def task(
     )
 
 
+@cache
 def costs(
-    demo: Demo, names: Sequence[str], steps: int, seeds: int, delta: float
+    demo: Demo, names: tuple[str, ...], steps: int, seeds: int, delta: float
 ) -> tuple[list[Row], dict[str, Period]]:
-    """Periods found step by step and by halving, and the model calls of each; and the periods themselves."""
+    """Periods found step by step and by halving, and the model calls of each; and the periods themselves, in which
+    another table edits."""
     rows: list[Row] = []
     periods: dict[str, Period] = {}
     for name in names:
@@ -75,9 +78,8 @@ def costs(
     return rows, periods
 
 
-def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps: int = 10) -> list[Row]:
+def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps: int = 10) -> Iterator[Row]:
     """All windows of a short schedule: is what algorithm 1 finds causal in the sense of definition 2?"""
-    rows = []
     for name in names:
         table: dict[tuple[int, int], float] = {}
         every = task(demo, name, steps, seeds, delta)
@@ -90,28 +92,25 @@ def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps
         length = found.end - found.start
         best = min((w for w in table if w[1] - w[0] <= length), key=lambda w: table[w])
         causal = is_causal(partial(confidence_in, table), found.start, found.end, steps, -delta)
-        rows.append(
-            {
-                "concept": name,
-                "found": f"{found.start}-{found.end - 1}",
-                "confidence": table[found.start, found.end],
-                "best window as short": f"{best[0]}-{best[1] - 1}",
-                "its confidence": table[best],
-                "causal within delta": causal,
-                "windows": len(table),
-                "model calls": calls,
-            }
-        )
-    return rows
+        yield {
+            "concept": name,
+            "found": f"{found.start}-{found.end - 1}",
+            "confidence": table[found.start, found.end],
+            "best window as short": f"{best[0]}-{best[1] - 1}",
+            "its confidence": table[best],
+            "causal within delta": causal,
+            "windows": len(table),
+            "model calls": calls,
+        }
 
 
 def confidence_in(table: dict[tuple[int, int], float], a: int, b: int) -> float:
     return table[a, b]
 
 
-def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> list[Row]:
+def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> Iterator[Row]:
     """Erasure and what survives: everywhere, in the period, and in random windows as long as it (appendix J)."""
-    rng, rows = random.Random(0), []
+    rng = random.Random(0)
     for name, found in periods.items():
         steps, length = found.steps, found.end - found.start
         percents = task(demo, name, steps, 1, 0.0).percents
@@ -131,14 +130,50 @@ def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> list[Ro
                 start, end = (percents[edge] for edge in window)
                 model = demo.erase(demo.concept(name), STRENGTH, start_percent=start, end_percent=end)
             seen = demo.verdicts(model, [p.caption for p in own + rest], 3)
-            rows.append(
-                {
-                    "concept": name,
-                    "edited in": place,
-                    "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",
-                    "edited steps": 0.0 if window is None else (window[1] - window[0]) / steps,
-                    "concept found": Rate.of([v.found(name) for v in seen[:count]]),
-                    "others found": named(rest, seen[count:]),
-                }
-            )
-    return rows
+            yield {
+                "concept": name,
+                "edited in": place,
+                "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",
+                "edited steps": 0.0 if window is None else (window[1] - window[0]) / steps,
+                "concept found": Rate.of([v.found(name) for v in seen[:count]]),
+                "others found": named(rest, seen[count:]),
+            }
+
+
+def searched(names: tuple[str, ...], steps: int, seeds: int, long: int) -> Iterator[Row]:
+    yield from costs(demo(), names, steps, seeds, DELTA)[0]
+    yield from costs(demo(), names, long, 1, DELTA)[0]
+
+
+def edited(names: tuple[str, ...], steps: int, seeds: int, count: int) -> Iterator[Row]:
+    return editing_in(demo(), costs(demo(), names, steps, seeds, DELTA)[1], count)
+
+
+def every_window(names: tuple[str, ...], steps: int) -> Iterator[Row]:
+    return definition(demo(), names, 1, DELTA, steps)
+
+
+TABLES = (
+    Table(
+        "causal-period",
+        "Causal periods: what a search costs",
+        f"Model calls over those of algorithm 1 as printed. CRE at strength {STRENGTH:g}, delta {DELTA:g}, in eight "
+        "pictures: two seeds of four prompts, three of them a style's; one seed of each where there are 50 steps.",
+        partial(searched, GOVERNED, STEPS, 2, 50),
+        partial(searched, GOVERNED[:1], 6, 1, 8),
+    ),
+    Table(
+        "causal-edit",
+        "Causal periods: editing in them alone",
+        "In the causal period, everywhere, in random windows as long; pictures of other seeds than those searched.",
+        partial(edited, GOVERNED, STEPS, 2, 50),
+        partial(edited, GOVERNED[:1], 6, 1, 4),
+    ),
+    Table(
+        "causal-definition",
+        "Causal periods: definition 2 by brute force",
+        "All windows of 10 steps, one seed of each prompt.",
+        partial(every_window, GOVERNED, 10),
+        partial(every_window, GOVERNED[:1], 4),
+    ),
+)

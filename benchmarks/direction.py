@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from ..nodes.direction import drawn
 from ..nodes.discriminator import drawings
 from ..nodes.train_direction import learn
 from .gates import THRESHOLD, shipped
-from .sampling import CFG, STEPS, Demo, Rate, object_prompts
+from .sampling import CFG, STEPS, Demo, demo, object_prompts
+from .table import Rate, Row, Table
 
 START = 0.0  # these pictures decide early what they show
 # Members that the family's direction is learned from, and members of it that the training never names.
@@ -110,22 +112,19 @@ def scenes_with(names: Sequence[str], count: int, seed: int) -> list[world.Pictu
 
 def rows_of(
     demo: Demo, label: str, members: Sequence[str], unseen: Sequence[str], models: dict[str, Any], count: int, seed: int
-) -> list[dict[str, Any]]:
+) -> Iterator[Row]:
     """One row for each model: how often the concepts are found, by name and by scene, and how often other objects."""
     named, implied = object_prompts(members, count, seed), scenes_with(members, count, seed)
     new = object_prompts(unseen, count, seed) if unseen else []
     rest = [n for n in world.OBJECTS if n not in (*members, *unseen)]
     others = object_prompts(random.Random(seed).sample(rest, len(rest)), count, seed)
-    rows = []
     for edit, model in models.items():
         row: dict[str, Any] = {"concept": label, "edit": edit}
         for column, pictures in (("named", named), ("implied", implied), ("never trained", new), ("others", others)):
             if pictures:
                 verdicts = demo.verdicts(model, [p.caption for p in pictures], seed)
                 row[column] = shown(verdicts, [p.objects[0] for p in pictures])
-        rows.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    return rows
+        yield row
 
 
 def compare(
@@ -138,9 +137,8 @@ def compare(
     singles: Sequence[str] = SINGLES,
     families: Sequence[str] = tuple(FAMILIES),
     examples: int = 90,
-) -> list[dict[str, Any]]:
+) -> Iterator[Row]:
     """`count` pictures a figure; `examples` of a family and of others for its gate."""
-    rows = []
     cases = [(name, (name,), ()) for name in singles] + [(name, *FAMILIES[name]) for name in families]
     for label, members, unseen in cases:
         prompts = [f"a picture of {world.article(name)}" for name in members]
@@ -156,8 +154,7 @@ def compare(
             models[f"{name}, strength {strengths[-1]:g}, gated"] = moved(
                 demo, each, strengths[-1], watching(demo, judge)
             )
-        rows += rows_of(demo, label, members, unseen, models, count, seed)
-    return rows
+        yield from rows_of(demo, label, members, unseen, models, count, seed)
 
 
 # --- fairness --------------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def fairness(
     strength: float = 1.25,
     erased: str = "beer mug",
     named: int = 30,
-) -> list[dict[str, Any]]:
+) -> Iterator[Row]:
     """`count` pictures of each of the biased roles: total variation from uniform, over a role's usual gender and the
     other, and over the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""
     directions = {name: attribute_directions(demo, name, steps, batch, seed) for name in ATTRIBUTES}
@@ -222,7 +219,6 @@ def fairness(
         "EIUP": eiup,
         "fair and EIUP": fair(directions, eiup),
     }
-    rows = []
     for label, model in models.items():
         verdicts = demo.verdicts(model, [p.caption for p in people], seed)
         usual = [
@@ -236,9 +232,7 @@ def fairness(
         }
         row["role"] = Rate.of([v.role == p.role for v, p in zip(verdicts, people, strict=True)])
         row[f"{erased} left"] = shown(demo.verdicts(model, [p.caption for p in objects], seed), [erased] * named)
-        rows.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    return rows
+        yield row
 
 
 def floor(count: int, kinds: int, draws: int = 2000) -> float:
@@ -248,3 +242,32 @@ def floor(count: int, kinds: int, draws: int = 2000) -> float:
         [torch.bincount(torch.randint(kinds, (count,), generator=g), minlength=kinds) / count for _ in range(draws)]
     )
     return float((shares - 1 / kinds).abs().sum(1).mean() / 2)
+
+
+def compared(*arguments: Any, **settings: Any) -> Iterator[Row]:
+    return compare(demo(), *arguments, **settings)
+
+
+def fair(*arguments: Any, **settings: Any) -> Iterator[Row]:
+    return fairness(demo(), *arguments, **settings)
+
+
+TABLES = (
+    Table(
+        "direction",
+        "Safe-region directions",
+        "How often the concept is found in pictures whose prompt names or implies it, or names a member of its "
+        "family that training never saw; how often others are. The random direction is as long at every token. "
+        "Gated: in flight at 0.4, restarting; a family's gate knows the named members alone.",
+        compared,
+        partial(compared, 4, 4, 2, (1.0,), singles=(), families=("drinks",), examples=12),
+    ),
+    Table(
+        "fair",
+        "Fair directions for people",
+        f"Total variation from uniform over {len(BIASED) * EACH} pictures of biased roles: a role's usual gender and "
+        "the other; five tones. The random direction is as long at every token. An object is erased beside.",
+        fair,
+        partial(fair, 1, 4, 2, named=2),
+    ),
+)

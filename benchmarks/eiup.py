@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..demo import world
@@ -14,7 +15,8 @@ from ..editing.methods.eiup import DEFAULTS
 from ..editing.methods.eiup_weight import load
 from ..nodes.files import DEMO_WEIGHT_FILE
 from .erasure import STRENGTH
-from .sampling import Demo, Rate, object_prompts
+from .sampling import Demo, demo, object_prompts
+from .table import Rate, Row, Table
 
 Edit = Callable[[Demo, Any, Concept], Any]
 
@@ -48,10 +50,12 @@ def settings() -> dict[str, Edit]:
     return found
 
 
-def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others: int = 64, seed: int = 9) -> list[dict]:
+def compare(
+    demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others: int = 64, seed: int = 9
+) -> Iterator[Row]:
     """For each setting: the concept's share of the scenes that imply it and the prompts that name it, and how many of
     the other prompts' objects are found. `count` pictures of each kind for each of the scenes' concepts."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
     held = [(word, name) for word, (_, name) in list(world.SCENES.items())[:scenes]]
     implied = {name: [world.scene(rng, word).caption for _ in range(count)] for word, name in held}
     named = {name: [p.caption for p in object_prompts([name], count, seed + i)] for i, (_, name) in enumerate(held)}
@@ -68,13 +72,24 @@ def compare(demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others:
             left += [v.found(name) for v in seen[:count]]
             told += [v.found(name) for v in seen[count : 2 * count]]
             kept += [v.found(p.objects[0]) for v, p in zip(seen[2 * count :], rest[name], strict=True)]
-        rows.append(
-            {
-                "edit": label,
-                "implied and shown": Rate.of(left),
-                "named and shown": Rate.of(told),
-                "others found": Rate.of(kept),
-            }
-        )
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    return rows
+        yield {
+            "edit": label,
+            "implied and shown": Rate.of(left),
+            "named and shown": Rate.of(told),
+            "others found": Rate.of(kept),
+        }
+
+
+def compared(*sizes: int) -> Iterator[Row]:
+    return compare(demo(), *sizes)
+
+
+TABLES = (
+    Table(
+        "eiup",
+        "Prompts that never name the concept",
+        f"The concepts of the eight scenes; CRE at strength {STRENGTH:g}, nothing kept; all edits in every step.",
+        compared,
+        partial(compared, 1, 4, 8),
+    ),
+)

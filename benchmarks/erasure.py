@@ -1,19 +1,22 @@
-"""What the demo model can draw, and what is left of a concept after CRE: the tables of the README."""
+"""What the demo model can draw, and what is left of a concept after CRE; and how good the judge is."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..demo import world
-from ..demo.judge import Verdict
+from ..demo.judge import Verdict, accuracy
+from ..demo.load import load_judge
 from ..editing.methods.cre import DEFAULTS
-from .sampling import Demo, Rate, object_prompts, style_prompts
+from ..tools.environment import ROOT
+from .sampling import Demo, demo, object_prompts, style_prompts
+from .table import Rate, Row, Table
 
 STRENGTH = 1.25  # of objects: the last traces of a bomb or a glass outlast 1.0
-Row = dict[str, Any]
 
 
 def named(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
@@ -67,7 +70,7 @@ def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
     }
 
 
-class Table:
+class Erasure:
     """The rows of CRE's erasure table: the MODEL without one object or style at a time. Unedited pictures that rows
     share are drawn once."""
 
@@ -110,6 +113,7 @@ class Table:
         }
         return {
             "concept": name,
+            "neighbour": near,
             **flat(rows),
             "neighbours, not kept": self.compare(named, neighbours, alone)[1],
             "by example, after": self.by_example(name, edited),
@@ -141,7 +145,7 @@ class Table:
             "neighbours": self.compare(in_style, near, edited),
             "others": self.compare(named, self.others, edited, lambda p: p.style != style),
         }
-        return {"concept": f"style {style}", **flat(rows)}
+        return {"concept": f"style {style}", "neighbour": "other styles", **flat(rows)}
 
 
 def flat(rows: dict[str, tuple[Rate, Rate]]) -> Row:
@@ -150,3 +154,55 @@ def flat(rows: dict[str, tuple[Rate, Rate]]) -> Row:
         for name, both in rows.items()
         for when, rate in zip(("before", "after"), both, strict=True)
     }
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def judged(count: int) -> Iterator[Row]:
+    """The judge on renderings of a seed that it has not seen; needs the icon sets (npm)."""
+    from ..demo.glyphs import Painter
+
+    painter = Painter(ROOT / "output" / "train-demo" / "icons")
+    for kind, damage in (("clean", False), ("blurred, noisy, off colour", True)):
+        yield {"pictures": kind, **accuracy(load_judge(), painter, count, damage=damage)}
+
+
+def figures(count: int) -> Iterator[Row]:
+    for figure, rate in unedited(demo(), count).items():
+        yield {"figure": figure, "found": rate}
+
+
+def rows(
+    count: int, objects: Sequence[str] = world.ERASED, styles: Sequence[str] = world.NAMED_STYLES
+) -> Iterator[Row]:
+    table = Erasure(demo(), count)
+    yield from map(table.object, objects)
+    yield from map(table.style, styles)
+
+
+TABLES = (
+    Table(
+        "judge",
+        "The judge",
+        "Right answers on renderings of a seed that it has not seen.",
+        partial(judged, 2048),
+        partial(judged, 256),
+    ),
+    Table(
+        "unedited",
+        "The demo model without edits",
+        "How often a picture shows what its caption says, by the judge's first guess.",
+        partial(figures, 64),
+        partial(figures, 8),
+    ),
+    Table(
+        "erasure",
+        "CRE, one concept at a time",
+        f"Objects at strength {STRENGTH:g} with their neighbour in the concept's `keep`, all else default; styles "
+        "with the other styles neutral and kept, floor 0, strength 2. By example: the concept comes as a picture of "
+        "it.",
+        partial(rows, 50),
+        partial(rows, 8, world.ERASED[:1], world.NAMED_STYLES[:1]),
+    ),
+)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from ..editing.gates.discriminator import Discriminator, from_artefact
 from ..editing.gates.discriminator import train as train_head
 from ..editing.gates.gates import in_flight_gate
 from ..nodes.discriminator import drawings
+from ..tools.environment import ROOT
 from .erasure import STRENGTH
-from .sampling import Demo, Rate, object_prompts
+from .sampling import Demo, demo, object_prompts
+from .table import Rate, Row, Table
 
+GOVERNED = ("beer mug", "kitchen knife")  # of the tables about gates in flight and causal periods
 AT, THRESHOLD = 0.15, 0.1  # in flight: clean pictures predicted early are rough, and other things stay far below it
-Row = dict[str, Any]
 
 
 def shipped(name: str) -> Discriminator:
@@ -32,26 +34,23 @@ def shipped(name: str) -> Discriminator:
     return from_artefact(read(gate_file(name), "discriminator"), drawings())
 
 
-def accuracies(icons: Path, concept: int, others: int) -> list[Row]:
+def accuracies(concept: int, others: int) -> Iterator[Row]:
     """Discriminators trained anew on drawings, and what other drawings say of them; needs the icon sets (npm)."""
     from ..demo.glyphs import Painter
 
-    painter, rows = Painter(icons), []
+    painter = Painter(ROOT / "output" / "train-demo" / "icons")
     for name in world.ERASED:
         start = time.time()
         found, report = train_head(*examples(painter, name, concept, others, seed=7), drawings(), name)
-        rows.append(
-            {
-                "concept": name,
-                "clean": report.accuracy,
-                "spoiled": report.perturbed,
-                "found": report.found,
-                "false alarms": report.false_positives,
-                "held out": len(report.pairs),
-                "seconds": time.time() - start,
-            }
-        )
-    return rows
+        yield {
+            "concept": name,
+            "clean": report.accuracy,
+            "spoiled": report.perturbed,
+            "found": report.found,
+            "false alarms": report.false_positives,
+            "held out": len(report.pairs),
+            "seconds": time.time() - start,
+        }
 
 
 def gated(demo: Demo, name: str, vae: Any, restart: bool) -> Any:
@@ -111,10 +110,9 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
     ]
 
 
-def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> list[Row]:
+def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> Iterator[Row]:
     """How well each concept is erased alone and among others, every edit behind an image gate that is open for its
     own concept's prompts; and what many closed gates cost."""
-    rows: list[Row] = []
     names = list(world.OBJECTS)
     for n in counts:
         chosen = names[:n]
@@ -134,16 +132,13 @@ def governed(demo: Demo, counts: Sequence[int], count: int, seed: int = 3) -> li
         for other in chosen:
             everything = demo.erase(demo.concept(other), model=everything)
         open_ = [v for name in chosen[:4] for v in named_left(demo, everything, name, count, seed)]
-        rows.append(
-            {
-                "concepts": n,
-                "found, governed alone": Rate.of(alone),
-                "found, gates open for its own": Rate.of(together),
-                "found, all gates open": Rate.of(open_),
-                **closed_cost(demo, closed, seed),
-            }
-        )
-    return rows
+        yield {
+            "concepts": n,
+            "found, governed alone": Rate.of(alone),
+            "found, gates open for its own": Rate.of(together),
+            "found, all gates open": Rate.of(open_),
+            **closed_cost(demo, closed, seed),
+        }
 
 
 def named_left(demo: Demo, model: Any, name: str, count: int, seed: int) -> list[bool]:
@@ -162,3 +157,38 @@ def closed_cost(demo: Demo, closed: Any, seed: int, pairs: int = 3) -> Row:
             best[id(model)] = min(best[id(model)], time.perf_counter() - start)
     same = torch.equal(pictures[id(demo.model)], pictures[id(closed)])
     return {"harmless, closed: time over unedited": best[id(closed)] / best[id(demo.model)], "bit-identical": same}
+
+
+def mixed_batches(names: Sequence[str], count: int) -> list[Row]:
+    return in_flight(demo(), names, count)
+
+
+def at_once(counts: Sequence[int], count: int) -> Iterator[Row]:
+    return governed(demo(), counts, count)
+
+
+TABLES = (
+    Table(
+        "gates-discriminators",
+        "Discriminators",
+        "Learned from drawings: shares of right answers about held-out ones at confidence 0.5; found and false "
+        "alarms at the threshold chosen for 1 % false alarms.",
+        partial(accuracies, 600, 1800),
+        partial(accuracies, 20, 40),
+    ),
+    Table(
+        "gates-in-flight",
+        "In-flight gates",
+        "Mixed prompts, 100 a concept (mug, knife): half harmless, a quarter names it, a quarter implies it. CRE at "
+        f"strength {STRENGTH:g}, the gate at {AT:g}, threshold {THRESHOLD:g}.",
+        partial(mixed_batches, GOVERNED, 100),
+        partial(mixed_batches, GOVERNED[:1], 8),
+    ),
+    Table(
+        "governed",
+        "Many concepts at once",
+        "Concepts governed at once by CRE at strength 1, each behind its gate; four are looked at.",
+        partial(at_once, (4, 16), 25),
+        partial(at_once, (4,), 2),
+    ),
+)

@@ -8,8 +8,9 @@ word, which nothing of the learning knew either.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +26,9 @@ from ..editing.methods.eiup import EIUPOptions
 from ..editing.training.mode import gradients
 from ..nodes.learn_concept import learn
 from .erasure import STRENGTH
-from .sampling import Demo, Rate, object_prompts, style_prompts
+from .sampling import Demo, demo, object_prompts, style_prompts
+from .table import Rate, Row, Table
 
-Row = dict[str, Any]
 SETTINGS: dict[str, Any] = {
     "tokens": 4,
     "steps": 300,
@@ -84,25 +85,20 @@ def compare(
     seed: int,
     strengths: Sequence[float] = (STRENGTH,),
     floor: float = DEFAULTS.floor,
-) -> list[Row]:
+) -> Iterator[Row]:
     """The concept's own prompts and others', unedited and edited."""
-    out = []
     for name, model in {"unedited": demo.model, **edits(demo, concept, strengths, floor)}.items():
         verdicts = demo.verdicts(model, [p.caption for p in (*own, *others)], seed)
         found = Rate.of([shown(p, v) for p, v in zip(own, verdicts, strict=False)])
         objects = Rate.of([v.found(p.objects[0]) for p, v in zip(own, verdicts, strict=False)])
         kept = Rate.of([v.found(p.objects[0]) for p, v in zip(others, verdicts[len(own) :], strict=True)])
-        out.append(
-            {
-                "concept": what,
-                "edit": name,
-                "its own prompts": found,
-                "their objects": objects,
-                "other prompts' objects": kept,
-            }
-        )
-        print("  ".join(f"{k} {v}" for k, v in out[-1].items()), flush=True)
-    return out
+        yield {
+            "concept": what,
+            "edit": name,
+            "its own prompts": found,
+            "their objects": objects,
+            "other prompts' objects": kept,
+        }
 
 
 def rows(
@@ -113,7 +109,7 @@ def rows(
     pictures: int = 8,
     seed: int = 13,
     **settings: Any,
-) -> list[Row]:
+) -> Iterator[Row]:
     rng = random.Random(seed)
     names = rng.sample([n for n in world.OBJECTS if n != thing], 24)
 
@@ -127,7 +123,7 @@ def rows(
     shown, of = examples(demo, styled, lambda p, v: in_style(p, v) and v.found(p.objects[0]), pictures)
     concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", **settings)
     plain = object_prompts(names, count * 6 // 5, seed)
-    out = compare(
+    yield from compare(
         demo,
         f"a style ({style}: {len(shown)} pictures)",
         concept,
@@ -141,7 +137,7 @@ def rows(
     shown, of = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
     around = [p.caption.partition(world.article(thing))[2] or "a picture" for p in of]  # style and background alone
     concept = learned(demo, shown, around, "an object", **settings)
-    return out + compare(
+    yield from compare(
         demo,
         f"an object ({thing}: {len(shown)} pictures)",
         concept,
@@ -150,3 +146,18 @@ def rows(
         is_thing,
         seed,
     )
+
+
+def measured(**few: Any) -> Iterator[Row]:
+    return rows(demo(), **few)
+
+
+TABLES = (
+    Table(
+        "learned-concept",
+        "A concept learned from eight pictures",
+        f"{SETTINGS['steps']} steps; the captions never name it. Then it is asked for by word.",
+        measured,
+        partial(measured, count=4, pictures=2, steps=4),
+    ),
+)

@@ -4,7 +4,8 @@ negative prompt (its table 3), and what is left of the rest of a flagged picture
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from ..demo.load import load_judge
 from ..editing.edits.spec import Gate, opened
 from .erasure import STRENGTH
 from .gates import shipped
-from .sampling import BATCH, Demo, Rate, object_prompts
-
-Row = dict[str, Any]
+from .sampling import BATCH, Demo, demo, object_prompts
+from .table import Rate, Row, Table
 
 
 def by_picture(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 8) -> list[Row]:
@@ -51,9 +51,9 @@ def by_picture(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int =
     ]
 
 
-def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9) -> list[Row]:
+def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9) -> Iterator[Row]:
     """Pairs of a concept and something else on a named background: what survives beside the concept."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
     rest = {
         name: rng.sample([n for n in world.OBJECTS if n not in (name, world.NEIGHBOURS[name])], count) for name in names
     }
@@ -71,18 +71,15 @@ def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9)
             found += [v.found(name, 2) for v in seen]
             kept += [v.found(other, 2) for v, other in zip(seen, rest[name], strict=True)]
             background += [v.background == p.background for v, p in zip(seen, pairs[name], strict=True)]
-        rows.append(
-            {
-                "edit": label,
-                "concept found": Rate.of(found),
-                "other object found": Rate.of(kept),
-                "background": Rate.of(background),
-            }
-        )
-    return rows
+        yield {
+            "edit": label,
+            "concept found": Rate.of(found),
+            "other object found": Rate.of(kept),
+            "background": Rate.of(background),
+        }
 
 
-def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60, seed: int = 10) -> list[Row]:
+def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60, seed: int = 10) -> Iterator[Row]:
     """Each concept alone and all of them at once, by CRE and by a negative prompt."""
     rest = object_prompts([n for n in world.OBJECTS if n not in names], others, seed)
 
@@ -97,7 +94,6 @@ def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60,
         "negative prompt": (lambda chosen: demo.model, True),
         "CRE": (cre, False),
     }
-    rows = []
     for label, (edit, negative) in ways.items():
         for mode in ("single", "multiple")[label == "unedited" :]:
             found, kept = [], []
@@ -110,12 +106,39 @@ def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60,
                 )
                 found += [v.found(name) for v in seen[:count]]
                 kept += [v.found(p.objects[0]) for v, p in zip(seen[count:], part, strict=True)]
-            rows.append(
-                {
-                    "edit": label,
-                    "governed": "" if label == "unedited" else mode,
-                    "concepts found": Rate.of(found),
-                    "others found": Rate.of(kept),
-                }
-            )
-    return rows
+            yield {
+                "edit": label,
+                "governed": "" if label == "unedited" else mode,
+                "concepts found": Rate.of(found),
+                "others found": Rate.of(kept),
+            }
+
+
+def with_demo(table: Any, *arguments: Any) -> Any:
+    return table(demo(), *arguments)
+
+
+FOUR = world.ERASED[:4]
+TABLES = (
+    Table(
+        "mitigation-picture",
+        "A concept that comes as a picture",
+        f"CRE at strength {STRENGTH:g} behind the image gate that looks at the reference.",
+        partial(with_demo, by_picture, FOUR),
+        partial(with_demo, by_picture, FOUR[:1], 4),
+    ),
+    Table(
+        "mitigation-precise",
+        "What stays beside the concept",
+        f"The concept beside something else on a named background; CRE at strength {STRENGTH:g}.",
+        partial(with_demo, precise, FOUR),
+        partial(with_demo, precise, FOUR[:1], 4),
+    ),
+    Table(
+        "mitigation-several",
+        "Several concepts, beside a negative prompt",
+        f"{', '.join(FOUR)}, alone and at once; CRE at strength {STRENGTH:g}.",
+        partial(with_demo, several, FOUR),
+        partial(with_demo, several, FOUR[:2], 4, 8),
+    ),
+)

@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from ..editing.methods.cre import DEFAULTS
 from ..editing.methods.eiup import EIUPOptions
 from ..tools.environment import ROOT, comfyui_path
 from .shapes import SHAPES, build, conditioning
+from .table import Row, Table
 
 SHAPE = "SD1.5"
 CRE = replace(DEFAULTS, floor=1e-3)  # random weights find nothing alike; it costs the same
-Row = dict[str, Any]
 
 
 def concept(shape: str, i: int) -> Concept:
@@ -243,3 +244,30 @@ def other() -> list[Row]:
         {"figure": "bytes kept after a run", "value": kept(), "goal": 0},
         {"figure": "import of the pack, s", "value": import_seconds(), "goal": 0.3},
     ]
+
+
+def everywhere(side: int, pairs: int, on_gpu: int) -> Iterator[Row]:
+    yield from times(side, pairs)
+    if torch.cuda.is_available():
+        yield from times(pairs=on_gpu, gpu=True)
+
+
+TABLES = (
+    Table(
+        "overhead-time",
+        "What an edit costs",
+        "A model call at SD1.5's shape, random weights, 64x64 latents, positive and negative in one batch, the edit "
+        "active, over the unedited calls beside it; medians of pairs that take turns.",
+        partial(everywhere, 64, 10, 30),
+        partial(everywhere, 16, 2, 4),
+    ),
+    Table(
+        "overhead-memory",
+        "What a concept takes",
+        "MB of fp16 keys and values above the unedited run, one phrase a concept; what concepts are compared with is "
+        "there once.",
+        memory,
+        memory,
+    ),
+    Table("overhead-other", "What else an edit costs", "After a run, and when the host starts.", other, other),
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from ..demo import world
@@ -18,8 +19,9 @@ from ..editing.presets.apply import Given, specs_of
 from ..editing.presets.document import Preset, read
 from ..editing.presets.parts import ConceptEdit
 from ..tools.environment import ROOT
-from .erasure import Row, Table, in_style, named
-from .sampling import Demo, Rate, object_prompts, style_prompts
+from .erasure import Erasure, in_style, named
+from .sampling import Demo, demo, object_prompts, style_prompts
+from .table import Rate, Row, Table
 
 SHIPPED = sorted((ROOT / "presets").glob("*.json"))
 Pictures = Sequence[world.Picture]
@@ -83,7 +85,7 @@ def kept(preset: Preset, count: int, seed: int) -> dict[str, Look]:
 
 def rows(demo: Demo, count: int = 30, seed: int = 12) -> Iterator[Row]:
     """A row for each preset and kind of picture; unedited pictures that presets share are drawn once."""
-    table = Table(demo, count, seed)
+    table = Erasure(demo, count, seed)
     for path in SHIPPED:
         preset = read(path.read_text(encoding="utf-8"))
         model, concepts = applied(demo, preset), erased(preset, count, seed)
@@ -99,3 +101,19 @@ def rows(demo: Demo, count: int = 30, seed: int = 12) -> Iterator[Row]:
                     "unedited": before,
                     "with the preset": after,
                 }
+
+
+def measured(count: int) -> Iterator[Row]:
+    return rows(demo(), count)
+
+
+TABLES = (
+    Table(
+        "presets",
+        "Shipped presets",
+        "As Apply Safety Preset puts them on the model: how often pictures show what they are of, of those concepts "
+        "that the demo world has; and what is to be kept, or its object, style or role.",
+        partial(measured, 30),
+        partial(measured, 2),
+    ),
+)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from ..demo import world
 from ..editing.edits.encode import NEUTRAL
 from ..editing.engine.run import OBSERVER
 from ..editing.methods.cre import DEFAULTS, CREOptions
-from .sampling import Demo, Rate, object_prompts, style_prompts
+from .sampling import Demo, demo, object_prompts, style_prompts
+from .table import Rate, Row, Table
 
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")  # eq. 4 as it stands
 EMPTY = replace(PRINTED, baseline="neutral", negative="clip")
@@ -52,7 +54,7 @@ READINGS = {
 
 def compare(
     demo: Demo, concepts: Sequence[str] = ("bomb", "kitchen knife"), style: str = "noto", count: int = 8, seed: int = 5
-) -> list[dict[str, Any]]:
+) -> Iterator[Row]:
     """For each reading: what is left of three objects, named and implied by a scene, and of a style, and what is left
     of the objects' neighbours and of everything else."""
     rng = random.Random(seed)
@@ -67,7 +69,7 @@ def compare(
         }
         for name in concepts
     }
-    own, rows = style_prompts(style, count, seed), []
+    own = style_prompts(style, count, seed)
     for label, reading in READINGS.items():
 
         def erase(text: str, r: Reading = reading) -> Any:
@@ -81,9 +83,7 @@ def compare(
                 found[column] += [next(verdicts).found(sought or p.objects[0]) for p in pictures]
         seen = demo.verdicts(erase(f"in the style of {style}"), [p.caption for p in own], seed)
         rates = {column: Rate.of(hits) for column, hits in found.items()}
-        rows.append({"reading": label, **rates, "style left": Rate.of([v.style == style for v in seen])})
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    return rows
+        yield {"reading": label, **rates, "style left": Rate.of([v.style == style for v in seen])}
 
 
 def cosines(demo: Demo, concept: str, count: int = 8, seed: int = 6) -> dict[str, dict[str, float]]:
@@ -110,3 +110,30 @@ def cosines(demo: Demo, concept: str, count: int = 8, seed: int = 6) -> dict[str
             for block, values in sums.items():
                 out[block][f"{label}, {baseline}"] = sum(values) / len(values)
     return dict(out)
+
+
+def compared(count: int) -> Iterator[Row]:
+    return compare(demo(), count=count)
+
+
+def by_block(count: int) -> Iterator[Row]:
+    for block, values in cosines(demo(), "beer mug", count).items():
+        yield {"block": block, **values}
+
+
+TABLES = (
+    Table(
+        "readings",
+        "Readings of CRE's equation 4",
+        "Bomb and kitchen knife; style: noto. What the defaults rest on.",
+        partial(compared, 8),
+        partial(compared, 4),
+    ),
+    Table(
+        "cosines",
+        "How alike A and A-tilde are",
+        "Mean cosine ('beer mug') over positions and steps, as they are and after what the neutral prompts find.",
+        partial(by_block, 8),
+        partial(by_block, 2),
+    ),
+)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import comfy.sample
@@ -24,7 +24,7 @@ STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 BATCH = 25
 
 
-@dataclass
+@dataclass(eq=False)
 class Demo:
     """The demo model with what measures it."""
 
@@ -86,33 +86,10 @@ class Demo:
         return judge(load_judge(), self.pictures(model, prompts, seed, negative))
 
 
-@dataclass(frozen=True)
-class Rate:
-    """hits of n, with Wilson's 95 % interval."""
-
-    hits: int
-    n: int
-
-    @classmethod
-    def of(cls, results: Sequence[bool]) -> Rate:
-        return cls(sum(results), len(results))
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        z, p, n = 1.96, self.value, self.n
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f} % ({100 * max(low, 0):.0f}-{100 * high:.0f})"
-
-    def json(self) -> dict[str, float]:
-        return {"hits": self.hits, "n": self.n, "low": self.interval[0], "high": self.interval[1]}
+@cache
+def demo() -> Demo:
+    """The one that all tables share; the first pays for its loading."""
+    return Demo.ready()
 
 
 def object_prompts(names: Sequence[str], count: int, seed: int) -> list[world.Picture]:

@@ -27,7 +27,8 @@ from ..editing.engine.watch import Watch
 from ..editing.methods import eiup_weight as adapters
 from ..editing.methods.eiup import EIUPOptions
 from ..nodes.files import DEMO_WEIGHT_FILE
-from .sampling import CFG, SAMPLER, SCHEDULER, Demo, Rate, object_prompts
+from .sampling import CFG, SAMPLER, SCHEDULER, Demo, object_prompts
+from .table import Rate
 
 GRID = (-1.0,)
 

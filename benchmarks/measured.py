@@ -1,0 +1,61 @@
+"""docs/measured.md: every table that was kept, from docs/measured/*.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..editing.files.whole import put
+from ..tools.environment import ROOT
+from .table import Rate, Record, Row, Table
+
+KEPT = ROOT / "docs" / "measured"
+PAGE = ROOT / "docs" / "measured.md"
+HEAD = """\
+# What was measured
+
+Written by `make bench` from the records in [measured/](measured/), not by hand. A share stands with its 95 % interval
+(Wilson's) and the number of pictures: "96.1 % (91-98) of 128". Pictures are the demo model's unless a table says
+otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. The judge that looks at them is a classifier
+of its own, which has no part in any edit. [What falls short](limits.md) of these figures' goals is told apart.
+
+A new run of a table replaces its record only when asked: `make bench ARGS="--only NAME --keep"`.
+"""
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, Rate):
+        return f"{value} of {value.n}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def grid(rows: Sequence[Row]) -> str:
+    """A Markdown table; a column for each key that a row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def section(title: str, record: Record) -> str:
+    end = "" if record.finished else " Stopped before its end."
+    facts = f"`{record.command}`; {record.settings}; commit {record.commit}.{end}"
+    notes = "\n".join(f"- {note}" for note in record.notes)
+    return "\n\n".join(filter(None, (f"## {title}", record.about, facts, grid(record.rows), notes))) + "\n"
+
+
+def sections(tables: Sequence[Table], folder: Path) -> Iterator[str]:
+    for table in tables:
+        file = folder / f"{table.name}.json"
+        if file.exists():
+            yield section(table.title, Record.read(file))
+
+
+def page(tables: Sequence[Table], folder: Path = KEPT) -> str:
+    return "\n".join([HEAD, *sections(tables, folder)])
+
+
+def write_page(tables: Sequence[Table]) -> None:
+    put(page(tables).encode(), PAGE)

@@ -1,0 +1,134 @@
+"""What a benchmark is: a table, the rows that its code yields, and the record of a run of it.
+
+A record is what a run leaves: `output/bench/NAME.json`, and `docs/measured/NAME.json` once it is to be kept, of which
+measured.py makes the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..editing.files.whole import put
+from ..tools.environment import ROOT
+
+Row = dict[str, Any]
+Rows = Callable[[], Iterable[Row]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of figures: `full` yields the rows that are kept, `quick` a few of few samples, to see that it runs."""
+
+    name: str  # of its files, and what `--only` asks for
+    title: str
+    about: str  # what a figure says
+    full: Rows
+    quick: Rows
+
+    @property
+    def command(self) -> str:
+        return f'make bench ARGS="--only {self.name}"'
+
+
+@dataclass(frozen=True)
+class Rate:
+    """hits of n, with Wilson's 95 % interval."""
+
+    hits: int
+    n: int
+
+    @classmethod
+    def of(cls, results: Sequence[bool]) -> Rate:
+        return cls(sum(results), len(results))
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, p, n = 1.96, self.value, self.n
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % ({100 * max(low, 0):.0f}-{100 * high:.0f})".replace(".0 %", " %")
+
+    def json(self) -> dict[str, float]:
+        return {"hits": self.hits, "n": self.n, "low": self.interval[0], "high": self.interval[1]}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of a table."""
+
+    table: str
+    command: str
+    about: str
+    settings: str  # of the sampler and the machine
+    commit: str
+    finished: bool
+    notes: tuple[str, ...]  # what a reader must know beside the figures; written by hand
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        rows = tuple({column: found(value) for column, value in row.items()} for row in held.pop("rows"))
+        return cls(**{**held, "notes": tuple(held["notes"]), "rows": rows})
+
+    def write(self, folder: Path) -> None:
+        """Whole or not at all."""
+        rows = [{column: plain(value) for column, value in row.items()} for row in self.rows]
+        text = json.dumps({**vars(self), "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+        put(text.encode(), folder / f"{self.table}.json")
+
+
+def plain(value: Any) -> Any:
+    return value.json() if isinstance(value, Rate) else value
+
+
+def found(value: Any) -> Any:
+    """What `plain` made plain."""
+    return Rate(value["hits"], value["n"]) if isinstance(value, Mapping) else value
+
+
+def run(table: Table, quick: bool, notes: Sequence[str] = ()) -> Iterator[Record]:
+    """The record after each row, and at last the finished one."""
+    settings, commit = machine(), head()
+    done: list[Row] = []
+
+    def record(finished: bool) -> Record:
+        return Record(table.name, table.command, table.about, settings, commit, finished, tuple(notes), tuple(done))
+
+    for row in (table.quick if quick else table.full)():
+        done.append(row)
+        yield record(False)
+    yield record(True)
+
+
+def machine() -> str:
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+
+
+def head() -> str:
+    """The commit that is checked out, and whether anything differs from it; nothing outside a repository."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
