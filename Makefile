@@ -5,7 +5,7 @@ ARGS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser pictures serve bench train-demo train-features train-adapter lock clean
+.PHONY: help demo check test test-all browser pictures serve bench train-demo train-features train-adapter lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -13,11 +13,16 @@ help: ## list the commands
 demo: ## erase a concept on the demo model; pictures and report in output/demo/
 	@$(RUN) demo.run $(ARGS)
 
-test: ## lint, types and the whole test suite
+check:
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) tools.typecheck
-	@$(RUN) -m pytest $(ARGS)
+
+test: check ## lint, types, and the tests that need no server, browser or full-size network
+	@$(RUN) -m pytest -m "not server and not browser and not slow" $(ARGS)
+
+test-all: check browser ## lint, types and every test; brings chromium
+	@CONCEPT_GUARD_BROWSER=required $(RUN) -m pytest $(ARGS)
 
 browser: ## bring what the browser tests need beside the rest: chromium, Playwright, a newer frontend
 	@$(RUN) tools.browser
@@ -28,7 +33,7 @@ pictures: ## thumbnails of the templates and pictures of the help pages; needs `
 serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
 	@$(RUN) tools.serve --port $(PORT) $(ARGS)
 
-bench: ## overhead and erasure tables in output/bench/
+bench: ## measure: tables in output/bench/, the kept ones in docs/measured.md
 	@$(RUN) benchmarks.run $(ARGS)
 
 train-demo: ## rebuild the demo data and weights from scratch

@@ -31,10 +31,20 @@ for _name in ("input", "models", "output", "temp", "user"):
     (_base / _name).mkdir()
 _run["use_comfyui"](comfyui_path(), cpu=True, base_directory=_base)
 
+import rungs  # noqa: E402
+
+rungs.guard()
+
 
 # A busy machine is no reason for a property test to fail.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    rungs.entered(item)
+    if "host" in getattr(item, "fixturenames", ()):  # a session's server is started once, whoever asks first
+        rungs.need("server", "a server")
 
 
 def pytest_unconfigure() -> None:

@@ -16,7 +16,7 @@ from conceptguard.tools.workflow import to_api
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 
 
 # The same graph with another loader: its checkpoint is the user's.

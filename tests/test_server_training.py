@@ -9,7 +9,7 @@ import pytest
 
 from conceptguard.tools.host import Host
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 
 SEEDS = itertools.count()
 DEMO = {"demo": {"class_type": "ConceptGuardLoadDemo", "inputs": {}}}

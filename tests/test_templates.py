@@ -96,7 +96,6 @@ def graph(path: Path, known: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]
 
 
 @pytest.mark.server
-@pytest.mark.slow
 def test_the_host_lists_the_blueprints(host: Host) -> None:
     ours = {
         id: each
@@ -110,7 +109,6 @@ def test_the_host_lists_the_blueprints(host: Host) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.slow
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=stem)
 def test_a_blueprint_runs(host: Host, path: Path) -> None:
     prompt, result = graph(path, host.get("/object_info"))
@@ -144,7 +142,6 @@ def test_a_blueprint_runs(host: Host, path: Path) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.slow
 def test_a_prompt_reaches_a_presets_gate(host: Host) -> None:
     """The same text for the encoder and the gate, and a gate that lacks it says so on its node."""
     edit = {"method": "CRE", "concept": {"name": "cat", "phrases": ["a cat"]}, "gate": {"kind": "prompt"}}
@@ -175,7 +172,6 @@ def key_of(prompt: dict[str, Any], node: dict[str, Any]) -> str:
 
 
 @pytest.mark.server
-@pytest.mark.slow
 def test_a_preset_with_a_gate_draws_what_the_nodes_draw(host: Host) -> None:
     drawn = []
     for name in ("in-flight-gate", "gated-preset"):

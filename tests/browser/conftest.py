@@ -1,6 +1,7 @@
 """The pack in a real browser: Debian's chromium, driven by Playwright, on the live server, with two frontends.
 
-`make browser` brings them; without them these tests are skipped, or fail where CONCEPT_GUARD_BROWSER=required.
+`make browser` brings them, and `make test-all` first of all; without them these tests are skipped, or fail where
+CONCEPT_GUARD_BROWSER=required.
 CONCEPT_GUARD_FRONTEND names the static folder of another frontend to try in the newer one's place;
 CONCEPT_GUARD_SCREENSHOTS a folder for pictures of what was seen.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from page import PATIENCE, Browser
+from rungs import need as marked
 
 from conceptguard.demo import lora
 from conceptguard.tools.browser import ARGUMENTS, newer_frontend
@@ -24,6 +26,11 @@ def need(what: object, name: str) -> None:
     if not what:
         leave = pytest.fail if os.environ.get("CONCEPT_GUARD_BROWSER") == "required" else pytest.skip
         leave(f"no {name} here: `make browser` brings it")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "playwright" in getattr(item, "fixturenames", ()):
+        marked("browser", "a browser")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from conceptguard.editing.files.artefacts import Artefact, data_of
 from conceptguard.editing.presets.document import packed, read
 from conceptguard.tools.host import Host
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.browser]
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 SHIFT = {"b": torch.ones(77, 1), "a": torch.ones(1, 768)}
 WAY = Artefact("direction", "sharp things", SHIFT, text_width=768, tokens=77)

@@ -13,7 +13,7 @@ from page import ROOT, Browser, workflow
 from conceptguard.tools.workflow import to_api
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.browser]
 
 
 def test_every_node_is_there_and_edit_nodes_have_a_range(browser: Browser) -> None:

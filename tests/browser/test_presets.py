@@ -7,7 +7,7 @@ import json
 import pytest
 from page import ROOT, Browser, kept, workflow
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.browser]
 SHIPPED = len(list((ROOT / "presets").glob("*.json")))
 PRESET = (ROOT / "presets" / "no-weapons.json").read_text(encoding="utf-8")
 HOSTILE = json.dumps(

@@ -7,7 +7,7 @@ import json
 import pytest
 from page import Browser, workflow
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = [pytest.mark.server, pytest.mark.browser]
 NODE = "app.graph._nodes.find(n => n.type === 'ConceptGuardCRE')"
 VALUES = f"() => ['start_percent', 'end_percent'].map(name => {NODE}.widgets.find(w => w.name === name).value)"
 HOLDER = "(app.rootGraph ?? app.graph)._nodes.find(n => n.subgraph)"
