@@ -17,8 +17,8 @@ HEAD = """\
 
 Written by `make bench` from the records in [measured/](measured/), not by hand. A share stands with its 95 % interval
 (Wilson's) and the number of pictures: "96.1 % (91-98) of 128". Pictures are the demo model's unless a table says
-otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. The judge that looks at them is a classifier
-of its own, which has no part in any edit. [What falls short](limits.md) of these figures' goals is told apart.
+otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. The judge that looks at them is a
+classifier of its own, which has no part in any edit. [What falls short](limits.md) of the goals is told apart.
 
 A new run of a table replaces its record only when asked: `make bench ARGS="--only NAME --keep"`.
 """

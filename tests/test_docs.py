@@ -1,4 +1,4 @@
-"""What the documents say: every link leads somewhere, every figure was measured, and the page of figures is its data."""
+"""The documents: every link leads somewhere, every figure was measured, and the page of figures is its data."""
 
 from __future__ import annotations
 
