@@ -14,7 +14,7 @@ from ..demo import world
 from ..editing.causal.search import Period, assess_with_exclusion, is_causal, naive_calls, windows
 from ..editing.edits.spec import EditSpec
 from ..editing.methods.cre import DEFAULTS
-from ..nodes.causal_period import Task, prompts_of
+from ..jobs.search import Task, prompts_of
 from .erasure import STRENGTH, named
 from .gates import GOVERNED, shipped
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, demo, object_prompts
@@ -59,8 +59,8 @@ def costs(
     rows: list[Row] = []
     periods: dict[str, Period] = {}
     for name in names:
-        exact, calls = task(demo, name, steps, seeds, delta).found(lambda *_: None)
-        halved, few = task(demo, name, steps, seeds, delta, "bisection").found(lambda *_: None)
+        exact, calls = task(demo, name, steps, seeds, delta).found()
+        halved, few = task(demo, name, steps, seeds, delta, "bisection").found()
         literal = naive_calls(exact.probes, steps, literal=True)
         rows.append(
             {
@@ -88,7 +88,7 @@ def definition(demo: Demo, names: Sequence[str], seeds: int, delta: float, steps
             table |= {w: f(*w) for w in windows(count)}
             return assess_with_exclusion(lambda a, b: table[a, b], count, delta)
 
-        found, calls = every.found(lambda *_: None, all_windows)
+        found, calls = every.found(find=all_windows)
         length = found.end - found.start
         best = min((w for w in table if w[1] - w[0] <= length), key=lambda w: table[w])
         causal = is_causal(partial(confidence_in, table), found.start, found.end, steps, -delta)

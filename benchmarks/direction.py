@@ -22,12 +22,11 @@ from ..editing.gates.discriminator import Discriminator, train
 from ..editing.gates.features import squared
 from ..editing.gates.gates import in_flight_gate
 from ..editing.methods.eiup import DEFAULTS as EIUP
-from ..editing.methods.safe_region import direction_of
+from ..editing.methods.safe_region import drawn
 from ..editing.training.direction import Settings, random_like
-from ..nodes.direction import drawn
-from ..nodes.discriminator import drawings
-from ..nodes.train_direction import learn
-from .gates import THRESHOLD, shipped
+from ..jobs.train import Course
+from ..jobs.train_direction import train_direction
+from .gates import THRESHOLD, drawings, shipped
 from .sampling import CFG, STEPS, Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
@@ -69,7 +68,7 @@ def trained(
             **settings,
         },
     )
-    return direction_of(learn(demo.model, demo.clip, concept, chosen, steps, None, False, None).artefact())
+    return train_direction(demo.model, demo.clip, concept, chosen, Course(steps, chosen.precision))[0]
 
 
 OPEN = Gate()

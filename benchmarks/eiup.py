@@ -9,15 +9,16 @@ from functools import partial
 from typing import Any
 
 from ..demo import world
+from ..demo.load import WEIGHTS
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.eiup import DEFAULTS
 from ..editing.methods.eiup_weight import load
-from ..nodes.files import DEMO_WEIGHT_FILE
 from .erasure import STRENGTH
 from .sampling import Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
+WEIGHT_FILE = WEIGHTS / "eiup-weight.safetensors"  # `make train-adapter` writes it
 Edit = Callable[[Demo, Any, Concept], Any]
 
 
@@ -41,8 +42,8 @@ def settings() -> dict[str, Edit]:
     alike = found["separate, weight -1, alike"] = eiup(evidence="alike")
     found["CRE"] = cre
     found["CRE and EIUP alike"] = lambda demo, model, concept: cre(demo, alike(demo, model, concept), concept)
-    if DEMO_WEIGHT_FILE.is_file():
-        adapter = load(DEMO_WEIGHT_FILE)
+    if WEIGHT_FILE.is_file():
+        adapter = load(WEIGHT_FILE)
         auto = found["EIUP, automatic weight"] = eiup(evidence=adapter.evidence, auto=adapter)
         found["CRE and EIUP, automatic weight"] = lambda demo, model, concept: cre(
             demo, auto(demo, model, concept), concept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ import torch
 from ..demo import world
 from ..demo.judge import judge
 from ..demo.load import load_judge
-from ..demo.train_features import examples, gate_file
+from ..demo.train_features import FILE, examples, gate_file
 from ..editing.edits.spec import Gate
 from ..editing.files.artefacts import read
 from ..editing.gates.discriminator import Discriminator, from_artefact
 from ..editing.gates.discriminator import train as train_head
+from ..editing.gates.drawings import Drawings
 from ..editing.gates.gates import in_flight_gate
-from ..nodes.discriminator import drawings
 from ..tools.environment import ROOT
 from .erasure import STRENGTH
 from .sampling import Demo, demo, object_prompts
@@ -27,6 +27,11 @@ from .table import Rate, Row, Table
 
 GOVERNED = ("beer mug", "kitchen knife")  # of the tables about gates in flight and causal periods
 AT, THRESHOLD = 0.15, 0.1  # in flight: clean pictures predicted early are rough, and other things stay far below it
+
+
+@cache
+def drawings() -> Drawings:
+    return Drawings(FILE)
 
 
 def shipped(name: str) -> Discriminator:

@@ -16,8 +16,8 @@ from ..demo import world
 from ..editing.edits.spec import EditSpec, Prompt
 from ..editing.engine.host import add_edit
 from ..editing.methods.kpop import edit_of
-from ..editing.training.mode import gradients
-from ..nodes.train_kpop import learn
+from ..jobs.train import Course
+from ..jobs.train_kpop import Recipe, train_kpop
 from .sampling import Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
@@ -36,7 +36,6 @@ TEMPLATES = (
 SETTINGS: dict[str, Any] = {
     "width": 128,
     "height": 128,
-    "steps": 400,
     "learning_rate": 2e-4,
     "prompt_learning_rate": 3e-2,
     "lam": 0.3,
@@ -44,10 +43,8 @@ SETTINGS: dict[str, Any] = {
     "prompt_start": "concept",
     "batch_size": 4,
     "path_steps": 10,
-    "checkpointing": False,
-    "resume": False,
-    "checkpoint_every": 0,
 }
+STEPS = 400
 METHODS: dict[str, dict[str, Any]] = {
     "KPOP, neutral a cat": {"towards": "a cat", "keep": ()},
     "KPOP, neutral the neighbour": {"keep": ()},
@@ -88,7 +85,7 @@ def with_prompt(model: Any, prompt: Prompt) -> Any:
 
 
 def texts(towards: str | None, keep: Sequence[str]) -> tuple[str, str]:
-    """The node's `text` and `neutral`: each erased object in some captions, and what it is to become there, its
+    """What to erase and its neutral texts: each erased object in some captions, and what it is to become there, its
     neighbour or `towards`; each object of `keep` is to become itself."""
     if towards == "":
         return "\n".join(t.format(world.article(name)) for t in TEMPLATES for name in ERASED), ""
@@ -98,11 +95,13 @@ def texts(towards: str | None, keep: Sequence[str]) -> tuple[str, str]:
     return "\n".join(a for a, _ in pairs), "\n".join(b for _, b in pairs)
 
 
-def trained(demo: Demo, towards: str | None = None, keep: Sequence[str] = KEPT, **settings: Any) -> tuple[Any, Prompt]:
+def trained(
+    demo: Demo, towards: str | None = None, keep: Sequence[str] = KEPT, steps: int = STEPS, **settings: Any
+) -> tuple[Any, Prompt]:
     """The MODEL without the erased objects, as the host loads the file, and the key."""
     text, neutral = texts(towards, keep)
-    with gradients():
-        lora, prompt, _ = learn(demo.model, demo.clip, text, None, **{**SETTINGS, "neutral": neutral, **settings})
+    recipe = Recipe(**{**SETTINGS, "neutral": neutral, **settings})
+    lora, prompt, _ = train_kpop(demo.model, demo.clip, text, recipe, Course(steps, "fp32"))
     return comfy.sd.load_lora_for_models(demo.model, None, dict(lora), 1.0, 0.0)[0], prompt
 
 
@@ -148,7 +147,7 @@ TABLES = (
     Table(
         "kpop",
         "KPOP",
-        f"{', '.join(ERASED)} erased at once, {SETTINGS['steps']} steps if not said; {', '.join(KEPT)} preserved; "
+        f"{', '.join(ERASED)} erased at once, {STEPS} steps if not said; {', '.join(KEPT)} preserved; "
         "ten other things. ESR-1: the judge does not see the erased object first; PSR-1: it sees the preserved one.",
         partial(trainings, METHODS),
         partial(first, METHODS),

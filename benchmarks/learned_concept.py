@@ -23,21 +23,14 @@ from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS
 from ..editing.methods.eiup import EIUPOptions
-from ..editing.training.mode import gradients
-from ..nodes.learn_concept import learn
+from ..editing.training.textual_inversion import ConceptOptions
+from ..jobs.learn_concept import learn_concept
+from ..jobs.train import Course
 from .erasure import STRENGTH
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
-SETTINGS: dict[str, Any] = {
-    "tokens": 4,
-    "steps": 300,
-    "learning_rate": 2e-2,
-    "batch_size": 8,
-    "checkpointing": False,
-    "resume": False,
-    "checkpoint_every": 0,
-}
+OPTIONS, STEPS = ConceptOptions(tokens=4, lr=2e-2, batch=8), 300
 
 
 def examples(
@@ -51,19 +44,10 @@ def examples(
     return drawn[good], [pictures[i] for i in good]
 
 
-def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, **settings: Any) -> Concept:
-    with gradients():
-        found, _ = learn(
-            demo.model,
-            demo.clip,
-            demo.vae,
-            pictures.movedim(1, -1),
-            name,
-            None,
-            captions="\n".join(captions),
-            **{**SETTINGS, **settings},
-        )
-    return concept_of(found)
+def learned(demo: Demo, pictures: Tensor, captions: Sequence[str], name: str, steps: int = STEPS) -> Concept:
+    images, course = pictures.movedim(1, -1), Course(steps, "fp32")
+    text = "\n".join(captions)
+    return concept_of(learn_concept(demo.model, demo.clip, demo.vae, images, name, OPTIONS, course, text)[0])
 
 
 def edits(demo: Demo, concept: Concept, strengths: Sequence[float], floor: float) -> dict[str, Any]:
@@ -108,7 +92,7 @@ def rows(
     count: int = 30,
     pictures: int = 8,
     seed: int = 13,
-    **settings: Any,
+    steps: int = STEPS,
 ) -> Iterator[Row]:
     rng = random.Random(seed)
     names = rng.sample([n for n in world.OBJECTS if n != thing], 24)
@@ -121,7 +105,7 @@ def rows(
 
     styled = [world.one_object(rng, name, style) for name in names]
     shown, of = examples(demo, styled, lambda p, v: in_style(p, v) and v.found(p.objects[0]), pictures)
-    concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", **settings)
+    concept = learned(demo, shown, [world.article(p.objects[0]) for p in of], "a style", steps)
     plain = object_prompts(names, count * 6 // 5, seed)
     yield from compare(
         demo,
@@ -136,7 +120,7 @@ def rows(
     )  # a style is part of everything in the picture
     shown, of = examples(demo, object_prompts([thing], 2 * pictures, seed), is_thing, pictures)
     around = [p.caption.partition(world.article(thing))[2] or "a picture" for p in of]  # style and background alone
-    concept = learned(demo, shown, around, "an object", **settings)
+    concept = learned(demo, shown, around, "an object", steps)
     yield from compare(
         demo,
         f"an object ({thing}: {len(shown)} pictures)",
@@ -156,7 +140,7 @@ TABLES = (
     Table(
         "learned-concept",
         "A concept learned from eight pictures",
-        f"{SETTINGS['steps']} steps; the captions never name it. Then it is asked for by word.",
+        f"{STEPS} steps; the captions never name it. Then it is asked for by word.",
         measured,
         partial(measured, count=4, pictures=2, steps=4),
     ),

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import comfy.sample
-import torch
 from torch import Tensor
 
 from ..demo import world
@@ -19,6 +17,7 @@ from ..editing.edits.encode import NEUTRAL, concept_from_text
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS, CREOptions
+from ..jobs.measure import Sampling, pictures
 
 STEPS, CFG, SAMPLER, SCHEDULER = 20, 4.0, "euler", "normal"
 BATCH = 25
@@ -57,30 +56,11 @@ class Demo:
         """The MODEL with CRE on `concept`."""
         return add_edit(model or self.model, EditSpec("projection", concept, strength, options=options, **where))
 
-    @torch.no_grad()  # else each picture keeps what the VAE's decoder computed for it
     def pictures(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> Tensor:
         """One picture a prompt (text or CONDITIONING), [n, 3, 128, 128] in [0, 1]; picture i always gets noise i."""
         conds = [self.encode(p) if isinstance(p, str) else p for p in prompts]
-        noise = torch.randn(len(conds), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-        away, out = self.encode(negative), []
-        for i in range(0, len(conds), BATCH):
-            positive = [[torch.cat([c[0][0] for c in conds[i : i + BATCH]]), {}]]
-            x = noise[i : i + BATCH]
-            z = comfy.sample.sample(
-                model,
-                x,
-                self.steps,
-                CFG,
-                SAMPLER,
-                SCHEDULER,
-                positive,
-                away,
-                torch.zeros_like(x),
-                seed=seed,
-                disable_pbar=True,
-            )
-            out.append(self.vae.decode(z).movedim(-1, 1))
-        return torch.cat(out)
+        how = Sampling(self.steps, CFG, SAMPLER, SCHEDULER, BATCH)
+        return pictures(model, self.vae, conds, self.encode(negative), (4, 16, 16), how, seed)
 
     def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> list[Verdict]:
         return judge(load_judge(), self.pictures(model, prompts, seed, negative))

@@ -7,7 +7,6 @@ measured.py makes the page.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ..editing.files.whole import put
+from ..jobs.measure import Rate
 from ..tools.environment import ROOT
 
 Row = dict[str, Any]
@@ -37,35 +37,6 @@ class Table:
     @property
     def command(self) -> str:
         return f'make bench ARGS="--only {self.name}"'
-
-
-@dataclass(frozen=True)
-class Rate:
-    """hits of n, with Wilson's 95 % interval."""
-
-    hits: int
-    n: int
-
-    @classmethod
-    def of(cls, results: Sequence[bool]) -> Rate:
-        return cls(sum(results), len(results))
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        z, p, n = 1.96, self.value, self.n
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f} % ({100 * max(low, 0):.0f}-{100 * high:.0f})".replace(".0 %", " %")
-
-    def json(self) -> dict[str, float]:
-        return {"hits": self.hits, "n": self.n, "low": self.interval[0], "high": self.interval[1]}
 
 
 @dataclass(frozen=True)

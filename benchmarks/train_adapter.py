@@ -26,7 +26,7 @@ from ..editing.engine.host import add_edit, add_watch
 from ..editing.engine.watch import Watch
 from ..editing.methods import eiup_weight as adapters
 from ..editing.methods.eiup import EIUPOptions
-from ..nodes.files import DEMO_WEIGHT_FILE
+from .eiup import WEIGHT_FILE
 from .sampling import CFG, SAMPLER, SCHEDULER, Demo, object_prompts
 from .table import Rate
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--weights", default=",".join(f"{w:g}" for w in GRID), help="weights to try, weakest first")
     parser.add_argument("--steps", type=int, default=2000, help="of the regressor's training")
     parser.add_argument("--concepts", type=int, default=len(world.ERASED), help="how many of the demo world's concepts")
-    parser.add_argument("--out", type=Path, default=DEMO_WEIGHT_FILE)
+    parser.add_argument("--out", type=Path, default=WEIGHT_FILE)
     args = parser.parse_args()
     grid = tuple(float(w) for w in args.weights.split(","))
     demo, xs, ws = Demo.ready(), [], []

@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
-import comfy.samplers
-import comfy.utils
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..editing.edits.spec import Concept, complaint_about
-from ..editing.engine.host import add_watch
 from ..editing.engine.watch import Watch
 from ..editing.methods.eiup import CHOICES, DEFAULTS
 from ..editing.pictures.heat import SCALES, painted, scaled
+from ..jobs.map import concept_map, noise_levels
 from .inputs import CATEGORY, blocks_input, check, choice_input, expect, named
+from .progress import Shown
+from .show import id_of
 from .types import ConceptType
 
 NODE = "ConceptGuardConceptMap"
-EDGES = ("area", "mask", "set_area_to_bounds")  # of a conditioning that serves a part of the picture
-
-
-class Levels(comfy.samplers.Sampler):
-    """Not a sampler, but what stands in its place: one model call at each noise level, on the same finished picture."""
-
-    @torch.no_grad()
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        progress = comfy.utils.ProgressBar(len(sigmas))
-        scale = model_wrap.inner_model.model_sampling.noise_scaling
-        for sigma in sigmas:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            model_wrap(scale(sigma, noise, latent_image), sigma.expand(len(noise)), **extra_args)
-            progress.update(1)
-        return latent_image
-
-
-def noise_levels(model: Any, start: float, end: float, count: int) -> Tensor:
-    """The sigmas of `count` percents spread over a window, inside the range that the model knows."""
-    sampling = model.get_model_object("model_sampling")
-    percents = [start + (end - start) * (i + 0.5) / count for i in range(count)]
-    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
-    return torch.tensor([min(max(float(sampling.percent_to_sigma(p)), low), high) for p in percents])
-
-
-def whole_picture(positive: list) -> list:
-    """Conditionings that serve a part alone would be asked about a crop."""
-    return [[entry[0], {k: v for k, v in entry[1].items() if k not in EDGES}] for entry in positive]
 
 
 class ConceptGuardConceptMap(io.ComfyNode):
@@ -168,21 +127,12 @@ class ConceptGuardConceptMap(io.ComfyNode):
         height, width = (8 * n for n in x.shape[-2:]) if image is None else image.shape[1:3]
         if image is not None and len(image) not in (1, len(x)):
             raise ValueError(f"{NODE}: image has {len(image)} pictures and latent {len(x)}; decode the same latent")
-        watched = add_watch(model, watch)
-        with closing(watch):
-            look(watched, positive, x, seed, noise_levels(model, start_percent, end_percent, steps))
-            heat = scaled(watch.heat(height, width), scale)
+        sigmas = noise_levels(model, start_percent, end_percent, steps)
+        heat = concept_map(model, watch, positive, x, seed, sigmas, (height, width), Shown(model, id_of(cls)))
+        heat = scaled(heat, scale)
         maps = painted(heat, image)
         # Not as "images": whether the page shows them is the user's setting, and the host would always.
         return io.NodeOutput(maps, heat, ui={"concept_guard_maps": ui.PreviewImage(maps).as_dict()["images"]})
-
-
-def look(model: Any, positive: list, x: Tensor, seed: int, sigmas: Tensor) -> None:
-    """Let the model see the pictures x at each noise level; its watch remembers."""
-    positive = whole_picture(positive)
-    noise = comfy.sample.prepare_noise(x, seed)
-    # Without guidance the negative prompt is never run; it stands there for what the host reads of it.
-    comfy.sample.sample_custom(model, noise, 1.0, Levels(), sigmas, positive, positive, x, disable_pbar=True, seed=seed)
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardConceptMap]

@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.edits.spec import Direction, Draw, EditSpec, Gate
+from ..editing.edits.spec import Direction, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.files.artefacts import Artefact
-from ..editing.methods.safe_region import direction_of, offset
+from ..editing.methods.safe_region import direction_of, drawn, offset
 from .inputs import (
     CATEGORY,
     UNLINKED,
@@ -219,13 +219,6 @@ class ConceptGuardFairDirection(io.ComfyNode):
         for spec in drawn(directions, seed, place["gate"], place_of):
             model = add_edit(model, spec)
         return io.NodeOutput(model)
-
-
-def drawn(directions: list[Direction], seed: int, gate: Gate, place: dict[str, Any]) -> list[EditSpec]:
-    """One edit a direction, open for the images that draw it. Nodes with other directions draw on their own."""
-    stream, n = f"{seed} {' '.join(sorted(direction.key for direction in directions))}", len(directions)
-    draws = [Draw(gate.values, gate.inflight, Gate(gate.values), stream, i, n) for i in range(n)]
-    return [EditSpec("direction", direction, **{**place, "gate": draws[i]}) for i, direction in enumerate(directions)]
 
 
 NODES: list[type[io.ComfyNode]] = [

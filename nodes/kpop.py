@@ -14,7 +14,7 @@ from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.files.header import packed
 from ..editing.methods.kpop import edit_of, prompt_of
-from ..editing.training.lora import LoRA
+from ..editing.training.changes import LoRA
 from .files import saved_in
 from .inputs import (
     CATEGORY,

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.edits.digest import digest
-from ..editing.edits.encode import own_tokens
 from ..editing.edits.learned import concept_of
 from ..editing.edits.spec import Concept
-from ..editing.engine.host import fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.pictures.chart import curve
-from ..editing.training.mode import gradients
-from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, tokens_start
+from ..editing.training.textual_inversion import ConceptOptions
+from ..jobs.learn_concept import learn_concept
 from .inputs import CATEGORY, named
 from .learned import load_node, save_node
-from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
+from .show import id_of
+from .training import course, train_inputs
 from .types import ConceptType
 
 LEARN = "ConceptGuardLearnConcept"
@@ -102,92 +98,28 @@ class ConceptGuardLearnConcept(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, clip: Any, vae: Any, images: Tensor, name: str = "", **inputs: Any) -> io.NodeOutput:
-        with named(LEARN), gradients():
-            node_id = getattr(cls.hidden, "unique_id", None)
-            found, losses = learn(model, clip, vae, images, name.strip() or "from pictures", node_id, **inputs)
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        images: Tensor,
+        name: str = "",
+        tokens: int = DEFAULTS.tokens,
+        captions: str = "",
+        start_from: str = "",
+        steps: int = 300,
+        learning_rate: float = DEFAULTS.lr,
+        batch_size: int = DEFAULTS.batch,
+        seed: int = 0,
+        **run: Any,
+    ) -> io.NodeOutput:
+        with named(LEARN):
+            options = ConceptOptions(tokens, learning_rate, batch_size, seed)
+            how = course(LEARN, id_of(cls), model, steps, **run)
+            name = name.strip() or "from pictures"
+            found, losses = learn_concept(model, clip, vae, images, name, options, how, captions, start_from)
             return io.NodeOutput(concept_of(found), curve(losses, f"loss of {found.name}"))
-
-
-def learn(
-    model: Any,
-    clip: Any,
-    vae: Any,
-    images: Tensor,
-    name: str,
-    node_id: str | None,
-    *,
-    tokens: int = DEFAULTS.tokens,
-    captions: str = "",
-    start_from: str = "",
-    steps: int = 300,
-    learning_rate: float = DEFAULTS.lr,
-    batch_size: int = DEFAULTS.batch,
-    seed: int = 0,
-    precision: str = "fp32",
-    checkpointing: bool = True,
-    checkpoint_every: int = 100,
-    resume: bool = True,
-) -> tuple[Artefact, list[float]]:
-    """The learned concept as its file holds it, and the losses. Within `gradients`."""
-    backbone, pixels = fingerprint_of(model, LEARN), checked(images)
-    lines = lines_for("captions", captions, len(pixels), "pictures")
-    options = ConceptOptions(tokens, learning_rate, batch_size, seed)
-    with torch.no_grad():
-        latents = vae.encode(pixels)
-    start_from = start_from.strip()
-    encoded = {line: encode(clip, line) for line in ("", start_from, *lines)}
-    network = network_of(model, precision, checkpointing)  # last, while the card has room for the encoders
-    latents = network.latents(latents)
-    texts = {line: network.text(conditioning, *latents.shape[-2:]) for line, conditioning in encoded.items()}
-    empty = texts[""]
-    places = [place(clip, line, texts[line].c.shape[1], tokens) for line in lines]
-    like = texts[start_from].c[0, list(own_tokens(clip, start_from))]
-    training = LearnedTokens(
-        network,
-        network.sampling,
-        latents,
-        [texts[line] for line in lines],
-        places,
-        tokens_start(options, empty.c, like),
-        options,
-    )
-    settings = {
-        **asdict(options),
-        "captions": lines,
-        "start_from": start_from,
-        "precision": precision,
-        "pictures": digest([latents.cpu()])[:20],
-        "model": weights_key(network),
-    }
-    losses = conduct("concept-checkpoint", training, steps, settings, node_id, model, checkpoint_every, resume)
-    return training.artefact(
-        name, empty.c, concepts=(name,), backbone=backbone, training={**settings, "steps": steps}
-    ), losses
-
-
-def checked(images: Any) -> Tensor:
-    """Pixels [n, h, w, 3], cut to whole latents."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or not 1 <= len(images) <= 8:
-        count = len(images) if isinstance(images, torch.Tensor) else "no"
-        raise ValueError(f"images holds {count} pictures; connect 1 to 8 of one size")
-    height, width = (size // 8 * 8 for size in images.shape[1:3])
-    if min(height, width) < 16:
-        raise ValueError(
-            f"images are of {images.shape[2]}x{images.shape[1]} pixels, too small to learn from; scale "
-            "them to the model's own size"
-        )
-    return images[:, :height, :width, :3].float().clone()
-
-
-def place(clip: Any, caption: str, length: int, tokens: int) -> int:
-    """The first position behind a caption's own tokens, where the learned ones go."""
-    at = max(own_tokens(clip, caption), default=0) + 1
-    if length > 77 or at + tokens >= length:
-        raise ValueError(
-            f'captions: "{caption[:60]}" leaves no room for {tokens} tokens in one piece of prompt; shorten it'
-        )
-    return at
 
 
 def learned(concept: Any) -> Artefact:

@@ -5,25 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.sample
-import comfy.samplers
-import torch
 from comfy_api.latest import io
 
+from ..editing.edits.encode import lines_of
 from ..editing.edits.spec import Concept, Direction, EditSpec
-from ..editing.engine.host import add_edit, fingerprint_of
-from ..editing.files.names import safe
+from ..editing.engine.host import add_edit
 from ..editing.pictures.chart import curve
-from ..editing.training.direction import GOALS, Learner, Settings
-from ..editing.training.gradient import DTYPES, Predictor, train_with
-from ..editing.training.mode import gradients
-from .files import saved
-from .inputs import CATEGORY, check, choice_input, named
-from .progress import Progress, kept
+from ..editing.training.direction import GOALS, Settings
+from ..editing.training.harness import DTYPES
+from ..jobs.train_direction import train_direction
+from .inputs import CATEGORY, check, choice_input, expect, named
+from .show import id_of
+from .training import course
 from .types import ConceptType, DirectionType
 
 NODE = "ConceptGuardTrainDirection"
 DEFAULTS = Settings(("",))
-RESUME = "Load it and connect it to `resume` to go on."
 
 
 class ConceptGuardTrainDirection(io.ComfyNode):
@@ -169,61 +166,17 @@ class ConceptGuardTrainDirection(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         with named(NODE):
-            if not isinstance(concept, Concept):
-                raise ValueError(f"concept is a {type(concept).__name__}; connect the output of a Concept node")
-            if steps < 1:
-                raise ValueError(f"steps is {steps}; give at least 1")
+            expect(concept, Concept)
             if (complaint := check(cls, None, settings.get("start_percent"), settings.get("end_percent"))) is not True:
                 raise ValueError(str(complaint).removeprefix(f"{NODE}: "))
-            lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-            lines = lines or [phrase.text for phrase in concept.phrases]
+            lines = lines_of(prompts) or [phrase.text for phrase in concept.phrases]
             x = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
             chosen = Settings(tuple(lines), shape=tuple(x.shape), **settings)
-            node_id = getattr(cls.hidden, "unique_id", None)
-            learner = learn(model, clip, concept, chosen, steps, resume, checkpointing, node_id)
-            plot = curve(learner.losses, f"loss of {concept.name}")
-            direction = learner.direction()
+            how = course(NODE, id_of(cls), model, steps, chosen.precision, checkpointing)
+            direction, losses = train_direction(model, clip, concept, chosen, how, resume)
+            plot = curve(losses, f"loss of {concept.name}")
         edit = EditSpec("direction", direction, 1.0, chosen.start_percent, chosen.end_percent, node=NODE)
         return io.NodeOutput(direction, add_edit(model, edit), plot)
-
-
-def learn(
-    model: Any,
-    clip: Any,
-    concept: Concept,
-    settings: Settings,
-    steps: int,
-    resume: Direction | None,
-    checkpointing: bool,
-    node_id: str | None,
-) -> Learner:
-    """The learner after `steps` updates; what it has learned by then is saved if it is stopped before."""
-    backbone = fingerprint_of(model, NODE)
-    positive = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0] for prompt in settings.prompts]
-    tokens = min(entry[0].shape[1] for entry in positive)
-    if positive[0][0].shape[-1] != concept.width:
-        raise ValueError("concept and clip are of different text encoders; make the concept with this clip")
-    if resume is not None and (not isinstance(resume, Direction) or resume.artefact is None):
-        raise ValueError("resume is no learned direction; connect what Load Direction or Train Direction gives")
-    with gradients():
-        if resume is None or resume.artefact is None:
-            learner = Learner.start(concept, settings, tokens, backbone)
-        else:
-            learner = Learner.resume(concept, settings, resume.artefact)
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, settings.scheduler, settings.sampling_steps)
-    start, end = (float(sampling.percent_to_sigma(p)) for p in (settings.start_percent, settings.end_percent))
-    active = [end < float(sigma) <= start for sigma in sigmas[:-1]]
-    progress = Progress(model, node_id, steps)
-
-    def body(predictor: Predictor) -> None:
-        learner.learn(steps, predictor, predictor.contexts, sigmas, active, progress, predictor.device)
-
-    name = safe(concept.name, "direction")
-    if learner.done < steps:
-        with kept(lambda: saved(learner.artefact(), f"unfinished/{name}") if learner.done else None, RESUME):
-            train_with(model, positive, torch.zeros(settings.shape), body, settings.precision, checkpointing)
-    return learner
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardTrainDirection]

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import comfy.sd
 from comfy_api.latest import io
 
-from ..editing.edits.digest import digest
-from ..editing.edits.spec import Prompt
-from ..editing.engine.host import fingerprint_of
-from ..editing.files.artefacts import FORMAT, package_version
 from ..editing.methods.kpop import MECHANISMS
 from ..editing.pictures.chart import curve
-from ..editing.training.kpop import (
-    KEYS_AND_VALUES,
-    KPOP,
-    METHOD,
-    PATHS,
-    STARTS,
-    KPOPOptions,
-    LearnedPrompt,
-    prompt_start,
-)
-from ..editing.training.learning import Text
-from ..editing.training.lora import WEIGHTS, Deltas, LoRA, chosen
-from ..editing.training.mode import gradients
-from ..editing.training.network import Network
+from ..editing.training.changes import WEIGHTS
+from ..editing.training.kpop import KEYS_AND_VALUES, PATHS, STARTS
+from ..jobs.train_kpop import BLOCKS, DEFAULTS, Recipe, train_kpop
 from .inputs import CATEGORY, choice_input, named
-from .training import conduct, encode, lines_for, network_of, train_inputs, weights_key
+from .show import id_of
+from .training import RUN, course, train_inputs
 from .types import LoRAType, PromptType
 
 NODE = "ConceptGuardTrainKPOP"
-BLOCKS = {"middle": "middle", "middle and up": "middle,output", "all": "all"}
-DEFAULTS = KPOPOptions()
 ADVANCED = {
     "path": (
         PATHS,
@@ -82,8 +63,10 @@ class ConceptGuardTrainKPOP(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, clip: Any, text: str, **inputs: Any) -> io.NodeOutput:
-        with named(NODE), gradients():
-            lora, prompt, losses = learn(model, clip, text, getattr(cls.hidden, "unique_id", None), **inputs)
+        with named(NODE):
+            recipe = {name: value for name, value in inputs.items() if name not in RUN}
+            how = course(NODE, id_of(cls), model, **{name: inputs[name] for name in RUN if name in inputs})
+            lora, prompt, losses = train_kpop(model, clip, text, Recipe(**recipe), how)
             sanitised, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0.0)
             return io.NodeOutput(sanitised, lora, prompt, curve(losses, f"loss of {prompt.name}"))
 
@@ -203,115 +186,6 @@ def kpop_inputs() -> list[io.Input]:
             tooltip="Pictures a step, each of one concept drawn at random; at least 1, not 0.",
         ),
     ]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The node's inputs beside model, clip and text."""
-
-    neutral: str = "a photo"
-    name: str = ""
-    width: int = 512
-    height: int = 512
-    steps: int = 1000
-    learning_rate: float = DEFAULTS.lr
-    prompt_learning_rate: float = DEFAULTS.prompt_lr
-    lam: float = DEFAULTS.lam
-    prompt_size: int = 10
-    mechanism: str = "concat"
-    blocks: str = "middle"
-    weights: str = "cross-attention"
-    rank: int = 0
-    guidance: float = DEFAULTS.guidance
-    overshoot: float = DEFAULTS.overshoot
-    path_steps: int = DEFAULTS.path_steps
-    batch_size: int = 1
-    seed: int = 0
-    precision: str = "fp32"
-    checkpointing: bool = True
-    checkpoint_every: int = 100
-    resume: bool = True
-    path: str = "chain"
-    keys_and_values: str = "one"
-    prompt_start: str = "noise"
-
-    @property
-    def options(self) -> KPOPOptions:
-        return KPOPOptions(
-            self.learning_rate,
-            self.prompt_learning_rate,
-            self.lam,
-            self.overshoot,
-            self.guidance,
-            self.path,
-            self.path_steps,
-            self.batch_size,
-            self.seed,
-        )
-
-    @property
-    def places(self) -> str:
-        return "all" if self.mechanism == "additive" else BLOCKS[self.blocks]
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """All that decides what is learned, but for the number of steps."""
-        free = ("name", "steps", "checkpointing", "checkpoint_every", "resume")
-        return {key: value for key, value in asdict(self).items() if key not in free}
-
-
-def learn(
-    model: Any, clip: Any, text: str, node_id: str | None = None, **inputs: Any
-) -> tuple[LoRA, Prompt, list[float]]:
-    """The weights' changes, the prompt, and the losses; inputs: a Recipe's. Within `gradients`."""
-    recipe, lines = Recipe(**inputs), [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError("text is empty; write what to erase, one concept a line")
-    neutral = lines_for("neutral", recipe.neutral, len(lines), "concepts")
-    backbone = fingerprint_of(model, NODE)
-    encoded = [encode(clip, line) for line in (*lines, *neutral, "")]  # while the card has room for the encoder
-    network = network_of(model, recipe.precision, recipe.checkpointing)
-    training, texts = training_of(network, encoded, recipe)
-    settings = {
-        **recipe.about,
-        "concepts": lines,
-        "texts": digest(t.c.cpu() for t in texts)[:20],
-        "model": weights_key(network),
-    }
-    losses = conduct(
-        "kpop-checkpoint", training, recipe.steps, settings, node_id, model, recipe.checkpoint_every, recipe.resume
-    )
-    made = {**settings, "steps": recipe.steps}
-    name = recipe.name.strip() or lines[0]
-    prompt = training.prompt.result(name, concepts=tuple(lines), backbone=backbone, training=made)
-    about = {
-        "format": FORMAT,
-        "kind": "weights",
-        "method": METHOD,
-        "name": name,
-        "backbone": backbone,
-        "concepts": json.dumps(lines),
-        "training": json.dumps(made),
-        "version": package_version(),
-    }
-    return LoRA(training.deltas.lora(), about), prompt, losses
-
-
-def training_of(network: Network, encoded: Sequence[Any], recipe: Recipe) -> tuple[KPOP, list[Text]]:
-    """The training, and all the texts that it reads. encoded: the concepts, the neutral text of each, the empty one."""
-    h, w = recipe.height // 8, recipe.width // 8
-    texts = [network.text(conditioning, h, w) for conditioning in encoded]
-    if len({each.c.shape[1] for each in texts}) > 1:
-        raise ValueError("text: every concept must fit into one piece of prompt (75 tokens); shorten the longest line")
-    *concepts, empty = texts
-    concepts, neutral = concepts[: len(concepts) // 2], concepts[len(concepts) // 2 :]
-    start = prompt_start(recipe.prompt_start, recipe.mechanism, recipe.prompt_size, concepts[0].c, recipe.seed)
-    prompt = LearnedPrompt(start, recipe.mechanism, recipe.places, recipe.keys_and_values)
-    deltas = Deltas(chosen(network.unet, recipe.weights), recipe.rank, recipe.seed)
-    training = KPOP(
-        network, network.sampling, concepts, neutral, empty, deltas, prompt, network.shape(h, w), recipe.options
-    )
-    return training, texts
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardTrainKPOP]

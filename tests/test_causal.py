@@ -31,7 +31,7 @@ from conceptguard.editing.causal.search import (
 from conceptguard.editing.edits.spec import EditSpec, Gate, InFlight
 from conceptguard.editing.engine.host import add_edit, settled
 from conceptguard.editing.methods.cre import DEFAULTS
-from conceptguard.nodes import causal_period
+from conceptguard.nodes import progress
 from conceptguard.nodes.causal_period import ConceptGuardCausalPeriod
 
 T = 10
@@ -347,7 +347,7 @@ def test_an_interrupt_stops_it_and_leaves_nothing(model: Any, own_files: Path, m
     def stop() -> None:
         raise Stop
 
-    monkeypatch.setattr(causal_period.comfy.model_management, "throw_exception_if_processing_interrupted", stop)
+    monkeypatch.setattr(progress.comfy.model_management, "throw_exception_if_processing_interrupted", stop)
     with pytest.raises(Stop):
         search(model, Told(lambda images: [0.5] * len(images)))
     assert not (own_files / "concept_guard").exists()

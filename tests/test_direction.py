@@ -18,9 +18,10 @@ from conceptguard.editing.engine.host import edits_of, fingerprint_of
 from conceptguard.editing.files.artefacts import Artefact, read, write
 from conceptguard.editing.methods.safe_region import direction_of
 from conceptguard.editing.pictures.chart import curve
-from conceptguard.editing.training.direction import Learner, psi, random_like
-from conceptguard.nodes import bounds, files
-from conceptguard.nodes import train_direction as training
+from conceptguard.editing.training.direction import LearnedDirection, psi, random_like
+from conceptguard.editing.training.harness import Predictor
+from conceptguard.editing.training.mode import gradients
+from conceptguard.nodes import bounds, files, progress
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.direction import (
     ConceptGuardFairDirection,
@@ -30,6 +31,8 @@ from conceptguard.nodes.direction import (
     ConceptGuardSaveDirection,
 )
 from conceptguard.nodes.train_direction import ConceptGuardTrainDirection
+
+pytestmark = pytest.mark.usefixtures("as_a_node")
 
 FOLDER = Path(files.folder_paths.get_folder_paths(files.FOLDER)[0])
 
@@ -87,6 +90,7 @@ def test_the_target_is_the_authors() -> None:
     torch.testing.assert_close(psi(e_o, e_null, 7.5, "towards"), e_null + 7.5 * (e_o - e_null))
 
 
+@gradients()
 def slowly(goal: str, batch: int, updates: int) -> Tensor:
     """The recipe of methods 3.1 to 3.3, an image at a time, with backward() through the bare UNet."""
     model, what, s, cfg, S = tiny.sd1(), concept(), 7.5, 2.0, 4
@@ -141,7 +145,7 @@ def test_it_learns_what_a_slow_reading_of_the_recipe_does(goal: str, batch: int)
 def test_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one picture of noise at one level: what is new at each step would hide it."""
     noise = 10 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(Learner, "first", lambda self, chain, sigma: noise)
+    monkeypatch.setattr(LearnedDirection, "first", lambda self, chain, sigma: noise)
     direction, model, plot = train(
         prompts="a",
         steps=30,
@@ -193,22 +197,43 @@ def test_what_is_resumed_must_be_the_same_training(change: dict[str, Any]) -> No
         train(resume=direction_of(bare))
 
 
-def test_an_interrupted_training_can_be_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Impatient(training.Progress):
-        def __call__(self, done: int, loss: float, x0: Tensor | None = None) -> None:
-            super().__call__(done, loss, x0)
+def test_an_interrupted_training_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(progress.Shown):
+        def __call__(self, done: int, *rest: Any) -> None:
             if done == 4:
                 comfy.model_management.interrupt_current_processing()
+            super().__call__(done, *rest)
+
+    whole = train(steps=7)[0]
+    with monkeypatch.context() as patch, pytest.raises(comfy.model_management.InterruptProcessingException):
+        patch.setattr("conceptguard.nodes.training.Shown", Impatient)
+        train(steps=7)
+    (left,) = (FOLDER / "unfinished").iterdir()
+    assert len(read(left, "checkpoint").tensors["losses"]) == 4
+    assert "unfinished/" not in " ".join(files.choices("direction"))
+    begun = train(steps=4)[0]  # what there is so far
+    assert begun.artefact.training["steps"] == 4 and begun.d.any() and not left.exists()
+    assert train(steps=7, resume=begun)[0].key == whole.key
+
+
+def test_a_stopped_training_ends_as_one_that_was_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped in the middle of a step; the same queued again goes on, and its file is the same to the byte."""
+    whole = train(steps=7, batch=2)[0]
+    calls = []
+
+    def predict(self: Any, *args: Any, original: Any = Predictor.__call__, **kwargs: Any) -> list[Tensor]:
+        calls.append(1)
+        if len(calls) == 12:
+            raise comfy.model_management.InterruptProcessingException
+        return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(comfy.model_management.InterruptProcessingException):
-        patch.setattr(training, "Progress", Impatient)
-        train(steps=7)
-    found = [name for name in files.choices("direction") if name.startswith("unfinished/")]
-    assert found == ["unfinished/kitchen knife_00001.safetensors"]
-    begun = make(ConceptGuardLoadDirection, found[0])
-    assert begun.artefact.training["steps"] == 4 and begun.d.any()
-    (FOLDER / found[0]).unlink()
-    assert train(steps=7, resume=begun)[0].key == train(steps=7)[0].key
+        patch.setattr(Predictor, "__call__", predict)
+        train(steps=7, batch=2)
+    assert len(list((FOLDER / "unfinished").iterdir())) == 1
+    resumed = train(steps=7, batch=2)[0]
+    one, two = (write(d.artefact, tmp_path / f"{i}.safetensors") for i, d in enumerate((whole, resumed)))
+    assert one.read_bytes() == two.read_bytes() and not list((FOLDER / "unfinished").iterdir())
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -228,7 +253,8 @@ def test_the_model_stays_as_it_was() -> None:
 
 def test_a_model_that_the_host_loaded_for_inference() -> None:
     """As in the server: nodes run inside inference mode, and autograd refuses tensors that are made there."""
-    expected = train(steps=2)[0]
+    with torch.inference_mode(False):
+        expected = train(steps=2)[0]
     with torch.inference_mode():
         model = tiny.sd1()
         assert next(model.model.diffusion_model.parameters()).is_inference()

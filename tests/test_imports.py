@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ALLOWED = {
     "editing": {"editing"},
-    "nodes": {"nodes", "editing"},
-    "demo": {"demo", "editing", "tools"},
+    "jobs": {"jobs", "editing"},
+    "nodes": {"nodes", "jobs", "editing"},
+    "demo": {"demo", "jobs", "editing", "tools"},
     "tools": {"tools"},
-    "benchmarks": {"benchmarks", "nodes", "editing", "demo", "tools"},
+    "benchmarks": {"benchmarks", "jobs", "editing", "demo", "tools"},
 }
 # The one node that loads the demo model has to know it.
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
@@ -26,9 +27,10 @@ EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 HOST_USERS = {
     "editing/engine/host.py",
     "editing/engine/backbones/unet.py",
-    "editing/training/gradient.py",
-    "editing/training/network.py",
+    "editing/training/changes.py",
+    "editing/training/harness.py",
 }
+JOBS_MAY = {"comfy"}  # and neither nodes nor a server: benchmarks and reports run jobs, too
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server", "execution"}
 
 
@@ -67,6 +69,12 @@ def test_only_the_binding_of_editing_imports_the_host() -> None:
         name = path.relative_to(ROOT).as_posix()
         used = {module.split(".")[0] for module in imported(path)} & HOST_MODULES
         assert not used or name in HOST_USERS, f"{name} imports {sorted(used)}: only {sorted(HOST_USERS)} may"
+
+
+def test_jobs_need_no_graph_and_no_server() -> None:
+    for path in sources("jobs"):
+        used = {module.split(".")[0] for module in imported(path)} & HOST_MODULES
+        assert used <= JOBS_MAY, f"{path.name} imports {sorted(used)}"
 
 
 def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

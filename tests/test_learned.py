@@ -18,16 +18,18 @@ from torch import Tensor
 from conceptguard.editing.edits.learned import concept_of, placed
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.files import artefacts
-from conceptguard.editing.training.learning import Text
+from conceptguard.editing.training.harness import Predictor, train_with
+from conceptguard.editing.training.loop import Text
 from conceptguard.editing.training.mode import gradients
-from conceptguard.editing.training.network import Network
 from conceptguard.editing.training.textual_inversion import (
     ConceptOptions,
     LearnedTokens,
     tokens_start,
 )
+from conceptguard.jobs import train as train_job
+from conceptguard.jobs.train import Course
+from conceptguard.jobs.train_kpop import BLOCKS, Recipe, train_kpop
 from conceptguard.nodes import bounds
-from conceptguard.nodes import training as training_nodes
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP
 from conceptguard.nodes.kpop import (
@@ -37,8 +39,9 @@ from conceptguard.nodes.kpop import (
     ConceptGuardSaveWeights,
 )
 from conceptguard.nodes.learn_concept import ConceptGuardLearnConcept, ConceptGuardLoadConcept, ConceptGuardSaveConcept
-from conceptguard.nodes.train_kpop import BLOCKS, ConceptGuardTrainKPOP
-from conceptguard.nodes.train_kpop import learn as learn_kpop
+from conceptguard.nodes.train_kpop import ConceptGuardTrainKPOP
+
+pytestmark = pytest.mark.usefixtures("as_a_node")
 
 SMALL: dict[str, Any] = dict(
     width=64,
@@ -82,13 +85,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Interrupt in the middle of the network's call-th call, as the host does."""
     calls = []
 
-    def forward(self: Network, *args: Any, original: Any = Network.__call__, **kwargs: Any) -> Tensor:
+    def predict(self: Predictor, *args: Any, original: Any = Predictor.__call__, **kwargs: Any) -> list[Tensor]:
         calls.append(1)
         if len(calls) == call:
             raise comfy.model_management.InterruptProcessingException
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Network, "__call__", forward)
+    monkeypatch.setattr(Predictor, "__call__", predict)
 
 
 # --- KPOP -------------------------------------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def test_stopped_anywhere_and_gone_on_is_as_never_stopped(
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(model, clip)
     (left,) = unfinished(folders)
-    assert len(artefacts.read(left, "kpop-checkpoint").tensors["losses"]) == (call - 1) // 6
+    assert len(artefacts.read(left, "checkpoint").tensors["losses"]) == (call - 1) // 6
     _, resumed, again, plot_again = train(model, clip)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert torch.equal(prompt.k, again.k) and torch.equal(plot, plot_again) and not unfinished(folders)
@@ -171,9 +174,48 @@ def test_another_trainings_checkpoint_is_left_alone(
     assert not unfinished(folders)
 
 
+@pytest.mark.parametrize("what", ["kpop", "concept"])
+def test_a_checkpoint_of_an_older_version_is_gone_on_with(
+    model: Any, clip: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """As it was written before there was one kind for all."""
+    run = train if what == "kpop" else learn
+    with monkeypatch.context() as patched:
+        stop_at(patched, 14 if what == "kpop" else 3)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(model, clip)
+    (left,) = unfinished(folders)
+    held = dict(artefacts.read(left, "checkpoint").tensors)
+    old = {"losses": held.pop("losses")}
+    if what == "kpop":
+        p = held.pop("prompt").flatten()
+        old |= {"z": held.pop("z"), "prompt.k": p}
+        old |= {name.replace("prompt.", "prompt.adam."): held.pop(name) for name in list(held) if "prompt." in name}
+    learned = "weights" if what == "kpop" else "learned"
+    old |= {name.replace(f"{learned}.", "adam."): tensor for name, tensor in held.items()}
+    path = left.with_name(left.name.replace(f"{what}-", f"{what}-checkpoint-"))
+    artefacts.write(artefacts.Artefact(f"{what}-checkpoint", "unfinished training", old), path)
+    left.unlink()
+    begun: list[int] = []
+    original = train_job.run
+
+    def spied(what: str, training: Any, losses: list[float], *rest: Any) -> None:
+        begun.append(len(losses))
+        original(what, training, losses, *rest)
+
+    monkeypatch.setattr(train_job, "run", spied)
+    resumed = run(model, clip)
+    assert begun == [2] and not unfinished(folders)
+    whole = run(model, clip)
+    if what == "kpop":
+        assert all(torch.equal(resumed[1][name], whole[1][name]) for name in whole[1])
+    else:
+        assert resumed[0].key == whole[0].key
+
+
 def test_a_checkpoint_every_so_many_steps(model: Any, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    monkeypatch.setattr(training_nodes, "put_away", lambda kind, training, losses, path: written.append(len(losses)))
+    monkeypatch.setattr(train_job, "put_away", lambda what, training, losses, file: written.append(len(losses)))
     train(model, clip, checkpoint_every=2, steps=5)
     assert written == [2, 4]
 
@@ -226,9 +268,8 @@ def test_each_concept_has_its_own_neutral_text(model: Any, clip: Any) -> None:
     """A text that is neutral to itself asks for no change: its removal loss is 0, as the weights still are."""
 
     def first_loss(neutral: str) -> float:
-        with gradients():
-            inputs = {**SMALL, "steps": 1, "lam": 0.0, "overshoot": 0.0, "resume": False, "neutral": neutral}
-            return learn_kpop(model, clip, "kitchen knife\nbeer mug", None, **inputs)[2][0]
+        recipe = Recipe(neutral, width=64, height=64, lam=0.0, path_steps=3, prompt_size=2)
+        return train_kpop(model, clip, "kitchen knife\nbeer mug", recipe, Course(1, "fp32"))[2][0]
 
     assert first_loss("kitchen knife\nbeer mug") == 0 < first_loss("beer mug\nkitchen knife")
     assert first_loss("a cat") == first_loss("a cat\na cat")
@@ -266,21 +307,19 @@ def test_a_prompt_file_that_no_edit_can_use(folders: Path, changes: dict[str, st
 # --- a concept from pictures ------------------------------------------------------------------------------------------
 
 
+@gradients()
 def test_the_loss_is_that_of_denoising_and_only_the_tokens_learn() -> None:
     """Against the formula, on a network of one layer, with Adam's first step by hand."""
     w = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     seen: list[Any] = []
 
-    def predict(z: Tensor, sigma: Tensor, text: Text, patch: Any = None) -> Tensor:
+    def predict(z: Tensor, sigma: Tensor, text: Text, patch: Any = None) -> list[Tensor]:
         seen.append((z, sigma, text.c.detach().clone()))
-        return torch.tanh((text.c @ w).mean(1))[:, :, None, None] + 0.1 * z
+        return [torch.tanh((text.c @ w).mean(1))[:, :, None, None] + 0.1 * z]
 
     class Sampling:
         def percent_to_sigma(self, percent: float) -> float:
             return 10 * (1 - percent)
-
-        def calculate_denoised(self, sigma: Tensor, output: Tensor, z: Tensor) -> Tensor:
-            return z - sigma[:, None, None, None] * output
 
         def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor, max_denoise: bool = False) -> Tensor:
             return latent + sigma[:, None, None, None] * noise
@@ -337,13 +376,17 @@ def test_learning_makes_the_pictures_likelier(model: Any, clip: Any) -> None:
 
     def loss_of(steps: int) -> float:
         concept, _ = learn(model, clip, steps=steps, learning_rate=0.05)
-        with gradients():
-            net = Network(model)
-            latents = net.latents(Pixels().encode(torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(0))))
-            text = Text(concept.phrases[0].tokens)
-            options = ConceptOptions(tokens=2, lr=0.0, batch=8, seed=99)
-            fixed = LearnedTokens(net, net.sampling, latents, [text] * 3, [1] * 3, text.c[0, 1:3], options)
-            return sum(fixed.step(i) for i in range(3))
+        losses: list[float] = []
+
+        def measure(predict: Predictor) -> None:
+            (text,), options = predict.texts, ConceptOptions(tokens=2, lr=0.0, batch=8, seed=99)
+            start = text.c[0, 75:]
+            fixed = LearnedTokens(predict, predict.sampling, predict.latents, [text] * 3, [75] * 3, start, options)
+            losses.extend(fixed.step(i) for i in range(3))
+
+        pictures = Pixels().encode(torch.rand(3, 64, 64, 3, generator=torch.Generator().manual_seed(0)))
+        train_with(model, [[concept.phrases[0].tokens, {}]], pictures, measure)
+        return sum(losses)
 
     assert loss_of(40) < loss_of(1)
 

@@ -19,7 +19,8 @@ from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods import eiup
 from conceptguard.editing.methods.cre import DEFAULTS as CRE
 from conceptguard.editing.pictures.heat import SCALES, painted, scaled
-from conceptguard.nodes.concept_map import ConceptGuardConceptMap, noise_levels
+from conceptguard.jobs.map import noise_levels
+from conceptguard.nodes.concept_map import ConceptGuardConceptMap
 
 CONCEPT = tiny.concept("knife", 100, phrases=2)
 

@@ -9,7 +9,7 @@ import sys
 from .environment import ROOT
 from .host import link
 
-PACKAGES = ("editing", "nodes", "demo", "benchmarks", "tools")
+PACKAGES = ("editing", "jobs", "nodes", "demo", "benchmarks", "tools")
 
 
 def main() -> int:

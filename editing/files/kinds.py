@@ -87,7 +87,16 @@ KINDS: dict[str, Kind] = {
     "discriminator": Kind({"mean": ("F",), "spread": ("F",), "w": ("F",), "b": (1,), "probe": ("F",)}),
     "features": Kind(trunk_tensors()),
     "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
-    "kpop-checkpoint": Kind(
+    "checkpoint": Kind(  # of any training: what is learned and Adam's moments, flat, and what it learns from
+        {
+            f"{learned}{part}?": (1,) if part == ".t" else (learned,)
+            for learned in ("weights", "prompt", "learned", "direction")
+            for part in ("", ".m", ".v", ".t")
+        }
+        | {"z?": ("Z",), "position?": (1,), "losses": ("steps",)},
+        limit=2**35,
+    ),
+    "kpop-checkpoint": Kind(  # before there was one kind for all
         {
             "weights": ("N",),
             "adam.m": ("N",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..edits.method import Method, OnText, method, register
-from ..edits.spec import Direction, EditSpec
+from ..edits.spec import Direction, Draw, EditSpec, Gate
 from ..files.artefacts import Artefact
 from ..presets.parts import LearnedEdit, LearnedFile
 
@@ -51,6 +51,13 @@ def offset(conditioning: Sequence[Any], direction: Direction, beta: float, poole
         changed = {} if pooled is None or extra.get("pooled_output") is None else {"pooled_output": pooled}
         out.append([moved, {**extra, **changed}])
     return out
+
+
+def drawn(directions: Sequence[Direction], seed: int, gate: Gate, place: Mapping[str, Any]) -> list[EditSpec]:
+    """One edit a direction, open for the images that draw it. Nodes with other directions draw on their own."""
+    stream, n = f"{seed} {' '.join(sorted(direction.key for direction in directions))}", len(directions)
+    draws = [Draw(gate.values, gate.inflight, Gate(gate.values), stream, i, n) for i in range(n)]
+    return [EditSpec("direction", direction, **{**place, "gate": draws[i]}) for i, direction in enumerate(directions)]
 
 
 class DirectionEdit(LearnedEdit):

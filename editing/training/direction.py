@@ -7,8 +7,8 @@ are steered by d themselves. Theirs advance with LMS, ours with Euler steps, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,11 @@ from torch import Tensor
 
 from ..edits.spec import Concept, Direction
 from ..files.artefacts import Artefact
-from ..methods.safe_region import direction_of, shift
-from .mode import gradients
+from ..methods.safe_region import shift
+from .loop import Predict, Text, draws, learned_state, restore_learned, slope
 
 GOALS = ("away", "towards")
 METHOD = "safe region"
-
-# eps of each context [B, L, W] at (z [B, ...], sigma, prompts' indices): gradient.Predictor
-Predict = Callable[..., list[Tensor]]
-Report = Callable[[int, float, Tensor], None]  # updates done, loss, the predicted clean picture
 
 
 def psi(e_o: Tensor, e_null: Tensor, s: float, goal: str = "away") -> Tensor:
@@ -61,162 +57,154 @@ class Settings:
                 raise ValueError(f"{name} is {value}; give a finite number")
 
 
-@dataclass
-class Learner:
-    """A direction while it is learned. b: [T, 1], a: [1, W], fp32 on the CPU; z: the chain's picture."""
+class LearnedDirection:
+    """A direction while it is learned: d = b a, with b: [T, 1] and a: [1, W], fp32 on the CPU.
 
-    concept: Concept
-    settings: Settings
-    b: Tensor
-    a: Tensor
-    backbone: str = ""
-    position: int = 0  # denoising steps taken, over all chains
-    z: Tensor | None = None
-    losses: list[float] = field(default_factory=list)
+    contexts: each prompt's c; sigmas: [S + 1], the noise levels of one chain, 0 last; active: [S], the denoising steps
+    that d takes part in. begun: what was learned with the same settings, to go on with.
+    """
 
-    def __post_init__(self) -> None:
-        self.adam = torch.optim.Adam([self.b.requires_grad_(), self.a.requires_grad_()], lr=self.settings.learning_rate)
+    def __init__(
+        self,
+        predict: Predict,
+        contexts: Sequence[Text],
+        sigmas: Tensor,
+        active: Sequence[bool],
+        concept: Concept,
+        settings: Settings,
+        begun: Artefact | None = None,
+    ) -> None:
+        if not any(active):
+            raise ValueError("no denoising step lies between start_percent and end_percent; widen them")
+        if concept.empty is None:
+            raise ValueError(
+                f'concept "{concept.name}" comes without the empty prompt; connect a CLIPTextEncode '
+                "with no text to its `empty` input"
+            )
+        self.predict, self.contexts, self.sigmas, self.active = predict, contexts, sigmas.tolist(), active
+        self.concept, self.settings, self.device = concept, settings, contexts[0].c.device
+        self.c_o = [Text(phrase.tokens.to(self.device)) for phrase in concept.phrases]
+        self.null = concept.empty.to(self.device).expand(settings.shape[0], -1, -1)
+        # LoRA's initialisation, so that d = 0.
+        self.b = torch.zeros(min(text.c.shape[1] for text in contexts), 1).requires_grad_()
+        self.a = torch.randn(1, concept.width, generator=draws(settings.seed)).requires_grad_()
+        self.adam = torch.optim.Adam([self.b, self.a], lr=settings.learning_rate)
+        self.position = 0  # denoising steps taken, over all chains
+        self.z: Tensor | None = None  # the chain's picture, on the CPU; None before its first step
+        self.clean: Tensor | None = None
+        if begun is not None:
+            self.restore(state_in(begun, concept, settings))
 
-    @classmethod
-    def start(cls, concept: Concept, settings: Settings, tokens: int, backbone: str = "") -> Learner:
-        """b = 0 and a ~ N(0, 1): LoRA's initialisation, so that d = 0."""
-        a = torch.randn(1, concept.width, generator=torch.Generator().manual_seed(settings.seed % 2**63))
-        return cls(concept, settings, torch.zeros(tokens, 1), a, backbone)
+    def step(self, i: int) -> float:
+        """One update. Where d takes no part, the chain runs on without one."""
+        while (loss := self.denoise()) is None:
+            pass
+        return loss
 
-    @classmethod
-    def resume(cls, concept: Concept, settings: Settings, found: Artefact) -> Learner:
-        """Where a learner left off; refuses what was learned with other settings, or has no end to go on from."""
-        if "adam.b" not in found.tensors:
-            raise ValueError(f'resume: "{found.name}" does not hold what training goes on from; start anew')
-        wanted = {**plain(asdict(settings)), "concept": concept.key}
-        for key, value in wanted.items():
-            if (before := found.training.get(key)) != value:
-                raise ValueError(
-                    f'resume: "{found.name}" was learned with {key} {before!r:.60}, not {value!r:.60}; '
-                    "set it back, or start anew"
-                )
-        one = cls(concept, settings, found.tensors["b"].clone(), found.tensors["a"].clone(), found.backbone)
-        one.position, one.losses = int(found.training["position"]), found.tensors["losses"].tolist()
-        one.z = found.tensors["z"].clone() if "z" in found.tensors else None
-        for p, name in ((one.b, "adam.b"), (one.a, "adam.a")):
-            average, square = found.tensors[name].clone()
-            one.adam.state[p] = {"step": torch.tensor(float(one.done)), "exp_avg": average, "exp_avg_sq": square}
-        return one
+    def denoise(self) -> float | None:
+        """One denoising step of a chain; the loss of the update, if it made one."""
+        S, B, set_to = len(self.active), self.settings.shape[0], self.settings
+        chain, i = divmod(self.position, S)
+        rows = range(chain * B, chain * B + B)
+        c = Text.stack([self.contexts[row % len(self.contexts)] for row in rows])
+        o = replace(Text.stack([self.c_o[row % len(self.c_o)] for row in rows]), of=c.of)
+        null = Text(self.null, c.of, positive=False)
+        z = (self.first(chain, self.sigmas[0]) if self.z is None else self.z).to(self.device)
+        sigma, level = torch.full((B,), self.sigmas[i], device=self.device), self.sigmas[i]
+        with torch.no_grad():
+            e_o, e_null = self.predict(z, sigma, o, null)
+        found: list[Tensor] = []
 
-    @property
-    def done(self) -> int:
-        return len(self.losses)
+        def loss() -> Tensor:
+            d = (self.b @ self.a).to(self.device)
+            found.extend(self.predict(z, sigma, replace(c, c=shift(c.c, d, torch.ones(B, device=self.device)))))
+            return 10 * F.mse_loss(found[0], psi(e_o, e_null, set_to.guidance, set_to.goal))
 
-    def artefact(self) -> Artefact:
+        value = None
+        if self.active[i]:
+            value = slope(self.adam, loss)
+            self.adam.step()
+        else:
+            with torch.no_grad():
+                found.extend(self.predict(z, sigma, c))
+        e_cfg = e_null + set_to.cfg * (found[0].detach() - e_null)
+        self.clean = z - level * e_cfg
+        self.z = None if i + 1 == S else (z + (self.sigmas[i + 1] - level) * e_cfg).cpu()
+        self.position += 1
+        return value
+
+    def first(self, chain: int, sigma: float) -> Tensor:
+        """A chain's noise, its own for each chain and seed."""
+        return torch.randn(self.settings.shape, generator=draws(self.settings.seed, chain)) * sigma
+
+    def state(self) -> dict[str, Tensor]:
+        z = torch.zeros(self.settings.shape) if self.z is None else self.z
+        return {
+            **learned_state("direction", self.adam),
+            "z": z.flatten().clone(),
+            "position": torch.tensor([float(self.position)]),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        restore_learned("direction", self.adam, state)
+        self.position = int(state["position"])
+        begins = self.position % len(self.active) == 0
+        self.z = None if begins else state["z"].reshape(self.settings.shape).clone()
+
+    def preview(self) -> Tensor | None:
+        return self.clean
+
+    def artefact(self, losses: Sequence[float], backbone: str = "") -> Artefact:
+        """As its file holds it, with what a longer training goes on from."""
         tensors = {"b": self.b.detach().clone(), "a": self.a.detach().clone()}
-        if self.losses:
-            tensors["losses"] = torch.tensor(self.losses)
+        if losses:
+            tensors["losses"] = torch.tensor(losses)
             for p, name in ((self.b, "adam.b"), (self.a, "adam.a")):
-                state = self.adam.state[p]
-                tensors[name] = torch.stack([state["exp_avg"], state["exp_avg_sq"]])
+                held = self.adam.state[p]
+                tensors[name] = torch.stack([held["exp_avg"], held["exp_avg_sq"]])
         if self.z is not None:
             tensors["z"] = self.z
-        training = {
-            **plain(asdict(self.settings)),
-            "steps": self.done,
-            "position": self.position,
-            "concept": self.concept.key,
-        }
         return Artefact(
             "direction",
             self.concept.name,
             tensors,
             METHOD,
             tuple(p.text for p in self.concept.phrases),
-            self.backbone,
+            backbone,
             self.concept.width,
             len(self.b),
             "add",
             "all",
-            training,
+            {**about(self.concept, self.settings), "steps": len(losses), "position": self.position},
         )
 
-    def direction(self) -> Direction:
-        with gradients():  # so that more can be learned through a model that it edits
-            return direction_of(self.artefact())
 
-    def learn(
-        self,
-        steps: int,
-        predict: Predict,
-        contexts: Sequence[Tensor],
-        sigmas: Tensor,
-        active: Sequence[bool],
-        report: Report,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Until `steps` updates are done. contexts: each prompt's c [1, L, W]; sigmas: [S + 1], of one chain, 0 last;
-        active: [S], the denoising steps that d takes part in. What `report` raises leaves a state to go on from.
-        """
-        S, B, set_to = len(sigmas) - 1, self.settings.shape[0], self.settings
-        if not any(active):
-            raise ValueError("no denoising step lies between start_percent and end_percent; widen them")
-        if self.concept.empty is None:
+def about(concept: Concept, settings: Settings) -> dict[str, Any]:
+    """All that decides what is learned, but for the model and the number of steps; as JSON gives it back."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    return {**plain, "concept": concept.key}
+
+
+def state_in(begun: Artefact, concept: Concept, settings: Settings) -> dict[str, Tensor]:
+    """The state of a training that a direction's file holds; refuses one of other settings, or that holds none."""
+    held = begun.tensors
+    if "adam.b" not in held:
+        raise ValueError(f'resume: "{begun.name}" does not hold what training goes on from; start anew')
+    for key, value in about(concept, settings).items():
+        if (before := begun.training.get(key)) != value:
             raise ValueError(
-                f'concept "{self.concept.name}" comes without the empty prompt; connect a CLIPTextEncode '
-                "with no text to its `empty` input"
+                f'resume: "{begun.name}" was learned with {key} {before!r:.60}, not {value!r:.60}; '
+                "set it back, or start anew"
             )
-        c_o = [phrase.tokens.to(device) for phrase in self.concept.phrases]
-        null = self.concept.empty.to(device).expand(B, -1, -1)
-        while self.done < steps:
-            chain, i = divmod(self.position, S)
-            rows = range(chain * B, chain * B + B)
-            picks = [row % len(contexts) for row in rows]
-            c, o = joined([contexts[j] for j in picks]), joined([c_o[row % len(c_o)] for row in rows])
-            z, sigma = (self.first(chain, sigmas[0]) if self.z is None else self.z).to(device), float(sigmas[i])
-            with torch.no_grad():
-                e_o, e_null = predict(z, sigma, picks, o, null)
-            if active[i]:
-                d = (self.b @ self.a).to(device)
-                (e,) = predict(z, sigma, picks, shift(c, d, torch.ones(B, device=device)))
-                loss = 10 * F.mse_loss(e, psi(e_o, e_null, set_to.guidance, set_to.goal))
-                self.update(loss)
-            else:
-                with torch.no_grad():
-                    (e,) = predict(z, sigma, picks, c)
-            e_cfg = e_null + set_to.cfg * (e.detach() - e_null)
-            z_next = z + (float(sigmas[i + 1]) - sigma) * e_cfg
-            self.position += 1
-            self.z = None if i + 1 == S else z_next.cpu()
-            report(self.done, self.losses[-1] if self.losses else 0.0, z - sigma * e_cfg)
-
-    def update(self, loss: Tensor) -> None:
-        """One Adam step."""
-        self.b.grad, self.a.grad = torch.autograd.grad(loss, [self.b, self.a])
-        value = float(loss.detach())
-        if not all(torch.isfinite(x).all() for x in (loss.detach(), self.b.grad, self.a.grad)):
-            raise ValueError(
-                f"the loss or its gradient is no number after {self.done} steps; lower learning_rate or "
-                "set precision to fp32"
-            )
-        self.adam.step()
-        self.losses.append(value)
-
-    def first(self, chain: int, sigma: Tensor) -> Tensor:
-        """A chain's noise, its own for each chain and seed."""
-        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + chain) % 2**63)
-        return torch.randn(self.settings.shape, generator=generator) * float(sigma)
-
-
-def joined(contexts: Sequence[Tensor]) -> Tensor:
-    """[B, L, W] of B contexts [1, L_i, W]; shorter ones are repeated, as the host does."""
-    longest = max(c.shape[1] for c in contexts)
-    if any(longest % c.shape[1] for c in contexts):
-        raise ValueError(
-            f"the prompts are of {sorted({c.shape[1] for c in contexts})} tokens, which cannot share a "
-            "batch; use a batch of 1, or prompts of one length"
-        )
-    return torch.cat([c.repeat(1, longest // c.shape[1], 1) for c in contexts])
-
-
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    m, v = (torch.cat([held["adam.b"][i].flatten(), held["adam.a"][i].flatten()]) for i in range(2))
+    return {
+        "direction": torch.cat([held["b"].flatten(), held["a"].flatten()]),
+        "direction.m": m,
+        "direction.v": v,
+        "direction.t": torch.tensor([float(len(held["losses"]))]),
+        "z": held.get("z", torch.zeros(settings.shape)).flatten(),
+        "position": torch.tensor([float(begun.training["position"])]),
+    }
 
 
 def random_like(direction: Direction, seed: int) -> Direction:

@@ -23,8 +23,8 @@ from ..edits.blocks import parse_blocks, within
 from ..edits.spec import Prompt
 from ..files.artefacts import Artefact
 from ..methods.kpop import prompt_of
-from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
-from .lora import Deltas
+from .changes import Changes
+from .loop import Predict, Sampling, Text, draws, learned_state, restore_learned, sigma_at, slope
 
 METHOD = "KPOP"
 PATHS = ("chain", "fresh")
@@ -110,7 +110,7 @@ def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: i
     n = concept.shape[1] if mechanism == "additive" else size
     if start == "concept" and mechanism == "concat":
         return concept[:, [1 + i % (concept.shape[1] - 1) for i in range(n)]].clone()
-    noise = torch.randn(1, n, concept.shape[2], generator=torch.Generator().manual_seed(seed)).to(concept)
+    noise = torch.randn(1, n, concept.shape[2], generator=draws(seed)).to(concept)
     return noise * concept.std() * (0.01 if mechanism == "additive" else 1)
 
 
@@ -135,12 +135,13 @@ class Path:
         self.z = self.sampling.noise_scaling(s, noise, torch.zeros_like(noise))
 
     @torch.no_grad()
-    def onward(self, z: Tensor, output: Tensor, sigma: float, towards: float) -> Tensor:
-        """z after one DDIM step. output: theta' for c_e at z."""
+    def onward(self, z: Tensor, e_c: Tensor, sigma: float, towards: float) -> Tensor:
+        """z after one DDIM step. e_c: eps of theta' for c_e at z."""
         s = torch.full((self.o.batch,), sigma, device=z.device)
-        e = self.predict(z, s, self.empty)
-        self.clean = self.sampling.calculate_denoised(s, e + self.o.guidance * (output - e), z)
-        return self.clean + (z - self.clean) * (towards / sigma)
+        (e_0,) = self.predict(z, s, self.empty)
+        e = e_0 + self.o.guidance * (e_c - e_0)
+        self.clean = z - sigma * e
+        return z + (towards - sigma) * e
 
 
 class KPOP:
@@ -157,33 +158,33 @@ class KPOP:
         concepts: Sequence[Text],
         neutral: Sequence[Text],
         empty: Text,
-        deltas: Deltas,
+        changes: Changes,
         prompt: LearnedPrompt,
         shape: Sequence[int],
         options: KPOPOptions,
     ) -> None:
-        self.predict, self.deltas, self.prompt, self.options = predict, deltas, prompt, options
+        self.predict, self.changes, self.prompt, self.options = predict, changes, prompt, options
         self.concepts, self.neutral = concepts, neutral
         self.path = Path(predict, sampling, empty, shape, options)
-        self.adam = torch.optim.Adam(deltas.tensors.values(), lr=options.lr)
+        self.adam = torch.optim.Adam(changes.tensors.values(), lr=options.lr)
         self.prompt_adam = torch.optim.Adam(prompt.tensors.values(), lr=options.prompt_lr)
 
     def step(self, i: int) -> float:
         """One iteration; returns L_R."""
         z, sigma, c, c_n = self.noisy(i)
         s = torch.full((len(z),), sigma, device=z.device)
-        with torch.no_grad(), self.deltas.off():
-            e_e, e_n = self.predict(z, s, c), self.predict(z, s, c_n)
+        with torch.no_grad(), self.changes.off():
+            (e_e,), (e_n,) = self.predict(z, s, c), self.predict(z, s, c_n)
         target, outputs = neutral_target(e_n, e_e, self.options.overshoot), []
 
         def with_prompt() -> Tensor:
-            return difference(self.predict(z, s, c, self.prompt.patch), e_e)
+            return difference(self.predict(z, s, c, patch=self.prompt.patch)[0], e_e)
 
         def removal() -> Tensor:
-            outputs.append(self.predict(z, s, c))
+            outputs.extend(self.predict(z, s, c))
             return difference(outputs[0], target)
 
-        kept = self.prompt_state()
+        kept = learned_state("prompt", self.prompt_adam)
         try:
             slope(self.prompt_adam, with_prompt)  # eq. 5
             self.prompt_adam.step()  # eq. 6
@@ -193,7 +194,7 @@ class KPOP:
             if self.options.path == "chain":
                 onward = self.path.onward(z, outputs[0].detach(), sigma, self.towards)
         except BaseException:  # the host interrupts in the middle of a network's call
-            self.restore_prompt(kept)
+            restore_learned("prompt", self.prompt_adam, kept)
             raise
         self.adam.step()
         self.path.z = onward
@@ -213,39 +214,21 @@ class KPOP:
             for k in range(j):
                 s = torch.full((self.options.batch,), levels[k], device=self.path.z.device)
                 with torch.no_grad():
-                    e = self.predict(self.path.z, s, c)
-                self.path.z = self.path.onward(self.path.z, e, levels[k], levels[k + 1])
+                    (e_c,) = self.predict(self.path.z, s, c)
+                self.path.z = self.path.onward(self.path.z, e_c, levels[k], levels[k + 1])
         elif j == 0:
             self.path.begin(levels[0], generator)
         self.towards = levels[j + 1]
         return self.path.z, levels[j], c, c_n
 
-    def prompt_state(self) -> dict[str, Tensor]:
-        tensors = self.prompt.tensors.items()
-        tokens = {f"prompt.{name}": p.detach().flatten().to("cpu", copy=True) for name, p in tensors}
-        return {**tokens, **adam_state("prompt.adam", self.prompt_adam)}
-
     def state(self) -> dict[str, Tensor]:
-        weights = torch.cat([p.detach().flatten() for p in self.deltas.tensors.values()]).cpu()
-        return {
-            "weights": weights,
-            "z": self.path.z.flatten().to("cpu", copy=True),
-            **adam_state("adam", self.adam),
-            **self.prompt_state(),
-        }
-
-    def restore_prompt(self, state: Mapping[str, Tensor]) -> None:
-        for name, p in self.prompt.tensors.items():
-            fill(p, state[f"prompt.{name}"])
-        restore_adam("prompt.adam", self.prompt_adam, state)
+        learned = learned_state("weights", self.adam) | learned_state("prompt", self.prompt_adam)
+        return {**learned, "z": self.path.z.flatten().to("cpu", copy=True)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        parts = list(self.deltas.tensors.values())
-        for p, values in zip(parts, state["weights"].split([p.numel() for p in parts]), strict=True):
-            fill(p, values)
         self.path.z = state["z"].reshape(self.path.shape).to(self.path.z, copy=True)
-        restore_adam("adam", self.adam, state)
-        self.restore_prompt(state)
+        restore_learned("weights", self.adam, state)
+        restore_learned("prompt", self.prompt_adam, state)
 
     def preview(self) -> Tensor | None:
-        return self.path.clean[0]
+        return self.path.clean

@@ -9,14 +9,14 @@ e need not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..edits.learned import placed
 from ..files.artefacts import Artefact
-from .learning import Predict, Sampling, Text, adam_state, draws, fill, restore_adam, sigma_at, slope
+from .loop import Predict, Sampling, Text, draws, learned_state, restore_learned, sigma_at, slope
 
 METHOD = "learned concept"
 
@@ -34,7 +34,7 @@ def tokens_start(options: ConceptOptions, empty: Tensor, like: Tensor | None = N
     if like is not None and len(like):
         return like[[i % len(like) for i in range(options.tokens)]].clone()
     start = empty[0, 1 : 1 + options.tokens]
-    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(options.seed)).to(start)
+    noise = torch.randn(start.shape, generator=draws(options.seed)).to(start)
     return start + 0.1 * empty.std() * noise
 
 
@@ -67,24 +67,22 @@ class LearnedTokens:
         text, at = Text.stack([self.captions[w] for w in which]), [self.at[w] for w in which]
 
         def loss() -> Tensor:
-            output = self.predict(z, sigma, Text(placed(text.c, self.e, at), text.extra))
-            self.clean = self.sampling.calculate_denoised(sigma, output, z)
-            return (eps - (z - self.clean) / sigma[:, None, None, None]).square().mean()
+            (e,) = self.predict(z, sigma, replace(text, c=placed(text.c, self.e, at)))
+            self.clean = (z - sigma[:, None, None, None] * e.detach())[B // 2 : B // 2 + 1]
+            return (eps - e).square().mean()
 
         value = slope(self.adam, loss)
         self.adam.step()
-        self.clean = self.clean.detach()
         return value
 
     def state(self) -> dict[str, Tensor]:
-        return {"learned": self.e.detach().flatten().to("cpu", copy=True), **adam_state("adam", self.adam)}
+        return learned_state("learned", self.adam)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        fill(self.e, state["learned"])
-        restore_adam("adam", self.adam, state)
+        restore_learned("learned", self.adam, state)
 
     def preview(self) -> Tensor:
-        return self.clean[len(self.clean) // 2]
+        return self.clean
 
     def artefact(self, name: str, empty: Tensor, **about: object) -> Artefact:
         """empty: [1, T, W], the empty prompt's encoding. Neutral are the captions: what they say is no part of it."""

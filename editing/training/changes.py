@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
+
+from .loop import draws
 
 WEIGHTS = ("cross-attention", "others", "all")
 
@@ -24,17 +27,19 @@ def chosen(network: nn.Module, weights: str) -> dict[str, Any]:
     return {path: found[path] for path in found if path in wanted and found[path].weight is not None}
 
 
-class Deltas:
-    """The changes of some modules of a network, zero at the start.
+class Changes:
+    """The changes of some modules of a network, zero at the start, on the device where they are run.
 
-    rank 0: of every weight and bias, whole; else of the weights alone, as up @ down with that many columns (LoRA,
-    up zero and down random).
+    rank 0: of every weight and bias, whole; else of the weights alone, as up @ down with that many columns: the host's
+    LoRA, up zero and down random.
     """
 
-    def __init__(self, modules: dict[str, Any], rank: int = 0, seed: int = 0) -> None:
-        self.tensors: dict[str, nn.Parameter] = {}  # under the names that the host's LoraLoader reads
+    def __init__(self, modules: Mapping[str, Any], rank: int, seed: int, device: torch.device) -> None:
+        self.tensors: dict[str, nn.Parameter] = {}
+        self.shapes: dict[str, torch.Size] = {}  # in the file, where names and shapes are those that LoraLoader reads
+        self.device = device
         self.on = True
-        generator = torch.Generator().manual_seed(seed)
+        generator = draws(seed)
         for path, module in modules.items():
             if rank:
                 self._low_rank(f"diffusion_model.{path}", module, rank, generator)
@@ -42,33 +47,31 @@ class Deltas:
                 self._whole(f"diffusion_model.{path}", module)
 
     def _whole(self, name: str, module: Any) -> None:
-        module.weight_function = [*module.weight_function, self._adding(self._zeros(f"{name}.diff", module.weight))]
+        module.weight_function = [*module.weight_function, self._added(f"{name}.diff", module.weight)]
         if module.bias is not None:
-            module.bias_function = [*module.bias_function, self._adding(self._zeros(f"{name}.diff_b", module.bias))]
+            module.bias_function = [*module.bias_function, self._added(f"{name}.diff_b", module.bias)]
+
+    def _added(self, name: str, like: Tensor) -> Callable[[Tensor], Tensor]:
+        p = self._learned(name, nn.Parameter(torch.zeros(like.shape, device=self.device)), like.shape)
+        return self._switched(lambda w: (w.float() + p).to(w.dtype))
 
     def _low_rank(self, name: str, module: Any, rank: int, generator: torch.Generator) -> None:
         if module.weight.ndim < 2:
             return
         out, *rest = module.weight.shape
-        up, down = (out, rank, *(1 for _ in rest[1:])), (rank, *rest)
-        start = torch.randn(down, generator=generator) * module.weight[0].numel() ** -0.5
-        a = self._parameter(f"{name}.lora_down.weight", start.to(module.weight.device))
-        b = self._parameter(f"{name}.lora_up.weight", torch.zeros(up, device=module.weight.device))
-        module.weight_function = [*module.weight_function, self._adding(lambda: b.flatten(1) @ a.flatten(1))]
+        start = torch.randn((rank, *rest), generator=generator) * module.weight[0].numel() ** -0.5
+        weights = torch.zeros(out, rank), start.flatten(1), float(rank), None, None, None  # alpha = rank: as it is
+        adapter = LoRAAdapter(set(), weights).to_train().to(self.device)
+        self._learned(f"{name}.lora_down.weight", adapter.lora_down.weight, start.shape)
+        self._learned(f"{name}.lora_up.weight", adapter.lora_up.weight, (out, rank, *(1 for _ in rest[1:])))
+        module.weight_function = [*module.weight_function, self._switched(adapter)]
 
-    def _zeros(self, name: str, like: Tensor) -> Callable[[], Tensor]:
-        p = self._parameter(name, torch.zeros(like.shape, device=like.device))
-        return lambda: p
+    def _learned(self, name: str, p: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+        self.tensors[name], self.shapes[name] = p, torch.Size(shape)
+        return p
 
-    def _parameter(self, name: str, value: Tensor) -> nn.Parameter:
-        self.tensors[name] = nn.Parameter(value)
-        return self.tensors[name]
-
-    def _adding(self, delta: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-        def add(w: Tensor) -> Tensor:
-            return (w.float() + delta().reshape(w.shape)).to(w.dtype) if self.on else w
-
-        return add
+    def _switched(self, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda w: change(w) if self.on else w
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -81,7 +84,8 @@ class Deltas:
 
     def lora(self) -> dict[str, Tensor]:
         """What the host's LoraLoader reads, fp16 on the CPU."""
-        out = {name: p.detach().to("cpu", torch.float16) for name, p in self.tensors.items()}
+        learned = {name: p.detach().reshape(self.shapes[name]) for name, p in self.tensors.items()}
+        out = {name: p.to("cpu", torch.float16, copy=True) for name, p in learned.items()}
         for name in [name for name in out if name.endswith(".lora_down.weight")]:
             out[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(len(out[name])))
         return out
