@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..demo import world
-from ..demo.load import WEIGHTS
+from ..demo.train_features import ASSETS
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.eiup import DEFAULTS
@@ -18,7 +18,7 @@ from .erasure import STRENGTH
 from .sampling import Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
-WEIGHT_FILE = WEIGHTS / "eiup-weight.safetensors"  # `make train-adapter` writes it
+WEIGHT_FILE = ASSETS / "eiup-weight.safetensors"  # `make train-adapter` writes it
 Edit = Callable[[Demo, Any, Concept], Any]
 
 

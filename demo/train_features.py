@@ -25,10 +25,11 @@ from ..editing.gates.features import SIDE, TRUNK_WIDTH, Trunk
 from ..tools.environment import ROOT
 from . import world
 from .glyphs import Painter
-from .load import WEIGHTS, load_reference
+from .load import load_reference
 
-FILE = WEIGHTS / "features.safetensors"
-GATES = WEIGHTS / "gates"  # a discriminator of each concept of the erasure table
+ASSETS = ROOT / "assets"
+FILE = ASSETS / "drawings.safetensors"
+GATES = ASSETS / "gates"  # a discriminator of each concept of the erasure table
 NAMES, STYLES = tuple(world.OBJECTS), tuple(world.STYLES)
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     for name in world.ERASED:
         report = train_gate(painter, name)
         print(f"{name}: {100 * report.accuracy:.1f} % right, spoiled {100 * report.perturbed:.1f} %", flush=True)
-    print(f"features and gates in {WEIGHTS.relative_to(ROOT)}/")
+    print(f"features and gates in {ASSETS.relative_to(ROOT)}/")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..editing.edits.encode import NEUTRAL, concept_from_conditioning, concept_from_text
+from ..editing.edits.encode import NEUTRAL, apart, concept_from_conditioning, concept_from_text, lines_of
 from .inputs import CATEGORY, folded, named
+from .show import told
 from .types import ConceptType
 
 NAME_TOOLTIP = "What to call the concept in reports and errors; it changes no picture."
@@ -46,14 +47,29 @@ class ConceptGuardConcept(io.ComfyNode):
                     tooltip="Neighbours that must survive, one a line, such as a spoon for a knife: CRE leaves alone "
                     "what is more like one of them than like the concept. Each line costs as much as one of the text.",
                 ),
+                io.String.Input(
+                    "instead",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="What to draw in the concept's place, such as a cup for a mug; several lines are mixed. It "
+                    "keeps pictures whole. Empty: what ordinary prompts have in common, nothing in particular.",
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept, encoded.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "") -> io.NodeOutput:
+    def execute(
+        cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "", instead: str = ""
+    ) -> io.NodeOutput:
         with named("ConceptGuardConcept"):
-            return io.NodeOutput(concept_from_text(clip, text, name, neutral, keep))
+            concept = concept_from_text(clip, text, name, neutral, keep, instead)
+        lines = lines_of(neutral)
+        if left := [line for line in lines if line not in apart(lines, lines_of(text))]:
+            return told(cls, f"not compared with itself: left {', '.join(left)} out of the neutral prompts", concept)
+        return io.NodeOutput(concept)
 
 
 class ConceptGuardConceptFromConditioning(io.ComfyNode):
@@ -88,6 +104,12 @@ class ConceptGuardConceptFromConditioning(io.ComfyNode):
                     tooltip="The same text encoder's conditioning of neighbours that must survive: CRE leaves alone "
                     "what is more like one of them than like the concept.",
                 ),
+                io.Conditioning.Input(
+                    "instead",
+                    optional=True,
+                    tooltip="The same text encoder's conditioning of what to draw in the concept's place (the mean of "
+                    "several). Not connected: what ordinary prompts have in common.",
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept.")],
         )
@@ -100,9 +122,10 @@ class ConceptGuardConceptFromConditioning(io.ComfyNode):
         empty: list | None = None,
         neutral: list | None = None,
         keep: list | None = None,
+        instead: list | None = None,
     ) -> io.NodeOutput:
         with named("ConceptGuardConceptFromConditioning"):
-            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty, neutral, keep))
+            return io.NodeOutput(concept_from_conditioning(conditioning, name, empty, neutral, keep, instead))
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardConcept, ConceptGuardConceptFromConditioning]

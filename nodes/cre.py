@@ -27,6 +27,7 @@ from .inputs import (
 from .types import ConceptType
 
 NODE = "ConceptGuardCRE"
+READINGS = ("width", "tokens", "baseline", "negative", "solve")  # the first released; later ones follow the floor
 TOOLTIPS = {
     "width": "One coefficient for each position of the picture (full), or one for each attention head there (head).",
     "tokens": "Which tokens of the concept's text stand for it: all, or only its own words, without start, end and "
@@ -39,6 +40,9 @@ TOOLTIPS = {
     "prints it (sum).",
     "floor": "Edit only where what the prompt finds is at least this similar (cosine) to the concept: higher spares "
     "other things more, 1 edits almost nothing, 0 edits everywhere, as the paper does.",
+    "evidence": "Follow what the prompt's own words say (tokens): where they ask for the concept the floor is a fifth "
+    "of itself, so that no further words hide it; elsewhere it is higher, and spares neighbours that nobody named. Or "
+    "ask each position alone (position), as the floor stands.",
 }
 
 
@@ -66,8 +70,9 @@ class ConceptGuardCRE(io.ComfyNode):
                 *window_inputs(),
                 blocks_input(),
                 *link_inputs(),
-                *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in CHOICES),
+                *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in READINGS),
                 floor_input(),
+                choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
         )

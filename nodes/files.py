@@ -23,9 +23,10 @@ from .show import offered
 FOLDER = "concept_guard"
 OFF = "off"
 DEMO_WEIGHT = "demo model"
-DEMO_WEIGHT_FILE = Path(__file__).resolve().parent.parent / "demo" / "weights" / "eiup-weight.safetensors"
-DRAWINGS_FILE = DEMO_WEIGHT_FILE.parent / "features.safetensors"
-DEMO_GATES = DEMO_WEIGHT_FILE.parent / "gates"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DEMO_WEIGHT_FILE = ASSETS / "eiup-weight.safetensors"
+DRAWINGS_FILE = ASSETS / "drawings.safetensors"
+DEMO_GATES = ASSETS / "gates"
 DEMO = {  # what came with the demo model: kind -> choice -> file
     "eiup-weight": {DEMO_WEIGHT: DEMO_WEIGHT_FILE},
     "discriminator": {f"demo: {f.stem.replace('-', ' ')}": f for f in sorted(DEMO_GATES.glob("*.safetensors"))},

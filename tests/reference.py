@@ -27,13 +27,16 @@ def cre(
     clip: bool,
     joint: bool,
     A0: Tensor | None = None,
-    floor: float = 0.0,
+    floor: float | Sequence[float] = 0.0,
     keep: Sequence[Sequence[Tensor]] = (),
+    instead: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width.
 
-    keep: for each concept what is found in its neighbours' prompts, [N, C] each.
+    floor: of all concepts, or one each; keep: for each concept what is found in its neighbours' prompts, [N, C] each;
+    instead: for each what is found in what takes its place, [N, C], if anything.
     """
+    least = [floor] * len(At) if isinstance(floor, float) else floor
     out = A.double().clone()
     for position in range(A.shape[0]):
         for head in range(heads):
@@ -43,7 +46,7 @@ def cre(
             a = A[position, part].double() - base
             steer = [each[position, part].double() - base for each in At]
             cosines = [a @ t / (a.norm() * t.norm()) for t in steer]
-            near = [k for k, cosine in enumerate(cosines) if not floor or cosine >= floor]
+            near = [k for k, cosine in enumerate(cosines) if not least[k] or cosine >= least[k]]
             for k, neighbours in enumerate(keep):
                 for y in (each[position, part].double() - base for each in neighbours):
                     if k in near and a @ y / (a.norm() * y.norm()) > cosines[k]:
@@ -56,6 +59,8 @@ def cre(
             else:
                 c = torch.stack([a @ t / (t @ t) for t in steer])
             for k, c_k, t in zip(near, c, steer, strict=True):
+                if instead and (drawn := instead[k]) is not None:
+                    t = At[k][position, part].double() - drawn[position, part].double()
                 out[position, part] -= s[k] * (max(c_k, torch.zeros(())) if clip else c_k) * t
     return out
 
@@ -116,3 +121,18 @@ def share(q: Tensor, k: Tensor, k_own: Tensor, heads: int, pieces: int) -> Tenso
 def appended(q: Tensor, k: Tensor, v: Tensor, k_e: Tensor, v_e: Tensor, times: int, heads: int) -> Tensor:
     """One softmax over the prompt's tokens and `times` copies of the appended ones."""
     return attention(q, torch.cat([k, *[k_e] * times]), torch.cat([v, *[v_e] * times]), heads)
+
+
+def said(v: Tensor, own: Tensor, like: Sequence[Tensor], ordinary: Sequence[Tensor]) -> float:
+    """How surely the values v [L, C] of a prompt say a phrase whose own rows' values are own [r, C].
+
+    like, ordinary: the values of prompts that say it, and of ordinary ones, [n, C] each."""
+    v0 = torch.cat([x.double() for x in ordinary]).mean(0)
+
+    def most(values: Tensor, row: Tensor) -> float:
+        t = row.double() - v0
+        return max(float((x.double() - v0) @ t / ((x.double() - v0).norm() * t.norm())) for x in values)
+
+    told = [(min(most(x, row) for x in like), max(most(x, row) for x in ordinary), row) for row in own]
+    high, low, row = max(told, key=lambda each: each[0] - each[1])
+    return min(max((most(v, row) - low) / (high - low), 0.0), 1.0) if high > low else 0.0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.methods.attention import attend, split_heads
-from conceptguard.editing.methods.cre import CHOICES, DEFAULTS, CREOptions, Kept, project
+from conceptguard.editing.methods.cre import CHOICES, DEFAULTS, CREOptions, project
+from conceptguard.editing.methods.found import Kept
 
 N, H, D = 5, 4, 12
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")

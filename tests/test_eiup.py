@@ -22,9 +22,9 @@ from conceptguard.editing.methods import eiup as eiup_module
 from conceptguard.editing.methods import eiup_weight as adapters
 from conceptguard.editing.methods.attention import split_heads
 from conceptguard.editing.methods.cre import DEFAULTS as CRE
-from conceptguard.editing.methods.cre import Kept
 from conceptguard.editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share, steered
 from conceptguard.editing.methods.eiup_weight import Adapter
+from conceptguard.editing.methods.found import Found, Kept
 from conceptguard.nodes import files
 from conceptguard.nodes.eiup import ConceptGuardEIUP, parse_weights
 
@@ -100,7 +100,7 @@ def test_what_is_alike_loses_all_of_it(neighbours: int) -> None:
     At = torch.stack([A + 2 * random(2, 50, H, D, seed=2 + p) for p in range(2)])
     found = torch.stack([A + 2 * random(2, 50, H, D, seed=5 + m) for m in range(neighbours)]) if neighbours else None
     kept = None if found is None else Kept(found, torch.ones(2, neighbours, dtype=torch.bool))
-    taken = steered(A, At, -torch.tensor(w)[:, None, None].expand(2, 2, 50), A0, kept)
+    taken = steered(Found(A, At, A0, kept=kept), -torch.tensor(w)[:, None, None].expand(2, 2, 50))
     changed = 0
     for r in range(2):
         keep = [] if found is None else [[y[r].flatten(1) for y in found]] * 2

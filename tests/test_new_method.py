@@ -19,6 +19,7 @@ from conceptguard.editing.edits.method import Method, method, methods, register,
 from conceptguard.editing.edits.spec import Concept, EditSpec, Gate
 from conceptguard.editing.engine.host import add_edit, edits_of, of_model
 from conceptguard.editing.engine.plan import Plan
+from conceptguard.editing.methods.found import Found
 from conceptguard.editing.methods.tokens import TokenSets, solved_together
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import packed, preset_class, read, write
@@ -57,10 +58,8 @@ class Halve(Method):
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
         return TokenSets(solved=solved_together(self, edits, device))
 
-    def taken(
-        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
-    ) -> Tensor:
-        return (s[..., None, None] * options.share * At.float()).sum(0)
+    def taken(self, found: Found, s: Tensor, options: Any, note: Any = None) -> Tensor:
+        return (s[..., None, None] * options.share * found.At.float()).sum(0)
 
     def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> HalveEdit:
         return HalveEdit(method="halve", concept=saver.concept(spec.source), share=spec.options.share, **common)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +18,63 @@ NEUTRAL = (
 )
 
 
-def concept_from_text(clip: Any, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "") -> Concept:
-    """One phrase per line of `text` and of `keep`, encoded by the host's `clip`, and the mean of `neutral`'s lines."""
+# More prompts that say a phrase, from which it is learnt how its words show (methods/said.py).
+SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
+ARTICLES = ("a", "an", "the", "some")
+
+
+def concept_from_text(
+    clip: Any, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "", instead: str = ""
+) -> Concept:
+    """One phrase per line of `text` and of `keep`, encoded by the host's `clip`, the mean of `neutral`'s lines, but for
+    those that are the concept itself, and the mean of `instead`'s."""
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
     phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
     if not phrases:
         raise ValueError("text is empty; write what to erase, one phrasing a line")
-    ordinary = [encode(clip, line) for line in lines_of(neutral)]
-    neutral_mean = mean(ordinary, "neutral") if ordinary else None
-    return Concept(name.strip() or phrases[0].text, phrases, encode(clip, ""), neutral_mean, neutral, kept)
+    lines = apart(lines_of(neutral), lines_of(text))
+    ordinary = [encode(clip, line) for line in lines]
+    replacement = [encode(clip, line) for line in lines_of(instead)]
+    said = [replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases]
+    return Concept(
+        name.strip() or phrases[0].text,
+        tuple(said) if ordinary else phrases,
+        encode(clip, ""),
+        mean(ordinary, "neutral") if ordinary else None,
+        neutral,
+        kept,
+        instead=mean(replacement, "instead") if replacement else None,
+        instead_text=instead.strip(),
+        ordinary=tuple(rows_of(x, own_tokens(clip, line)) for x, line in zip(ordinary, lines, strict=True)),
+    )
+
+
+def bare(text: str) -> list[str]:
+    """Its words without articles."""
+    return [word for word in text.lower().split() if word not in ARTICLES]
+
+
+def apart(lines: Sequence[str], phrases: Sequence[str]) -> list[str]:
+    """The lines that are not one of the phrases themselves: nothing is compared with itself."""
+    own = [bare(phrase) for phrase in phrases]
+    return [line for line in lines if bare(line) not in own]
+
+
+def sayings(clip: Any, phrase: str) -> Iterator[Tensor]:
+    """The rows of the prompts that say a phrase: each [n, W]."""
+    for saying in SAYINGS:
+        text = saying.format(phrase)
+        yield rows_of(encode(clip, text), own_tokens(clip, text))
+
+
+TAIL = (0, 1, 8)  # positions behind a prompt's own tokens that may say it as well: its end and padding
+
+
+def rows_of(tokens: Tensor, own: Sequence[int]) -> Tensor:
+    """The rows of an encoding [1, T, W] that can say something: start, own, end, some padding, and the last; [n, W]."""
+    end, T = max(own, default=0) + 1, tokens.shape[1]
+    return tokens[0, sorted({0, *own, *(end + i for i in TAIL if end + i < T), T - 1})]
 
 
 def lines_of(text: str) -> list[str]:
@@ -49,15 +97,16 @@ def concept_from_conditioning(
     empty: Sequence[Any] | None = None,
     neutral: Sequence[Any] | None = None,
     keep: Sequence[Any] | None = None,
+    instead: Sequence[Any] | None = None,
 ) -> Concept:
     """One phrase per entry of `conditioning` and `keep` (and per row of an entry); all its tokens count as its own.
 
-    The mean of `neutral`'s entries is the neutral encoding.
+    The mean of `neutral`'s entries is the neutral encoding, that of `instead`'s what is drawn in its place.
     """
     name = name.strip() or "concept"
     phrases = phrases_of(checked(conditioning, "conditioning"), name)
     kept = phrases_of(checked(keep, "keep"), f"{name}, kept") if keep is not None else ()
-    given = {"empty": empty, "neutral": neutral}
+    given = {"empty": empty, "neutral": neutral, "instead": instead}
     means = {what: mean(checked(entries, what), what) for what, entries in given.items() if entries is not None}
     width = phrases[0].tokens.shape[-1]
     for what, tokens in (*means.items(), *(("keep", phrase.tokens) for phrase in kept)):
@@ -66,7 +115,7 @@ def concept_from_conditioning(
                 f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
                 f"{width}; make both with the same CLIP"
             )
-    return Concept(name, phrases, means.get("empty"), means.get("neutral"), keep=kept)
+    return Concept(name, phrases, means.get("empty"), means.get("neutral"), keep=kept, instead=means.get("instead"))
 
 
 def phrases_of(encodings: Sequence[Tensor], name: str) -> tuple[Phrase, ...]:

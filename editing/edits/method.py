@@ -55,21 +55,11 @@ class Method:
         """What the edits need of a cross-attention: methods.tokens.TokenSets, each set with its edit's number."""
         raise NotImplementedError(f"{self.label} works on the text alone")
 
-    def taken(
-        self,
-        A: Tensor,
-        At: Tensor,
-        s: Tensor,
-        options: Any,
-        A0: Tensor | None,
-        kept: Any,
-        note: Callable[[Tensor], None],
-    ) -> Tensor:
-        """What a group of edits that is solved together takes away from A; fp32 [..., H, d].
+    def taken(self, found: Any, s: Tensor, options: Any, note: Callable[[Tensor], None]) -> Tensor:
+        """What a group of edits that is solved together takes away from A; fp32 [R, N, H, d].
 
-        A: [..., H, d]; At: [K, ..., H, d], what the same queries find in each prompt; s: [K, ...]; A0: the baseline's;
-        kept: methods.cre.Kept or None; note: to be told where the method found what it looks for, 1 or 0 [K, R, N], if
-        it looks where to act.
+        found: methods.found.Found; s: [K, R, 1], the strength of each phrase in each row; note: to be told where the
+        method found what it looks for, 1 or 0 [K, R, N], if it looks where to act.
         """
         raise NotImplementedError(f"{self.label} solves nothing together")
 

@@ -23,11 +23,15 @@ from .method import Method, method
 
 @dataclass(frozen=True, eq=False)
 class Phrase(Shared):
-    """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU."""
+    """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU.
+
+    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py.
+    """
 
     text: str
     tokens: Tensor
     own: tuple[int, ...]  # the positions of the phrase's own tokens: no start, end or padding
+    like: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or len(self.tokens) != 1:
@@ -37,7 +41,7 @@ class Phrase(Shared):
 
     @cached_property
     def key(self) -> str:
-        return digest((self.tokens, self.own))
+        return digest((self.tokens, self.own, *self.like))
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,8 @@ class Concept(Shared):
 
     empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text;
     keep: neighbours that must survive: an edit leaves alone what is more like one of them.
+    instead: what is drawn in its place, [1, T, W], and its text; None: what it is compared with.
+    ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py.
     """
 
     name: str
@@ -55,10 +61,13 @@ class Concept(Shared):
     neutral_text: str = ""
     keep: tuple[Phrase, ...] = ()
     artefact: Artefact | None = None  # what a file of it holds, if it was learned
+    instead: Tensor | None = None
+    instead_text: str = ""
+    ordinary: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
-        encodings += [tokens for tokens in (self.empty, self.neutral) if tokens is not None]
+        encodings += [tokens for tokens in (self.empty, self.neutral, self.instead) if tokens is not None]
         if not self.phrases or len({tokens.shape[-1] for tokens in encodings}) > 1:
             raise ValueError(f'concept "{self.name}" needs phrases, all of them encoded by the same text encoder')
 
@@ -76,7 +85,9 @@ class Concept(Shared):
 
     @cached_property
     def key(self) -> str:
-        return digest((self.baseline_key, *([phrase.key for phrase in some] for some in (self.phrases, self.keep))))
+        later = [*self.ordinary, *([] if self.instead is None else [self.instead])]
+        phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))
+        return digest((self.baseline_key, *phrases, *later))
 
 
 @dataclass(frozen=True, eq=False)

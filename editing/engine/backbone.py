@@ -76,6 +76,10 @@ class Backbone:
         V = split_heads(attn.to_v(k if tokens.v is tokens.k else tokens.v.to(dtype)), attn.heads)
         return KV.of(tokens, K, V)
 
+    def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Rows of text encodings [n, W] as one attention's values, [n, H * d]; None where they cannot be told alone."""
+        return self.blocks[key].to_v(rows.to(dtype)[None])[0]
+
     # -- what suits it -------------------------------------------------------------------------------------------------
 
     @property

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..edits.blocks import BlockKey, select_blocks
 from ..edits.spec import EditSpec
 from ..methods.attention import attend, logits, split_heads
-from ..methods.cre import Kept
 from ..methods.eiup import reweighted, share
+from ..methods.found import Found, Kept
 from ..methods.kpop import append
+from ..methods.said import UNKNOWN, said_test
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
@@ -31,11 +32,17 @@ PIECE = {"cpu": 2**21, "other": 2**26}
 
 class Steering:
     """Concepts that are solved together in one attention, their prompts by length; the baseline, if any, is the very
-    first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M]."""
+    first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M].
 
-    def __init__(self, group: Solved, bind: Callable[..., KV]) -> None:
+    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit.
+    """
+
+    def __init__(
+        self, group: Solved, bind: Callable[[TokenSet], KV], values: Callable[[Tensor], Tensor | None] = lambda _: None
+    ) -> None:
         self.group = group
-        self.prompts, self.keep = ([bind(part) for part in parts] for parts in (group.phrases, group.keep))
+        sets = (group.phrases, group.keep, group.instead)
+        self.prompts, self.keep, self.instead = ([bind(part) for part in parts] for parts in sets)
         self.owner = torch.cat([kv.owner for kv in self.prompts])
         self.scale = torch.cat([kv.scale for kv in self.prompts])
         owners = [owner for part in group.phrases for owner in part.owner]
@@ -43,37 +50,53 @@ class Steering:
         if self.keep:
             concepts = self.owner[1:] if group.compared else self.owner
             self.kept_for = concepts[:, None] == torch.cat([kv.owner for kv in self.keep])
+        if self.instead:
+            replaced = [owner for part in group.instead for owner in part.owner]
+            self.place = [replaced.index(i) if i in replaced else -1 for i in self.owners]
+        found = {i: said_test(concept, values) for i, concept in group.tested.items()}
+        self.tests = {i: test for i, test in found.items() if test is not None}
 
-    def found(self, q: Tensor) -> tuple[Tensor, Tensor | None, Kept | None]:
-        """What the queries [R, N, H, d] find in the phrases, [K, R, N, H, d], the baseline and the neighbours."""
-        At, A0 = found_in(self.prompts, q), None
+    def found(self, A: Tensor, q: Tensor, said: Tensor | None = None) -> Found:
+        """What the queries find. A, q: [R, N, H, d]; said: of the rows, [K, R, 1]."""
+        At, A0, Ar = found_in(self.prompts, q), None, None
         if self.group.compared:
             A0, At = At[0], At[1:]
-        return At, A0, Kept(found_in(self.keep, q), self.kept_for) if self.keep else None
+        if self.instead:
+            drawn = [*found_in(self.instead, q), torch.zeros_like(A) if A0 is None else A0]
+            Ar = torch.stack([drawn[i] for i in self.place])
+        return Found(A, At, A0, Ar, Kept(found_in(self.keep, q), self.kept_for) if self.keep else None, said)
 
-    def projection(self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None) -> Tensor:
-        """What they take away. A, q: [R, N, H, d]; s: [edits, R]; returns fp32 [R, N, H, d]."""
+    def said(self, v: Tensor) -> Tensor | None:
+        """How surely the tokens of values v [R, L, C] say each phrase's concept: [K, R, 1]; None: nobody asks."""
+        if not self.tests:
+            return None
+        of = {i: test(v).amax(0) for i, test in self.tests.items()}
+        unknown = torch.full((len(v), 1), UNKNOWN, device=v.device)
+        return torch.stack([of.get(i, unknown) for i in self.owners])
+
+    def projection(
+        self, A: Tensor, q: Tensor, v: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None
+    ) -> Tensor:
+        """What they take away. A, q: [R, N, H, d]; v: [R, L, C]; s: [edits, R]; returns fp32 [R, N, H, d]."""
         s = (s[self.owner] * self.scale[:, None])[:, :, None]
-        sets = len(s) + sum(len(kv.owner) for kv in self.keep)
+        sets = len(s) + sum(len(kv.owner) for kv in (*self.keep, *self.instead))
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         s = s[1:] if self.group.compared else s
-        found: list[Tensor] = []  # at the positions of each piece
+        where: list[Tensor] = []  # at the positions of each piece
+        said = self.said(v)
         pieces = [
-            self._project(*piece, s, observe, found.append)
+            self._project(self.found(*piece, said), s, observe, where.append)
             for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)
         ]
-        if note is not None and found:
-            note(self.owners, found[0] if len(found) == 1 else torch.cat(found, -1))
+        if note is not None and where:
+            note(self.owners, where[0] if len(where) == 1 else torch.cat(where, -1))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
-    def _project(
-        self, A: Tensor, q: Tensor, s: Tensor, observe: Observer | None, note: Callable[[Tensor], None]
-    ) -> Tensor:
+    def _project(self, found: Found, s: Tensor, observe: Observer | None, note: Callable[[Tensor], None]) -> Tensor:
         """The same for some positions; s: [K, R, 1]."""
-        At, A0, kept = self.found(q)
         if observe is not None:
-            observe(A=A, At=At, A0=A0, s=s, options=self.group.options)
-        return self.group.method.taken(A, At, s, self.group.options, A0, kept, note)
+            observe(A=found.A, At=found.At, A0=found.A0, s=s, options=self.group.options)
+        return self.group.method.taken(found, s, self.group.options, note)
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
@@ -85,13 +108,18 @@ def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
 class BlockEdits:
     """What happens to one attention's output."""
 
-    def __init__(self, sets: TokenSets, backbone: Backbone, key: BlockKey, dtype: torch.dtype) -> None:
+    def __init__(
+        self, sets: TokenSets, backbone: Backbone, key: BlockKey, device: torch.device, dtype: torch.dtype
+    ) -> None:
         def bind(tokens: TokenSet) -> KV:
             return backbone.keys_values(key, tokens, dtype)
 
+        def values(rows: Tensor) -> Tensor | None:
+            return backbone.values(key, rows.to(device), dtype)
+
         self.heads = backbone.blocks[key].heads
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
-        self.steering = [Steering(group, bind) for group in sets.solved]
+        self.steering = [Steering(group, bind, values) for group in sets.solved]
 
     def apply(
         self,
@@ -108,13 +136,15 @@ class BlockEdits:
 
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
+        tokens = v
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         if self.joined:
             base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2) if foreign else A
             A = A + append(base, q, k, [(kv.K, kv.V, s[kv.owner][0]) for kv in self.joined])
         for kv in self.separate:
             A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
-        taken = [steering.projection(A, q, s, observe, note) for steering in self.steering]  # all from the same A
+        # All from the same A:
+        taken = [steering.projection(A, q, tokens, s, observe, note) for steering in self.steering]
         for part in taken:
             A = A.float() - part
         return A.flatten(-2)
@@ -137,7 +167,7 @@ class Plan:
             if here:
                 if here not in gathered:
                     gathered[here] = gather(specs, here, device)
-                self.blocks[key] = BlockEdits(gathered[here], backbone, key, dtype)
+                self.blocks[key] = BlockEdits(gathered[here], backbone, key, device, dtype)
 
     def rows(self, served: Served, batch: int, couple: tuple[int, ...] = ()) -> Rows | None:
         """The rows to edit of a batch of a model call, or of an attention in it; None if there are none.

@@ -76,9 +76,7 @@ class Watch(Shared):
 
         if self.evidence == "alike":
             (group,) = eiup.METHOD.token_sets([(0, self.edits[p])], q.device).solved
-            At, A0, kept = Steering(group, bind).found(q)
-            assert A0 is not None
-            return eiup.where_alike(A, At, A0, kept)[0][0]
+            return eiup.where_alike(Steering(replace(group, tested={}), bind).found(A, q))[0]
         own, tokens = list(self.phrases[p].own), self.phrases[p].tokens.to(q.device)
         K = bind(TokenSet([0], tokens, tokens)).K  # [1, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]

@@ -27,6 +27,21 @@ LABELS = (
 )
 
 
+# The others that it can find.
+OTHERS = (
+    "ANUS_COVERED",
+    "ANUS_EXPOSED",
+    "ARMPITS_COVERED",
+    "BELLY_COVERED",
+    "BUTTOCKS_COVERED",
+    "FACE_FEMALE",
+    "FACE_MALE",
+    "FEET_COVERED",
+    "FEMALE_BREAST_COVERED",
+    "FEMALE_GENITALIA_COVERED",
+)
+
+
 def installed(package: str) -> Any:
     """The package; raises ValueError if it is not there."""
     try:
@@ -54,6 +69,9 @@ class NudeNet(Shared):
         self.labels = frozenset(label.upper() for label in lines_of(labels))
         if not self.labels:
             raise ValueError("labels is empty; name those that count, one a line, such as BELLY_EXPOSED")
+        if strange := sorted(self.labels.difference(LABELS, OTHERS)):
+            known = ", ".join(sorted((*LABELS, *OTHERS)))
+            raise ValueError(f'labels: NudeNet finds no "{strange[0]}"; it finds {known}')
         self.detector = installed("nudenet").NudeDetector()
         self.key = digest((self.name, *sorted(self.labels)))
 

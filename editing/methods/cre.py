@@ -19,6 +19,8 @@ from ..edits.method import Method, register
 from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
 from ..presets.texts import Percent
+from .found import Found, Kept
+from .said import floors
 from .tokens import TokenSets, solved_together
 
 CHOICES = {
@@ -27,6 +29,7 @@ CHOICES = {
     "baseline": ("none", "neutral"),
     "negative": ("keep", "clip"),
     "solve": ("joint", "sum"),
+    "evidence": ("tokens", "position"),
 }
 RIDGE = 1e-6  # of the Gram matrix' trace: dependent concepts share what they explain
 TINY = 1e-12  # a concept without attention output has no direction to project on, and edits nothing
@@ -45,7 +48,12 @@ class CREOptions:
     floor: a concept is edited only where the cosine between A and At_k (less A0) is at least this; 0 edits everywhere.
         What other prompts share with the concept, "a picture of some thing", lies below it and is left alone.
 
+    evidence: "position" asks the floor's cosine of each position alone, which other words of the prompt can push under
+        it; "tokens" lowers the floor where the prompt's own tokens say the concept, and raises it elsewhere (said.py).
+
     And where A is more like one of the concept's kept prompts (spec.Concept.keep) than like the concept, it stays.
+    Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
+    queries find in the replacement is what remains.
     """
 
     width: str
@@ -54,6 +62,7 @@ class CREOptions:
     negative: str
     solve: str
     floor: float = 0.0
+    evidence: str = "position"
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:  # catches NaN as well
@@ -63,51 +72,38 @@ class CREOptions:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
 
-DEFAULTS = CREOptions(width="full", tokens="all", baseline="neutral", negative="clip", solve="joint", floor=0.5)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the same queries find in prompts that must survive, [M, ..., H, d], and for which concept: of, [K, M]."""
-
-    found: Tensor
-    of: Tensor
+DEFAULTS = CREOptions(
+    width="full", tokens="all", baseline="neutral", negative="clip", solve="joint", floor=0.5, evidence="tokens"
+)
 
 
 def project(
     A: Tensor, At: Tensor, s: Tensor, options: CREOptions, A0: Tensor | None = None, kept: Kept | None = None
 ) -> Tensor:
     """Phi(A), eq. 4, in A's dtype. Shapes as in `projection`."""
-    return (A.float() - projection(A, At, s, options, A0, kept)).to(A.dtype)
+    return (A.float() - projection(Found(A, At, A0, kept=kept), s, options)).to(A.dtype)
 
 
-def projection(
-    A: Tensor,
-    At: Tensor,
-    s: Tensor,
-    options: CREOptions,
-    A0: Tensor | None = None,
-    kept: Kept | None = None,
-    note: Callable[[Tensor], None] | None = None,
-) -> Tensor:
-    """What eq. 4 takes away, sum_k s_k c_k (At_k - A0); fp32.
+def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Tensor], None] | None = None) -> Tensor:
+    """What eq. 4 takes away, sum_k s_k c_k (At_k - A0), or (At_k - Ar_k) where something is drawn instead; in fp32.
 
-    A: [..., H, d]; At: [K, ..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all;
-    A0: [..., H, d] or None, the baseline; note: told where each concept is found, [K, ...]; returns [..., H, d].
+    found: with A [..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all; note: told where
+    each concept is found, [K, ...]; returns [..., H, d].
     """
+    A, At, A0 = found.A, found.At, found.A0
     a, x = (less(each, A0, options.width) for each in (A, At))
     s = s[..., None, None]  # [K, ..., 1, 1]
     along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
-    near = None if kept is None else likeness(a, less(kept.found, A0, options.width), kept.of)
-    found = alike(a, along, square.sqrt(), options.floor, near)
-    if note is not None and isinstance(found, Tensor):
-        note(found[..., 0, 0] if found.shape[-2] == 1 else found[..., 0].amax(-1))
-    s = s * found
+    near = None if found.kept is None else likeness(a, less(found.kept.found, A0, options.width), found.kept.of)
+    where = alike(a, along, square.sqrt(), floors(options.floor, found.said), near)
+    if note is not None and isinstance(where, Tensor):
+        note(where[..., 0, 0] if where.shape[-2] == 1 else where[..., 0].amax(-1))
+    s = s * where
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
     if options.negative == "clip":
         c = c.clamp_min(0)
-    taken = s * c * x
+    taken = s * c * (x if found.Ar is None else less(At, found.Ar, options.width))
     return (taken[0] if len(x) == 1 else taken.sum(0)).reshape(A.shape)
 
 
@@ -117,12 +113,13 @@ def less(x: Tensor, A0: Tensor | None, width: str) -> Tensor:
     return x.flatten(-2)[..., None, :] if width == "full" else x
 
 
-def alike(a: Tensor, along: Tensor, norm: Tensor, floor: float, near: Tensor | None = None) -> Tensor | float:
+def alike(a: Tensor, along: Tensor, norm: Tensor, floor: Tensor | float, near: Tensor | None = None) -> Tensor | float:
     """1 where a's cosine with x_k is at least `floor` and its `likeness` to x_k that to a kept prompt, `near`; else 0.
 
     along, norm: a . x_k and ||x_k||, [K, ..., H, 1].
     """
-    found = along >= floor * norm * a.norm(dim=-1, keepdim=True) if floor else None
+    everywhere = isinstance(floor, float) and floor == 0
+    found = None if everywhere else along >= floor * norm * a.norm(dim=-1, keepdim=True)
     if near is not None:
         own = along >= near * norm
         found = own if found is None else found & own
@@ -161,6 +158,7 @@ class CREEdit(ConceptEdit):
     negative: Literal["keep", "clip"] = "clip"
     solve: Literal["joint", "sum"] = "joint"
     floor: Percent = DEFAULTS.floor
+    evidence: Literal["tokens", "position"] = "tokens"
 
 
 class CRE(Method):
@@ -171,25 +169,26 @@ class CRE(Method):
         neutral_needed(spec, 'baseline to "none"')
 
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
-        return TokenSets(solved=solved_together(self, edits, device, chosen))
+        return TokenSets(solved=solved_together(self, edits, device, chosen, tested=lambda o: o.evidence == "tokens"))
 
-    def taken(
-        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
-    ) -> Tensor:
-        return projection(A, At, s, options, A0, kept, note)
+    def taken(self, found: Found, s: Tensor, options: Any, note: Any = None) -> Tensor:
+        return projection(found, s, options, note)
 
     def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> CREEdit:
         concept = saver.concept(spec.source)
         return CREEdit(method="CRE", concept=concept, blocks=spec.blocks, **common, **vars(spec.options))
 
     def from_document(self, edit: CREEdit, maker: Any) -> dict[str, Any]:
-        options = CREOptions(edit.width, edit.tokens, edit.baseline, edit.negative, edit.solve, edit.floor)
-        return dict(source=maker.concept(edit.concept), options=options)
+        readings = {name: getattr(edit, name) for name in (*CHOICES, "floor")}
+        return dict(source=maker.concept(edit.concept), options=CREOptions(**readings))
 
     def described(self, edit: CREEdit) -> str:
         kept = f", but not {'; '.join(edit.concept.keep)}" if edit.concept.keep else ""
+        instead = (
+            f", drawing {'; '.join(edit.concept.instead)} instead" if edit.concept.instead and edit.strength else ""
+        )
         verb = "Erases" if edit.strength else "Leaves"
-        return f"{verb} {edit.concept.said()}{kept} (CRE, strength {edit.strength:g})"
+        return f"{verb} {edit.concept.said()}{instead}{kept} (CRE, strength {edit.strength:g})"
 
 
 def chosen(options: CREOptions, phrase: Phrase) -> Tensor:

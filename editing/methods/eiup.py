@@ -11,6 +11,9 @@ away, and a large w_j destroys the picture. Evidence "alike" re-weights all that
 ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines and neighbours as in cre.py):
 
     out = A + w E (At - A0),      E = 1 where cos(A - A0, At - A0) >= FLOOR, else 0
+
+with A_r for the A0 that is added where the concept has something to draw instead, and a FLOOR that follows what the
+prompt's own tokens say (said.py).
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
 from .attention import attend, logits, repetitions
 from .cre import DEFAULTS as CRE
-from .cre import Kept, alike, less, likeness, neutral_needed
+from .cre import alike, less, likeness, neutral_needed
 from .eiup_weight import EVIDENCE, Adapter
+from .found import Found
+from .said import floors
 from .tokens import TokenSet, TokenSets, solved_together
 
 FLOOR = CRE.floor
@@ -104,32 +109,27 @@ def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
     return torch.stack(shares).transpose(2, 3)[..., None]
 
 
-def where_alike(A: Tensor, At: Tensor, A0: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """E_p, 1 where the picture's features are like phrase p's, else 0, [P, ...]; and At_p - A0, [P, ..., 1, H d]."""
-    a, x = (less(each, A0, "full") for each in (A, At))
+def where_alike(found: Found) -> Tensor:
+    """E_p, 1 where the picture's features are like phrase p's, else 0; [P, ...]. found: with A [..., H, d]."""
+    assert found.A0 is not None
+    a, x = (less(each, found.A0, "full") for each in (found.A, found.At))
     along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
-    near = None if kept is None else likeness(a, less(kept.found, A0, "full"), kept.of)
-    E = alike(a, along, norm, FLOOR, near)
+    near = None if found.kept is None else likeness(a, less(found.kept.found, found.A0, "full"), found.kept.of)
+    E = alike(a, along, norm, floors(FLOOR, found.said), near)
     assert isinstance(E, Tensor)
-    return E[..., 0, 0], x
+    return E[..., 0, 0]
 
 
-def steered(
-    A: Tensor,
-    At: Tensor,
-    s: Tensor,
-    A0: Tensor,
-    kept: Kept | None = None,
-    note: Callable[[Tensor], None] | None = None,
-) -> Tensor:
+def steered(found: Found, s: Tensor, note: Callable[[Tensor], None] | None = None) -> Tensor:
     """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
 
-    A, A0: [..., H, d]; At: [P, ..., H, d]; s: [P, ...]; note: told E, [P, ...].
+    Where there is something to draw instead, A_r stands in A0's place. s: [P, ...]; note: told E, [P, ...].
     """
-    E, x = where_alike(A, At, A0, kept)
+    assert found.A0 is not None
+    E, x = where_alike(found), less(found.At, found.A0 if found.Ar is None else found.Ar, "full")
     if note is not None:
         note(E)
-    return ((s * E)[..., None, None] * x).sum(0).reshape(A.shape)
+    return ((s * E)[..., None, None] * x).sum(0).reshape(found.A.shape)
 
 
 Weight = Annotated[float, Field(ge=-16, le=16)]
@@ -191,14 +191,11 @@ class EIUP(Method):
         return TokenSets(
             joined=joint,
             separate=[weighted_set(groups[T, e], e == "share", device) for T, e in sorted(groups)],
-            solved=solved_together(self, compared, device, scale=lambda options, p: -options.weight(p)),
+            solved=solved_together(self, compared, device, scale=lambda o, p: -o.weight(p), tested=lambda o: True),
         )
 
-    def taken(
-        self, A: Tensor, At: Tensor, s: Tensor, options: Any, A0: Tensor | None, kept: Any, note: Any = None
-    ) -> Tensor:
-        assert A0 is not None
-        return steered(A, At, s, A0, kept, note)
+    def taken(self, found: Found, s: Tensor, options: Any, note: Any = None) -> Tensor:
+        return steered(found, s, note)
 
     def first_look(self, spec: EditSpec) -> str | None:
         return None if spec.options.auto is None else spec.options.evidence

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..edits.method import Method, methods
-from ..edits.spec import EditSpec, Phrase
+from ..edits.spec import Concept, EditSpec, Phrase
 
 
 @dataclass
@@ -31,13 +31,20 @@ class TokenSet:
 
 @dataclass
 class Solved:
-    """Concepts that are solved together: their phrases, behind the baseline if there is one, and their neighbours."""
+    """Concepts that are solved together: their phrases, behind the baseline if there is one, their neighbours, and what
+    is drawn instead.
+
+    tested: the concepts of the edits that ask the prompt's own tokens (said.py); key: of the options and the baseline,
+    the order in which groups are taken away.
+    """
 
     method: Method
     options: Any
     phrases: list[TokenSet]
     keep: list[TokenSet]
-    key: tuple[str, str] = ("", "")  # of the options and the baseline: the order in which groups are taken away
+    instead: list[TokenSet] = field(default_factory=list)
+    tested: dict[int, Concept] = field(default_factory=dict)
+    key: tuple[str, str] = ("", "")
 
     @property
     def compared(self) -> bool:
@@ -73,10 +80,12 @@ def solved_together(
     device: torch.device,
     chosen: Callable[[Any, Phrase], Tensor] = lambda options, phrase: phrase.tokens,
     scale: Callable[[Any, int], float] = lambda options, p: 1.0,
+    tested: Callable[[Any], bool] = lambda options: False,
 ) -> list[Solved]:
     """The edits of concepts in groups of the same options and baseline.
 
-    chosen: the tokens [1, n, W] that stand for a phrase; scale: of the phrase of that number, times the strength.
+    chosen: the tokens [1, n, W] that stand for a phrase; scale: of the phrase of that number, times the strength;
+    tested: whether the prompt's own tokens are asked.
     """
     groups: dict[tuple[str, str], list[tuple[int, EditSpec]]] = {}
     for i, spec in edits:
@@ -94,7 +103,10 @@ def solved_together(
         if options.baseline == "neutral":  # `admit` has seen to it that there is one
             i, spec = group[0]
             phrases.insert(0, (i, spec.source.baseline, 1.0))
-        out.append(Solved(method, options, by_length(phrases, device), by_length(keep, device), key))
+        instead = [(i, spec.source.instead, 1.0) for i, spec in group if spec.source.instead is not None]
+        said, kept, drawn = (by_length(prompts, device) for prompts in (phrases, keep, instead))
+        asked = {i: spec.source for i, spec in group} if tested(options) else {}
+        out.append(Solved(method, options, said, kept, drawn, asked, key))
     return out
 
 

@@ -34,6 +34,7 @@ class Words(Part):
     phrases: Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=64)]
     neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
     keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
+    instead: Annotated[tuple[Phrase, ...], Field(max_length=8)] = ()
 
     @property
     def count(self) -> int:
@@ -41,8 +42,8 @@ class Words(Part):
         return len(self.phrases) + len(self.keep)
 
     def encoded(self, clip: Any) -> spec.Concept:
-        phrases, neutral, keep = map("\n".join, (self.phrases, self.neutral, self.keep))
-        return concept_from_text(clip, phrases, self.name, neutral, keep)
+        phrases, *rest = map("\n".join, (self.phrases, self.neutral, self.keep, self.instead))
+        return concept_from_text(clip, phrases, self.name, *rest)
 
     def concept(self, maker: Any) -> spec.Concept:
         return self.encoded(maker.given.clip)
@@ -61,6 +62,7 @@ class LearnedFile(Part):
     count: ClassVar[int] = 0  # as a concept it says neither its phrases nor what it keeps
     phrases: ClassVar[tuple[str, ...]] = ()
     keep: ClassVar[tuple[str, ...]] = ()
+    instead: ClassVar[tuple[str, ...]] = ()
 
     def concept(self, maker: Any) -> spec.Concept:
         return concept_of(maker.artefact(self, "concept"))

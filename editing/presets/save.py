@@ -112,7 +112,8 @@ def words_of(concept: Concept, clip: Any) -> Words:
     """The phrases of a concept, if they are what it was made of."""
     phrases, keep = (tuple(phrase.text for phrase in some) for some in (concept.phrases, concept.keep))
     try:
-        words = Words(name=concept.name, phrases=phrases, neutral=tuple(lines_of(concept.neutral_text)), keep=keep)
+        neutral, instead = (tuple(lines_of(text)) for text in (concept.neutral_text, concept.instead_text))
+        words = Words(name=concept.name, phrases=phrases, neutral=neutral, keep=keep, instead=instead)
         again = words.encoded(clip)
     except ValueError:
         again = None
@@ -130,8 +131,11 @@ def alike(a: Concept, b: Concept) -> bool:
     if len(a.keep) != len(b.keep) or [phrase.own for phrase in both[0]] != [phrase.own for phrase in both[1]]:
         return False
     pairs = [(x.tokens, y.tokens) for x, y in zip(*both, strict=True)]
-    if a.baseline is not None and b.baseline is not None:
-        pairs.append((a.baseline, b.baseline))
-    return (a.baseline is None) == (b.baseline is None) and all(
+    for x, y in ((a.baseline, b.baseline), (a.instead, b.instead)):
+        if (x is None) != (y is None):
+            return False
+        if x is not None and y is not None:
+            pairs.append((x, y))
+    return all(
         x.shape == y.shape and torch.linalg.vector_norm(x - y) <= CLOSE * torch.linalg.vector_norm(x) for x, y in pairs
     )
