@@ -21,6 +21,7 @@ from ..presets.parts import ConceptEdit
 from ..presets.texts import Percent
 from .found import Found, Kept
 from .said import floors
+from .solve import solve
 from .tokens import TokenSets, solved_together
 
 CHOICES = {
@@ -146,8 +147,7 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:
     b = m * (x * a).sum(-1, keepdim=True).movedim(0, -2)
     gram = m * (X @ X.mT) * m.mT
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + TINY
-    L, _ = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * torch.eye(X.shape[-2], device=X.device))
-    return torch.cholesky_solve(b, L).movedim(-2, 0)
+    return solve(gram + ridge[..., None, None] * torch.eye(X.shape[-2], device=X.device), b).movedim(-2, 0)
 
 
 class CREEdit(ConceptEdit):

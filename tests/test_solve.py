@@ -1,0 +1,51 @@
+"""CRE's least squares on devices that lack what others have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conceptguard.editing.methods import solve
+from conceptguard.editing.methods.cre import least_squares
+
+
+def systems(concepts: int, alike: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a [positions, 1, d] and x [K, positions, 1, d], whose concepts are alike in so much; some are absent."""
+    g = torch.Generator().manual_seed(concepts)
+    shared = torch.randn(1, 64, 1, 40, generator=g)
+    x = alike * shared + (1 - alike) * torch.randn(concepts, 64, 1, 40, generator=g)
+    present = torch.rand(concepts, 64, 1, 1, generator=g) < 0.8
+    return torch.randn(64, 1, 40, generator=g), x, present
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+@pytest.mark.parametrize("concepts", [2, 3, 6, 12])
+def test_elimination_and_cholesky_agree(concepts: int, alike: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, x, present = systems(concepts, alike)
+    expected = least_squares(a, x, present)
+
+    def missing(*_: object, **__: object) -> None:
+        raise NotImplementedError("aten::cholesky_solve")
+
+    monkeypatch.setattr(torch, "cholesky_solve", missing)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", missing)
+    monkeypatch.setattr(solve, "WITHOUT_CHOLESKY", {"cpu"})
+    found = least_squares(a, x, present)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-4)
+    assert (found[~present.expand_as(found)] == 0).all()
+
+
+def test_dependent_concepts_share_what_they_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, x, _ = systems(1, 0.0)
+    twice = x.expand(2, *x.shape[1:]).contiguous()
+    present = torch.ones(2, 64, 1, 1, dtype=torch.bool)
+    expected = least_squares(a, twice, present)
+    monkeypatch.setattr(solve, "WITHOUT_CHOLESKY", {"cpu"})
+    found = least_squares(a, twice, present)
+    assert torch.isfinite(found).all()
+    taken = [(c * twice).sum(0) for c in (found, expected)]
+    torch.testing.assert_close(*taken, rtol=1e-3, atol=1e-3)
+
+
+def test_apples_device_is_among_them() -> None:
+    assert "mps" in solve.WITHOUT_CHOLESKY
