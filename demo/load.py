@@ -42,9 +42,14 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """Load a state dict that must fit exactly."""
+    """Load a state dict that must fit exactly; the module keeps its dtype, also where a newer host makes its weights
+    of what comes in."""
+    known = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    own = getattr(module, "dtype", None)  # of a host's network whose weights are not there yet
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(
+            {name: tensor.to(known.get(name, own) or tensor.dtype) for name, tensor in tensors.items()}
+        )
     except RuntimeError as e:
         raise WeightsError(
             f"the demo weights {path} do not fit this version of ConceptGuard ({e}): "
@@ -53,7 +58,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module
     return module.eval().requires_grad_(False)
 
 
-def load_unet(tensors: dict[str, Tensor]) -> Any:
+def load_unet(tensors: dict[str, Tensor], disable_dynamic: bool = False) -> Any:
     """A ModelPatcher around the host's BaseModel with SD1's schedule and latent format."""
     import comfy.latent_formats
     import comfy.model_management as mm
@@ -81,7 +86,17 @@ def load_unet(tensors: dict[str, Tensor]) -> Any:
     config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
     base = config.get_model({}, device=mm.unet_offload_device())
     fill(base.diffusion_model, weights, MODEL_FILE)
-    return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=mm.unet_offload_device())
+    kind = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:  # newer hosts: as their own loaders do
+        kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    patcher = kind(base, load_device=device, offload_device=mm.unet_offload_device())
+    patcher.cached_patcher_init = (again, ())
+    return patcher
+
+
+def again(disable_dynamic: bool = False) -> Any:
+    """The same MODEL loaded anew, which newer hosts ask for: for another device, or without dynamic VRAM."""
+    return load_unet(read(MODEL_FILE), disable_dynamic)
 
 
 def load_clip(tensors: dict[str, Tensor]) -> Any:

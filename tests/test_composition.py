@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
@@ -350,7 +351,8 @@ def windows(model: Any, length: int = 2, overlap: int = 0) -> Any:
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     inputs = [length, overlap, "standard_static", 1, False, "pyramid", 0]
-    return ContextWindowsManualNode.execute(model, *inputs).args[0]
+    newer = "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters
+    return ContextWindowsManualNode.execute(model, *inputs, *[False] * newer).args[0]
 
 
 def test_context_windows_in_every_order(model: Any) -> None:

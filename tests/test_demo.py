@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from conceptguard.demo import autoencoder, glyphs, load, model, train_unet, world
 from conceptguard.demo.judge import HEADS, Judge, judge
@@ -153,6 +155,36 @@ def test_the_weights_are_small_and_whole() -> None:
 @pytest.fixture(scope="module")
 def demo():
     return load.load()
+
+
+class Late(nn.Linear):
+    """A host's layer that has no weight before one comes in, and then has that one."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, bias=False)
+        self.weight = None  # type: ignore[assignment]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        self.weight = nn.Parameter(state_dict[f"{prefix}weight"].clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_come_in_the_networks_dtype(dtype: torch.dtype) -> None:
+    network = nn.Sequential(Late(), nn.Linear(2, 2).to(dtype))
+    network.dtype = dtype  # type: ignore[assignment]
+    weights = {"0.weight": torch.ones(2, 2), "1.weight": torch.ones(2, 2), "1.bias": torch.zeros(2)}
+    load.fill(network, weights, load.MODEL_FILE)
+    assert network(torch.ones(1, 2, dtype=dtype)).dtype == dtype
+
+
+def test_the_model_is_loaded_anew_when_a_newer_host_asks(demo: Any) -> None:
+    model, _, _ = demo
+    make, given = model.cached_patcher_init
+    for changes in ({}, {"disable_dynamic": True}):
+        again = make(*given, **changes)
+        assert again.model is not model.model and again.load_device == model.load_device
+        for name, weight in model.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], weight), name
 
 
 def test_the_sockets_are_the_hosts_own(demo) -> None:

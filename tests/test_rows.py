@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec, Gate
 from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.engine.rows import window_of
 
 FIRST = ("input", 1, 0)
 
@@ -103,3 +105,10 @@ def test_rows_that_are_regrouped_unseen_are_an_error(model: Any, parts: int, bat
 def test_without_an_edit_nobody_asks(model: Any) -> None:
     plain = tiny.sample(windows_of_attention(model))
     assert torch.equal(tiny.sample(windows_of_attention(cre(model, strength=0.0))), plain)
+
+
+@pytest.mark.parametrize(("anchor", "shown"), [(None, (2, 3)), (-1, (2, 3)), (1, (1, 2, 3))])
+def test_a_window_may_have_the_picture_before_it_in_front(anchor: int | None, shown: tuple[int, ...]) -> None:
+    """Newer hosts' `causal_window_fix`, which takes it out of the answer again."""
+    window = SimpleNamespace(dim=0, index_list=[2, 3], causal_anchor_index=anchor)
+    assert window_of({"context_window": window}) == shown

@@ -12,6 +12,7 @@ import comfy.sample
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -198,6 +199,8 @@ def flux() -> ModelPatcher:
         qkv_bias=True,
         guidance_embed=False,
     )
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
+        shape["txt_ids_dims"] = []
     model = comfy.supported_models.Flux(shape).get_model({}, device="cpu")
     cpu = torch.device("cpu")
     return ModelPatcher(model, load_device=cpu, offload_device=cpu)

@@ -169,6 +169,7 @@ def window_of(extra: Mapping[str, Any]) -> Window:
     """The images that a context window shows, the host's or AnimateDiff-Evolved's; None when all are shown."""
     window = extra.get("context_window")
     if window is not None and window.dim == 0:
-        return tuple(window.index_list)
+        anchor = getattr(window, "causal_anchor_index", None)  # newer hosts put the picture before it in front
+        return (*([anchor] if anchor is not None and anchor >= 0 else []), *window.index_list)
     shown = (extra.get("ad_params") or {}).get("sub_idxs")
     return tuple(shown) if shown else None
