@@ -1,8 +1,12 @@
-"""A preset's document to change and to apply, and the same with nodes."""
+"""A preset's document to change and to apply, the same with nodes, and what counts the documents of a fuzz."""
 
 from __future__ import annotations
 
 import copy
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from conceptguard.editing.engine.host import edits_of
@@ -51,3 +55,40 @@ def by_hand(model: Any, clip: Any) -> Any:
 
 def keys(model: Any) -> list[tuple[Any, ...]]:
     return [spec.order for spec in sorted(edits_of(model), key=lambda spec: spec.order)]
+
+
+WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+LEAVES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect")
+
+
+class Fuzz:
+    """Counts the documents that were read, and notes what the reader wrote, ran or connected to meanwhile."""
+
+    def __init__(self) -> None:
+        self.read, self.done = 0, list[str]()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self.read += 1
+        _watching.append(self)
+        try:
+            yield
+        finally:
+            _watching.remove(self)
+
+
+_watching: list[Fuzz] = []
+
+
+def _heard(event: str, args: tuple[Any, ...]) -> None:
+    """What Python tells of everything that a program does to the system."""
+    if _watching and (event in WRITES or event in LEAVES or (event == "open" and writes(*args[1:3]))):
+        for fuzz in _watching:
+            fuzz.done.append(f"{event} {args[:1]}")
+
+
+def writes(mode: str | None, flags: int) -> bool:
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+
+
+sys.addaudithook(_heard)
