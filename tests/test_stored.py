@@ -223,15 +223,27 @@ def test_an_older_reader_of_a_newer_preset_says_what_it_lacks(wider: None, monke
     for form in forms:
         with pytest.raises(ValueError, match="^preset: it uses 'a mood', which this .* does not know; update"):
             document.read(form)
-    with pytest.raises(ValueError, match="preset: it has version 2 .* up to version 1; update ConceptGuard"):
-        document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 2'))
+    with pytest.raises(ValueError, match="preset: it has version 4 .* up to version 2; update ConceptGuard"):
+        document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 4'))
 
 
 def test_an_older_preset_is_brought_up_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     today = document.read(PLAIN)
     ups = [lambda old: {**old, "author": old["author"] + "!"}, lambda old: {**old, "author": old["author"] + "?"}]
     monkeypatch.setattr(versions, "UPS", ups)
+    monkeypatch.setattr(versions, "FEATURES", {})
     assert document.read(PLAIN) == today.model_copy(update={"author": "me!?"})
     assert document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 2')).author == "me?"
     again = document.write(document.read(PLAIN))
     assert head_of(again) == (3, None) and document.read(again).author == "me!?"
+
+
+def test_what_is_drawn_instead_is_a_feature_of_version_2() -> None:
+    found = json.loads(PLAIN)
+    found["edits"][0]["concept"]["instead"] = ["a spoon"]
+    written = document.write(document.read(json.dumps(found)))
+    assert head_of(written) == (2, ["what to draw instead"])
+    found["edits"][0]["evidence"] = "position"
+    written = document.write(document.read(json.dumps(found)))
+    assert head_of(written) == (2, ["evidence by tokens or by position", "what to draw instead"])
+    assert document.write(document.read(written)) == written

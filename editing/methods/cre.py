@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..edits.method import Method, register
 from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
 from ..presets.texts import Percent
+from ..presets.versions import since
 from .found import Found, Kept
 from .said import floors
 from .solve import solve
@@ -158,7 +159,7 @@ class CREEdit(ConceptEdit):
     negative: Literal["keep", "clip"] = "clip"
     solve: Literal["joint", "sum"] = "joint"
     floor: Percent = DEFAULTS.floor
-    evidence: Literal["tokens", "position"] = "tokens"
+    evidence: Annotated[Literal["tokens", "position"], since(2, "evidence by tokens or by position")] = "tokens"
 
 
 class CRE(Method):

@@ -16,6 +16,7 @@ from ..edits.spec import complaint_about, too_late
 from ..files import artefacts
 from ..gates.gates import image_gate, in_flight_gate, prompt_gate
 from .texts import Percent, Phrase, Prose, Sha256, file_name
+from .versions import since
 
 MAX_LEARNED = 2**20  # bytes of all files that travel along: a workflow, and each of its pictures, carries them
 
@@ -34,7 +35,7 @@ class Words(Part):
     phrases: Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=64)]
     neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
     keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
-    instead: Annotated[tuple[Phrase, ...], Field(max_length=8)] = ()
+    instead: Annotated[tuple[Phrase, ...], Field(max_length=8), since(2, "what to draw instead")] = ()
 
     @property
     def count(self) -> int:

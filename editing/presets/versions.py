@@ -1,8 +1,8 @@
 """Versions of presets: a newer reader takes every older document, and an older one says what it lacks.
 
-A document is of the least version that holds what it uses. To give a document a new field, mark it with the version
-and a name for people: `instead: Annotated[Phrase | None, since(2, "what to draw instead")] = None`; documents that use
-it name it under "needs". To change what a document holds already, add the step from that version to the next to UPS.
+A document is of the least version that holds what it uses. To give it a new field, mark that with the version and a
+name for people: `instead: Annotated[tuple[Phrase, ...], since(2, "what to draw instead")] = ()`; documents that use it
+name it under "needs". To change what a document holds already, add the step from that version to the next to UPS.
 """
 
 from __future__ import annotations
