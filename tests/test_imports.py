@@ -71,6 +71,15 @@ def test_only_the_binding_of_editing_imports_the_host() -> None:
         assert not used or name in HOST_USERS, f"{name} imports {sorted(used)}: only {sorted(HOST_USERS)} may"
 
 
+def test_there_is_one_way_out_of_inference_mode() -> None:
+    """What the host made in it is refused by autograd, unless it is copied: training/mode.py sees to both."""
+    own = "editing/training/mode.py", "editing/training/harness.py"  # the latter thaws the host's weights within it
+    for path in (path for folder in ("editing", "jobs", "nodes") for path in sources(folder)):
+        text = path.read_text(encoding="utf-8")
+        found = [word for word in ("inference_mode", "enable_grad", "set_grad_enabled") if word in text]
+        assert not found or path.relative_to(ROOT).as_posix() in own, f"{path.name} has {found}; use training/mode.py"
+
+
 def test_jobs_need_no_graph_and_no_server() -> None:
     for path in sources("jobs"):
         used = {module.split(".")[0] for module in imported(path)} & HOST_MODULES
