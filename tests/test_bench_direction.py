@@ -38,6 +38,6 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         assert all({"named", "implied", "never trained", "others"} <= row.keys() for row in rows)
         monkeypatch.setattr(direction, "ATTRIBUTES", {"gender": tuple(world.GENDERS)})
-        rows = direction.fairness(demo, 1, 1, 1, named=1)
+        rows = list(direction.fairness(demo, 1, 1, 1, named=1))
         assert [row["edit"] for row in rows[:3]] == ["unedited", "fair", "random"] and len(rows) == 7
         assert all(0 <= row["gender"] <= 0.5 and row["beer mug left"].n == 1 for row in rows)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Concept, Direction, Draw, Gate, Phrase, draw
-from conceptguard.editing.engine.host import edits_of, fingerprint_of
+from conceptguard.editing.engine.host import add_edit, edits_of, fingerprint_of
 from conceptguard.editing.files.artefacts import Artefact, read, write
-from conceptguard.editing.methods.safe_region import direction_of
+from conceptguard.editing.methods.safe_region import direction_of, drawn
 from conceptguard.editing.pictures.chart import curve
 from conceptguard.editing.training.direction import LearnedDirection, psi, random_like
 from conceptguard.editing.training.harness import Predictor
@@ -478,6 +478,16 @@ def test_two_attributes_draw_on_their_own() -> None:
     pairs = Counter((a, b) for a, b in zip(gates["man"], gates["light"], strict=True))
     assert len(pairs) == 4 and min(pairs.values()) > 60
     assert all(m + w == 1 for m, w in zip(gates["man"], gates["woman"], strict=True))
+
+
+def test_directions_that_no_image_drew_are_no_complaint() -> None:
+    """Fewer images than directions: what nobody drew was not left out."""
+    directions = [vector(str(i), i, 0.1) for i in range(4)]
+    for seed in range(3):
+        model = tiny.sd1()
+        for spec in drawn(directions, seed, Gate(), {"node": "Fair"}):
+            model = add_edit(model, spec)
+        assert not torch.equal(tiny.sample(model), tiny.sample(tiny.sd1()))
 
 
 def test_each_image_gets_the_direction_that_it_drew() -> None:

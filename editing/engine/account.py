@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..edits.blocks import BlockKey
 from ..edits.digest import Shared
-from ..edits.spec import EditSpec
+from ..edits.spec import Draw, EditSpec
 from .backbone import Backbone
 from .rows import Rows, Served
 
@@ -37,6 +37,7 @@ class Entry:
     acted: set[int] = field(default_factory=set)
     reached: dict[BlockKey, None] = field(default_factory=dict)
     installed: int = 0  # model calls
+    open: int = 0  # those in which its gate lets it act on a row
     edited: int = 0
     seen: int = 0
     everywhere: bool = True  # whether it never looked where to act
@@ -183,6 +184,7 @@ class Account(Shared):
             entry.seen += call.served.batch
             if rows is None or not rows.on[i]:
                 continue
+            entry.open += 1
             reached = call.read if i in plan.texts else call.reached
             reached = [key for key in reached if key in plan.chosen[i]]
             entry.reached.update(dict.fromkeys(reached))
@@ -243,6 +245,8 @@ class Account(Shared):
             return f"found no prompt to act on: the model was called for {', '.join(self.prompts)} alone"
         if not entry.installed:
             return "reached no call of the model"
+        if not entry.open and isinstance(entry.spec.gate, Draw):
+            return None  # none of the images drew it
         if not entry.reached:
             return f"reached none of {len(entry.named)} blocks"
         if entry.missed:
