@@ -46,6 +46,7 @@ BEHIND = {
 
 # Where that is not what the node is for: "<" a type that it takes and what gives it, ">" one that it gives.
 NEIGHBOURS = {
+    "ConceptGuardAccount": {"<LATENT": "KSampler", "<MODEL": "ConceptGuardCRE"},
     "ConceptGuardConceptMap": {"<LATENT": "KSampler"},
     "ConceptGuardKPOP": {"<MODEL": "LoraLoader"},
     "ConceptGuardPresetGate": {">CONCEPT_GUARD_GATE": "ConceptGuardApplyPreset"},

@@ -1,5 +1,6 @@
 """The pack's nodes: thin, one file per family, no maths. Each file ends in its list."""
 
+from .account import NODES as account_nodes
 from .bounds import guarded
 from .causal_period import NODES as causal_period_nodes
 from .classifier import NODES as classifier_nodes
@@ -33,6 +34,7 @@ NODES = [
         *gate_nodes,
         *causal_period_nodes,
         *concept_map_nodes,
+        *account_nodes,
         *preset_nodes,
         *demo_nodes,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import Concept, EditSpec, Gate
+from ..editing.edits.spec import ROWS, Concept, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import CHOICES, DEFAULTS
 from .inputs import (
@@ -20,10 +20,12 @@ from .inputs import (
     folded,
     link_inputs,
     named,
+    rows_input,
     strength_input,
     where,
     window_inputs,
 )
+from .show import telling
 from .types import ConceptType
 
 NODE = "ConceptGuardCRE"
@@ -73,8 +75,10 @@ class ConceptGuardCRE(io.ComfyNode):
                 *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in READINGS),
                 floor_input(),
                 choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
+                rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -99,13 +103,14 @@ class ConceptGuardCRE(io.ComfyNode):
         blocks: str = "all",
         range: tuple[float, float] | None = None,
         gate: Gate | None = None,
+        rows: str = ROWS[0],
         **options: Any,
     ) -> io.NodeOutput:
         with named(NODE):
             expect(concept, Concept)
-            place = where(start_percent, end_percent, blocks, range, gate)
+            place = where(start_percent, end_percent, blocks, range, gate, rows)
             readings = replace(DEFAULTS, **options)
-        spec = EditSpec("projection", concept, strength, **place, options=readings, node=NODE)
+        spec = EditSpec("projection", concept, strength, **place, options=readings, node=NODE, report=telling(cls))
         return io.NodeOutput(add_edit(model, spec))
 
 

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.edits.spec import Direction, EditSpec, Gate
+from ..editing.edits.spec import ROWS, Direction, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.files.artefacts import Artefact
 from ..editing.methods.safe_region import direction_of, drawn, offset
@@ -20,11 +20,13 @@ from .inputs import (
     expect,
     link_inputs,
     named,
+    rows_input,
     strength_input,
     where,
     window_inputs,
 )
 from .learned import load_node, save_node
+from .show import telling
 from .types import DirectionType
 
 DIRECTIONS = 8  # that ConceptGuardFairDirection draws from
@@ -79,8 +81,10 @@ class ConceptGuardSafeDirection(io.ComfyNode):
                 *window_inputs(start=0.18),
                 *link_inputs(),
                 blocks_input(),
+                rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model whose prompts are moved.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -105,12 +109,14 @@ class ConceptGuardSafeDirection(io.ComfyNode):
         range: tuple[float, float] | None = None,
         gate: Gate | None = None,
         blocks: str = "all",
+        rows: str = ROWS[0],
     ) -> io.NodeOutput:
         node = "ConceptGuardSafeDirection"
         with named(node):
-            place = where(start_percent, end_percent, blocks, range, gate)
+            place = where(start_percent, end_percent, blocks, range, gate, rows)
             expect(direction, Direction)
-        return io.NodeOutput(add_edit(model, EditSpec("direction", direction, strength, **place, node=node)))
+        spec = EditSpec("direction", direction, strength, **place, node=node, report=telling(cls))
+        return io.NodeOutput(add_edit(model, spec))
 
 
 class ConceptGuardOffsetConditioning(io.ComfyNode):
@@ -182,8 +188,10 @@ class ConceptGuardFairDirection(io.ComfyNode):
                     DirectionType.Input(f"direction_{i}", optional=True, tooltip="One more to draw from.")
                     for i in range(3, DIRECTIONS + 1)
                 ),
+                rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model whose images draw a direction each.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -208,14 +216,15 @@ class ConceptGuardFairDirection(io.ComfyNode):
         end_percent: float = 1.0,
         range: tuple[float, float] | None = None,
         gate: Gate | None = None,
+        rows: str = ROWS[0],
         **more: Direction,
     ) -> io.NodeOutput:
         node = "ConceptGuardFairDirection"
         with named(node):
-            place = where(start_percent, end_percent, "all", range, gate)
+            place = where(start_percent, end_percent, "all", range, gate, rows)
             given = {"direction_1": direction_1, "direction_2": direction_2, **more}
             directions = [expect(d, Direction, name) for name, d in sorted(given.items()) if d is not None]
-        place_of = {**place, "strength": strength, "node": node}
+        place_of = {**place, "strength": strength, "node": node, "report": telling(cls)}
         for spec in drawn(directions, seed, place["gate"], place_of):
             model = add_edit(model, spec)
         return io.NodeOutput(model)

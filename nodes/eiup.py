@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..editing.edits.encode import lines_of
-from ..editing.edits.spec import Concept, EditSpec, Gate
+from ..editing.edits.spec import ROWS, Concept, EditSpec, Gate
 from ..editing.engine.host import add_edit
 from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
 from ..editing.methods.eiup_weight import load
@@ -22,9 +22,11 @@ from .inputs import (
     expect,
     link_inputs,
     named,
+    rows_input,
     where,
     window_inputs,
 )
+from .show import telling
 from .types import ConceptType
 
 NODE = "ConceptGuardEIUP"
@@ -92,8 +94,10 @@ class ConceptGuardEIUP(io.ComfyNode):
                 io.String.Input("weights", default="", multiline=True, optional=True, tooltip=TOOLTIPS["weights"]),
                 choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
                 choice_input("auto", (OFF, *choices("eiup-weight")), OFF, TOOLTIPS["auto"]),
+                rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -133,14 +137,16 @@ class ConceptGuardEIUP(io.ComfyNode):
         weights: str = "",
         evidence: str = DEFAULTS.evidence,
         auto: str = OFF,
+        rows: str = ROWS[0],
     ) -> io.NodeOutput:
         with named(NODE):
             expect(concept, Concept)
-            place = where(start_percent, end_percent, blocks, range, gate)
+            place = where(start_percent, end_percent, blocks, range, gate, rows)
             adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
             evidence = evidence if adapter is None else adapter.evidence
             options = EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, adapter)
-        return io.NodeOutput(add_edit(model, EditSpec("erasure", concept, **place, options=options, node=NODE)))
+        spec = EditSpec("erasure", concept, **place, options=options, node=NODE, report=telling(cls))
+        return io.NodeOutput(add_edit(model, spec))
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardEIUP]

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import Concept, Direction, Gate, Prompt, complaint_about
+from ..editing.edits.spec import ROWS, Concept, Direction, Gate, Prompt, complaint_about
 from .bounds import outside, schema_of
 from .types import GateType
 
@@ -24,6 +24,7 @@ class Where(TypedDict):
     end_percent: float
     blocks: str
     gate: Gate
+    rows: str
 
 
 def strength_input(tooltip: str) -> io.Float.Input:
@@ -90,6 +91,16 @@ def link_inputs() -> list[io.Input]:
     ]
 
 
+def rows_input() -> io.Combo.Input:
+    return choice_input(
+        "rows",
+        ROWS,
+        ROWS[0],
+        "Whose part of the batch is edited: that of the prompts that the guider calls positive (conditional), or all, "
+        "the negative one's as well: for a cfg of 0 or less, and for guiders that go beyond their prompts.",
+    )
+
+
 def choice_input(name: str, options: tuple[str, ...], default: str, tooltip: str) -> io.Combo.Input:
     """One of the choices that few people need."""
     return folded(io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip))
@@ -132,14 +143,21 @@ def named(node: str) -> Iterator[None]:
         raise ValueError(f"{node}: {error}") from error
 
 
-def where(start_percent: float, end_percent: float, blocks: str, range: Any = None, gate: Gate | None = None) -> Where:
+def where(
+    start_percent: float,
+    end_percent: float,
+    blocks: str,
+    range: Any = None,
+    gate: Gate | None = None,
+    rows: str = ROWS[0],
+) -> Where:
     """The inputs above as an EditSpec has them; `range` goes before the two percents."""
     if range is not None:
         try:
             start_percent, end_percent = (float(percent) for percent in range)
         except (TypeError, ValueError):
             raise ValueError(f"range is {range!r}; connect a TIMESTEPS_RANGE, two numbers from 0 to 1") from None
-    return Where(start_percent=start_percent, end_percent=end_percent, blocks=blocks, gate=gate_of(gate))
+    return Where(start_percent=start_percent, end_percent=end_percent, blocks=blocks, gate=gate_of(gate), rows=rows)
 
 
 def check(

@@ -9,7 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..editing.edits.spec import EditSpec, Gate, Prompt
+from ..editing.edits.spec import ROWS, EditSpec, Gate, Prompt
 from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.files.header import packed
@@ -24,12 +24,13 @@ from .inputs import (
     link_inputs,
     named,
     prefix_input,
+    rows_input,
     strength_input,
     where,
     window_inputs,
 )
 from .learned import load_node, save_node
-from .show import said
+from .show import said, telling
 from .types import FileType, LoRAType, PromptType
 
 
@@ -118,8 +119,10 @@ class ConceptGuardKPOP(io.ComfyNode):
                 ),
                 *window_inputs(),
                 *link_inputs(),
+                rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model that draws the concept again.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -142,12 +145,13 @@ class ConceptGuardKPOP(io.ComfyNode):
         end_percent: float = 1.0,
         range: tuple[float, float] | None = None,
         gate: Gate | None = None,
+        rows: str = ROWS[0],
     ) -> io.NodeOutput:
         node = "ConceptGuardKPOP"
         with named(node):
-            place = where(start_percent, end_percent, expect(prompt, Prompt).blocks, range, gate)
+            place = where(start_percent, end_percent, expect(prompt, Prompt).blocks, range, gate, rows)
         method, source = edit_of(prompt)
-        edited = add_edit(model, EditSpec(method, source, strength, **place, node=node))
+        edited = add_edit(model, EditSpec(method, source, strength, **place, node=node, report=telling(cls)))
         compare(prompt.artefact, model, node)
         return io.NodeOutput(edited)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..editing.edits.spec import Gate
-from ..editing.engine.host import add_edit, edits_of
+from ..editing.engine.host import add_edit, edits_of, of_model
 from ..editing.files.artefacts import Artefact
 from ..editing.files.whole import put_beside
 from ..editing.presets.apply import Given, specs_of
@@ -21,10 +21,10 @@ from ..editing.presets.words import described
 from .discriminator import encoder_of
 from .files import contents, fingerprint, holding
 from .gates import reporting
-from .inputs import CATEGORY, check, gate_of, named, strength_input
+from .inputs import CATEGORY, check, folded, gate_of, named, strength_input
 from .kpop import compare
 from .preset_routes import add_routes, missing, read_file
-from .show import id_of, said
+from .show import id_of, said, telling
 from .types import GateType, PresetGateType
 
 APPLY, SAVE, LOOK = "ConceptGuardApplyPreset", "ConceptGuardSavePreset", "ConceptGuardPresetGate"
@@ -125,6 +125,15 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                     tooltip="Multiplies the strength of every edit, image by image; 0 is a closed gate and leaves the "
                     "image untouched. Not connected: open. A preset with gates of its own may want a Preset Gate here.",
                 ),
+                folded(
+                    io.Boolean.Input(
+                        "other_models",
+                        default=False,
+                        optional=True,
+                        tooltip="Use the preset also on a model of another kind than those that it was made for, where "
+                        "its numbers may do too much or nothing. Off: that is an error.",
+                    )
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the preset's edits.")],
             hidden=[io.Hidden.unique_id],
@@ -142,9 +151,18 @@ class ConceptGuardApplyPreset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, preset: str, strength: float = 1.0, gate: Gate | PresetGate | None = None
+        cls,
+        model: Any,
+        clip: Any,
+        preset: str,
+        strength: float = 1.0,
+        gate: Gate | PresetGate | None = None,
+        other_models: bool = False,
     ) -> io.NodeOutput:
         with named(APPLY):
+            document = read(preset)
+            if not other_models:
+                suits(document, of_model(model, APPLY).family)
             seen = gate if isinstance(gate, PresetGate) else PresetGate(gate_of(gate))
             given = Given(
                 clip,
@@ -155,12 +173,22 @@ class ConceptGuardApplyPreset(io.ComfyNode):
                 seen.text,
                 reporting(id_of(cls)),
             )
-            specs = specs_of(read(preset), given, strength, seen.whole, APPLY)
+            specs = specs_of(document, given, strength, seen.whole, APPLY)
+        tell = telling(cls)
         for spec in specs:
             if spec.source.artefact is not None and spec.source.artefact.kind == "prompt":
                 compare(spec.source.artefact, model, APPLY)
-            model = add_edit(model, spec)
+            model = add_edit(model, replace(spec, report=tell))
         return io.NodeOutput(model)
+
+
+def suits(preset: Preset, family: str) -> None:
+    """Raise for a model of another family than the preset was made for."""
+    if not preset.made_for(family):
+        raise ValueError(
+            f'preset "{preset.name}" was made for {", ".join(preset.base_models)} models, and this is one of {family}; '
+            "choose a preset for it, or tick other_models to use this one all the same"
+        )
 
 
 class ConceptGuardSavePreset(io.ComfyNode):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from comfy_api.latest import io
@@ -48,6 +49,11 @@ def said(*lines: str) -> dict[str, list[str]]:
 def id_of(node: type[io.ComfyNode]) -> str | None:
     """The id of the node that runs now; its schema must ask for it (io.Hidden.unique_id)."""
     return getattr(node.hidden, "unique_id", None) if node.hidden else None
+
+
+def telling(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """What puts words on the node that runs now, later: its schema must ask for its id."""
+    return partial(show, id_of(node))
 
 
 def told(node: type[io.ComfyNode], text: str, *values: Any, **page: list[Any]) -> io.NodeOutput:

@@ -30,6 +30,10 @@ def cre(model: Any, **inputs: Any) -> Any:
     return add_edit(model, EditSpec("projection", tiny.concept(), options=tiny.CRE, node="Test", **inputs))
 
 
+def cre_spec() -> EditSpec:
+    return EditSpec("projection", tiny.concept(), options=tiny.CRE, node="Test")
+
+
 def eiup(model: Any) -> Any:
     return add_edit(model, EditSpec("erasure", tiny.concept(), options=EIUPOptions("joint"), node="Test"))
 
@@ -186,6 +190,19 @@ def test_merging_into_an_edited_model_keeps_its_edits(model: Any) -> None:
     plain = ModelMergeSimple().merge(model, other, 0.5)[0]
     assert not torch.equal(tiny.sample(merged), tiny.sample(plain))
     merged.unpatch_model()
+
+
+def test_merging_an_edited_model_into_another_is_an_error(model: Any) -> None:
+    """Of the second one the host's merges take the weights alone."""
+    other = tiny.sd1(seed=1)
+    for edited in (cre(model), cre(model).clone().clone(), add_edit(directed(model), cre_spec())):
+        with pytest.raises(ValueError, match="Test: .*a merge takes the weights of this MODEL alone.*behind the merge"):
+            ModelMergeSimple().merge(other, edited, 0.5)
+    merged = ModelMergeSimple().merge(other, cre(model, strength=0.0), 0.5)[0]  # nothing is lost
+    plain = ModelMergeSimple().merge(other, model, 0.5)[0]
+    assert torch.equal(tiny.sample(merged), tiny.sample(plain))
+    for each in (merged, plain):
+        each.unpatch_model()
 
 
 def test_saving_an_edited_model_is_an_error(model: Any, tmp_path: Path) -> None:

@@ -178,6 +178,36 @@ def test_hooked_prompts_are_told_apart(model: Any) -> None:
     assert (edited[1], edited[3]) == (1, 1) and edited[2] == 0
 
 
+def test_a_second_network_in_the_same_run_has_keys_of_its_own(model: Any) -> None:
+    """Guiders that give the negative another network, with the options of the first (core's DualModelGuider)."""
+    other = tiny.sd1(seed=1)
+
+    class DualModel(comfy.samplers.CFGGuider):
+        def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = {}, seed: Any = None) -> Tensor:  # noqa: B006
+            other.pre_run()
+            conds = [self.conds["negative"]]
+            (negative,) = comfy.samplers.calc_cond_batch(other.model, conds, x, timestep, model_options)
+            conds = [self.conds["positive"]]
+            (positive,) = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
+            return negative + self.cfg * (positive - negative)
+
+    def outputs(edited: Any) -> tuple[Tensor, Tensor]:
+        guider = DualModel(edited)
+        guider.set_conds(tiny.cond(1), tiny.cond(2))
+        guider.set_cfg(4.0)
+        with tiny.Recorder(model) as first, tiny.Recorder(other) as second:
+            guided(guider)
+        return first.calls[FIRST][0]["out"], second.calls[FIRST][0]["out"]
+
+    plain, edited, both = outputs(model), outputs(cre(model)), outputs(cre(model, rows="all"))
+    assert not torch.equal(plain[0], edited[0]) and torch.equal(plain[1], edited[1])
+    with tiny.Recorder(other) as alone:
+        tiny.sample(cre(other, rows="all"), tiny.cond(2), cfg=1.0, steps=1)
+    assert not torch.equal(plain[1], both[1])
+    found = [plain[1] - each for each in (both[1], edited[1])]
+    assert found[0].abs().max() > 1e-2 and not found[1].any() and alone.calls[FIRST]
+
+
 def test_a_call_without_names_in_an_unknown_order_is_an_error(model: Any) -> None:
     def run(model: Any) -> Tensor:
         guider = Nameless(model)

@@ -254,6 +254,10 @@ class Account(Shared):
             return f"reached {len(entry.reached)} of {len(entry.named)} blocks, and never {missed}"
         return None
 
+    def lines(self) -> list[tuple[Entry, str]]:
+        """Each edit, and what it did, for people."""
+        return [(entry, entry.line(self.steps)) for entry in self.entries.values()]
+
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
         return {

@@ -7,6 +7,7 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from ..edits.digest import Shared, digest
 from ..edits.spec import ROWS, EditSpec, InFlight
 from ..gates.features import weights_digest
 from . import backbones as _backbones  # noqa: F401  registers the kinds of models
-from .account import ACCOUNTS, LISTENERS, Accounts
+from .account import ACCOUNTS, LISTENERS, Account, Accounts
 from .backbone import Backbone, backbone_of
 from .conds import CONDS, positive
 from .obstacles import cause, nag_in
@@ -76,6 +77,7 @@ def woken(model: ModelPatcher) -> ModelPatcher:
     for kind, callback in CALLBACKS.items():
         if not model.get_callbacks(kind, EDITS):
             model.add_callback_with_key(kind, EDITS, callback)
+    cloned(model, model)
     return model
 
 
@@ -211,6 +213,24 @@ def loaded(patcher: ModelPatcher, device: Any, lowvram: Any, force_patch_weights
             )
 
 
+def cloned(_: ModelPatcher, model: ModelPatcher) -> None:
+    """A callback when a MODEL is cloned: the clone, too, says so when it is asked for its weights alone."""
+    this = weakref.ref(model)
+    model.get_key_patches = lambda *args, **kwargs: weights_alone(this(), *args, **kwargs)
+
+
+def weights_alone(patcher: ModelPatcher | None, *args: Any, **kwargs: Any) -> Any:
+    """What a merge asks its second MODEL for: raises if that carries edits, which would be lost."""
+    assert patcher is not None
+    for spec in patcher.get_attachment(EDITS) or ():
+        if not spec.idle:
+            raise spec.error(
+                "the edit was not applied: a merge takes the weights of this MODEL alone, and leaves its edits behind; "
+                "merge first, and put the edit behind the merge"
+            )
+    return type(patcher).get_key_patches(patcher, *args, **kwargs)
+
+
 def complain(run: Run, guider: Any) -> None:
     """Raise if an edit that was due did not act, or not in all of its blocks."""
     for spec, entry in run.account.entries.items():
@@ -231,11 +251,14 @@ def settle(run: Run, options: dict[str, Any], latents: Any) -> None:
         VERDICTS[made, flight] = verdict
     while len(VERDICTS) > REMEMBERED:
         VERDICTS.pop(next(iter(VERDICTS)))
-    for spec, entry in account.entries.items():
-        line = entry.line(account.steps)
+    told: dict[Any, list[str]] = {}  # by node
+    for entry, line in account.lines():
+        spec = entry.spec
         logging.info('%s: "%s" %s', spec.node, spec.source.name, line)
         if spec.report is not None:
-            spec.report(line)
+            told.setdefault(spec.report, []).append(f'"{spec.source.name}" {line}')
+    for report, lines in told.items():
+        report("\n".join(lines) if len(lines) > 1 else lines[0].split('" ', 1)[1])
     for listener in LISTENERS if account.entries else ():
         listener(account)
 
@@ -243,6 +266,20 @@ def settle(run: Run, options: dict[str, Any], latents: Any) -> None:
 def digest_of(latents: Any) -> str:
     """The same for the same numbers, wherever they lie."""
     return digest([latents.detach().cpu()]) if isinstance(latents, torch.Tensor) else ""
+
+
+def account_of(model: ModelPatcher, latents: Any) -> Account:
+    """Of the run that made these latents with this MODEL. Raises ValueError if none is known."""
+    accounts = accounts_of(model)
+    if accounts is None:
+        raise ValueError("model carries no edits; connect the MODEL that goes into the sampler")
+    found = accounts.of(digest_of(latents))
+    if found is None:
+        raise ValueError(
+            "no run of this MODEL is known; connect the MODEL that goes into the sampler, and the latent that comes "
+            "out of it"
+        )
+    return found
 
 
 def remembered(specs: Sequence[EditSpec], args: Sequence[Any]) -> dict[str, tuple[float, ...]]:
@@ -458,7 +495,7 @@ REMEMBERED = 64
 AWAKE: list[tuple[ModelPatcher, Run]] = []  # what is being sampled with the engine in it, the outermost first
 VERDICTS: dict[tuple[str, str], tuple[float, ...]] = {}  # of in-flight gates, by the latents that their run made
 
-CALLBACKS = {CallbacksMP.ON_PRE_RUN: pre_run, CallbacksMP.ON_LOAD: loaded}
+CALLBACKS = {CallbacksMP.ON_CLONE: cloned, CallbacksMP.ON_PRE_RUN: pre_run, CallbacksMP.ON_LOAD: loaded}
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: outer_sample,
     WrappersMP.SAMPLER_SAMPLE: sampler_sample,

@@ -85,6 +85,7 @@ class Maker:
             end_percent=edit.end_percent,
             gate=gate,
             node=self.node,
+            rows=edit.rows,
         )
 
     def concept(self, source: Words | LearnedFile) -> Concept:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from functools import cache, reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
@@ -34,6 +34,9 @@ MAX_PHRASES = 256  # in the whole document: each costs a cross-attention at ever
 MOST_EDITS = 32
 
 
+Base = Literal["SD1.x", "SD2.x", "SDXL"]
+
+
 class Preset(Part):
     """Of any methods; `preset_class` has those that are registered."""
 
@@ -41,9 +44,13 @@ class Preset(Part):
     description: Prose = ""
     author: Line = ""
     licence: Line = ""
-    base_models: Annotated[tuple[Literal["SD1.x", "SD2.x", "SDXL"], ...], Field(max_length=3)] = ()
+    base_models: Annotated[tuple[Base, ...], Field(max_length=3)] = ()
     edits: tuple[SerializeAsAny[Edit], ...]
     files: Annotated[tuple[Embedded, ...], Field(max_length=32)] = ()
+
+    def made_for(self, family: str) -> bool:
+        """Whether it is for a model's family (engine.backbone.Backbone), or says nothing of it."""
+        return not self.base_models or family in self.base_models or family not in get_args(Base)
 
     @model_validator(mode="after")
     def _not_too_much(self) -> Preset:

@@ -207,6 +207,7 @@ class Edit(Part):
     blocks: Annotated[str, Field(min_length=1, max_length=200)] = "all"
     gate: AnyGate | None = None
     why: Prose = ""
+    rows: Literal["conditional", "all"] = "conditional"
 
     @model_validator(mode="after")
     def _as_the_nodes_check(self) -> Edit:

@@ -48,6 +48,7 @@ class Saver:
             start_percent=float(spec.start_percent),
             end_percent=float(spec.end_percent),
             gate=self.gate(spec, i),
+            rows=spec.rows,
         )
         return spec.how.to_document(spec, self, common)
 

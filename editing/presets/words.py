@@ -28,7 +28,8 @@ def _when(edit: Edit) -> str:
 
 
 def _where(edit: Edit) -> str:
-    return "" if edit.blocks.strip() == "all" else f", in {edit.blocks}"
+    blocks = "" if edit.blocks.strip() == "all" else f", in {edit.blocks}"
+    return blocks if edit.rows == "conditional" else f"{blocks}, for the negative prompt as well"
 
 
 def _whether(edit: Edit) -> str:

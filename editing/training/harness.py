@@ -178,7 +178,8 @@ def trainable(model: ModelPatcher) -> ModelPatcher:
 def weights_key(model: ModelPatcher, dtype: str) -> str:
     """Tells one model's weights from another's, LoRAs included; of the cross-attentions and of all that is patched."""
     sums = []
-    for key, (held, *patches) in model.get_key_patches("diffusion_model.").items():
+    patched = type(model).get_key_patches(model, "diffusion_model.")  # also of one with edits, which a merge would lose
+    for key, (held, *patches) in patched.items():
         if ".attn2." in key or patches:
             w = held[0].to(model.load_device)
             if patches:
