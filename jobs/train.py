@@ -17,6 +17,7 @@ from ..editing.edits.encode import lines_of
 from ..editing.engine.host import edits_of
 from ..editing.files import artefacts
 from ..editing.files.artefacts import Artefact
+from ..editing.files.whole import NotWritten
 from ..editing.training.harness import Predictor, train_with, weights_key
 from ..editing.training.loop import Diverged, Training, carry_on, take_up
 from .progress import Progress, silent
@@ -97,8 +98,7 @@ def run(what: str, training: Training, losses: list[float], course: Course, file
     except Diverged:  # there is nothing to go on from
         raise
     except BaseException:
-        if file is not None and losses:
-            put_away(what, training, losses, file)
+        if file is not None and losses and put_away(what, training, losses, file):
             logging.warning(
                 "ConceptGuard: stopped after %d steps. Queue the same again to go on; with steps set to %d, to keep "
                 "what there is.",
@@ -128,9 +128,15 @@ def go_on(what: str, training: Training, losses: list[float], file: Path, steps:
         found.unlink()
 
 
-def put_away(what: str, training: Training, losses: Sequence[float], file: Path) -> None:
+def put_away(what: str, training: Training, losses: Sequence[float], file: Path) -> bool:
+    """Whether there is a checkpoint now: a full disk is no reason to lose what a training has learned."""
     tensors = {**training.state(), "losses": torch.tensor(losses, dtype=torch.float32)}
-    artefacts.write(Artefact(KIND, "unfinished training", tensors, mechanism=what), file)
+    try:
+        artefacts.write(Artefact(KIND, "unfinished training", tensors, mechanism=what), file)
+    except NotWritten as error:
+        logging.warning("ConceptGuard: there is no checkpoint of step %d: %s", len(losses), error)
+        return False
+    return True
 
 
 def older(what: str, file: Path) -> Path:

@@ -35,7 +35,8 @@ def prefix_input(default: str, folder: str = "concept_guard") -> io.String.Input
     return io.String.Input(
         "filename_prefix",
         default=default,
-        tooltip=f"The file's name, to which a number is added; / makes a folder inside {folder}/.",
+        tooltip=f"The file's name, to which a number is added; / makes a folder inside {folder}/, and "
+        "%date:yyyy-MM-dd% stands for the date.",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from conceptguard.editing.edits.learned import concept_of, placed
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.files import artefacts
+from conceptguard.editing.files.whole import NotWritten
 from conceptguard.editing.training.harness import Predictor, train_with
 from conceptguard.editing.training.loop import Text
 from conceptguard.editing.training.mode import gradients
@@ -155,6 +158,22 @@ def test_stopped_anywhere_and_gone_on_is_as_never_stopped(
     _, resumed, again, plot_again = train(model, clip)
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert torch.equal(prompt.k, again.k) and torch.equal(plot, plot_again) and not unfinished(folders)
+
+
+def test_a_full_disk_loses_no_training(
+    model: Any, clip: Any, never_stopped: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def full(artefact: Any, path: Path) -> None:
+        raise NotWritten(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    monkeypatch.setattr(artefacts, "write", full)
+    _, weights, prompt, _ = train(model, clip, checkpoint_every=1)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in never_stopped[0].items())
+    assert "there is no checkpoint of step 1: cannot write" in caplog.text and "free some space" in caplog.text
+    stop_at(monkeypatch, 9)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(model, clip)
+    assert "Queue the same again" not in caplog.text and not unfinished(folders)
 
 
 def test_another_trainings_checkpoint_is_left_alone(

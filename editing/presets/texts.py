@@ -37,7 +37,7 @@ def phrase(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    if not text.endswith(".safetensors") or any(c in '/\\:*?"<>|' for c in name(text)) or text.startswith("."):
+    if not text.lower().endswith(".safetensors") or any(c in '/\\:*?"<>|' for c in name(text)) or text.startswith("."):
         raise ValueError("must be the bare name of a .safetensors file, without a folder")
     return text
 
