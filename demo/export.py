@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ..editing.files.whole import put
-from .load import JUDGE_FILE, MODEL_FILE
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -24,18 +23,18 @@ def latent_rgb(latents: Tensor, pixels: Tensor) -> Tensor:
     return torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), rgb).solution
 
 
-def save_model(
-    trained: dict[str, Tensor], used: list[int], vae: dict[str, Tensor], rgb: Tensor, metadata: dict[str, str]
-) -> None:
-    """`trained`: the averaged weights of `train_unet.Trainer`, by unet., text. and reference."""
+def model_tensors(
+    trained: dict[str, Tensor], used: list[int], vae: dict[str, Tensor], rgb: Tensor
+) -> dict[str, Tensor]:
+    """The model file's tensors. `trained`: the averaged weights of `train_unet.Trainer`, by unet., text. and
+    reference."""
     out = {k: v for k, v in trained.items() if k.startswith(("unet.", "reference."))}
     out |= {k.replace("text.clip.", "text."): v for k, v in trained.items() if k.startswith("text.clip.")}
     out.pop("text.text_projection.weight", None)  # the identity
     out |= {f"vae.{k}": v for k, v in vae.items()}
     out = {k: v.half() for k, v in out.items()}
-    out |= {"rows": trained["text.rows"].half(), "used": torch.tensor(used).float(), "latent_rgb": rgb}
-    write(MODEL_FILE, out, metadata)
+    return out | {"rows": trained["text.rows"].half(), "used": torch.tensor(used).float(), "latent_rgb": rgb}
 
 
-def save_judge(weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write(JUDGE_FILE, {k: v.half() for k, v in weights.items() if not k.endswith("num_batches_tracked")}, metadata)
+def save_judge(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    write(path, {k: v.half() for k, v in weights.items() if not k.endswith("num_batches_tracked")}, metadata)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from . import model
 from .judge import Judge
+from .witness import Witness
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_FILE, JUDGE_FILE = WEIGHTS / "demo-model.safetensors", WEIGHTS / "judge.safetensors"
+WITNESS_FILE = WEIGHTS / "witness.safetensors"  # made by `make train-demo ARGS="--only witness"`; not shipped yet
 
 
 class WeightsError(RuntimeError):
@@ -145,13 +147,15 @@ def load_vae(tensors: dict[str, Tensor]) -> Any:
     return comfy.sd.VAE(sd=part(tensors, "vae."))
 
 
-def load() -> tuple[Any, Any, Any]:
-    """The demo model's MODEL, CLIP and VAE, fresh objects at each call."""
-    tensors = read(MODEL_FILE)
+def load(path: Path | None = None) -> tuple[Any, Any, Any]:
+    """The MODEL, CLIP and VAE of the demo model, or of another file, fresh objects at each call."""
+    tensors = read(path or MODEL_FILE)
     try:
         return load_unet(tensors), load_clip(tensors), load_vae(tensors)
     except KeyError as e:
-        raise WeightsError(f"the demo weights {MODEL_FILE} lack {e}: rebuild them with `make train-demo`") from e
+        raise WeightsError(
+            f"the demo weights {path or MODEL_FILE} lack {e}: rebuild them with `make train-demo`"
+        ) from e
 
 
 @cache
@@ -161,13 +165,24 @@ def load_reference() -> model.ReferenceEncoder:
     return encoder
 
 
+def _counted(module: nn.Module, path: Path) -> nn.Module:
+    """Fill a network whose norms count batches, which its file leaves out."""
+    counters = {k: v for k, v in module.state_dict().items() if k.endswith("num_batches_tracked")}
+    return fill(module, {**read(path), **counters}, path)
+
+
 @cache
 def load_judge() -> Judge:
     judge = Judge()
-    tensors = read(JUDGE_FILE)
-    counters = {k: v for k, v in judge.state_dict().items() if k.endswith("num_batches_tracked")}
-    fill(judge, {**tensors, **counters}, JUDGE_FILE)
+    _counted(judge, JUDGE_FILE)
     return judge
+
+
+@cache
+def load_witness(path: Path = WITNESS_FILE) -> Witness:
+    witness = Witness()
+    _counted(witness, path)
+    return witness
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """`make train-demo`: rebuild the demo data and weights from scratch. Each stage goes on where it was stopped.
 
-Stages write to output/train-demo/: pictures (painted world), decoder, unet, judge; `--only` runs one of them.
+Stages, each with its checkpoint in output/train-demo/ (or `--folder`): autoencoder, latents (the painted world as the
+UNet sees it), unet with its text encoder, judge; `--only` runs one of them, after what it needs.
 """
 
 from __future__ import annotations
@@ -8,18 +9,28 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..tools.environment import ROOT
-from . import autoencoder, export, judge, train_unet, world
+from . import autoencoder, export, judge, mix, train_autoencoder, train_unet, training, witness, world
 from .glyphs import VERSIONS, Painter
-from .load import MODEL_FILE, part, read
+from .load import JUDGE_FILE, MODEL_FILE, WEIGHTS, WITNESS_FILE, load, load_judge, part, read
+from .remains import remains
+from .training import saved
 
 FOLDER = ROOT / "output" / "train-demo"
-PICTURES, DECODER_STEPS, UNET_STEPS, JUDGE_STEPS, SEED = 40000, 3200, 10000, 4500, 0
+PICTURES, SEED = 60000, 0
+STEPS = {
+    "autoencoder": 4000,
+    "unet": 16000,
+    "judge": 4500,
+    "witness": 3000,
+}  # from scratch; fewer do where the shipped weights go on
 
 
 def tokenizer() -> Any:
@@ -32,101 +43,136 @@ def tokenizer() -> Any:
     return lambda text: [t for t, _ in clip.tokenize_with_weights(text)["l"][0] if t not in (START, END)]
 
 
-def painted(painter: Painter, count: int, go_on: bool) -> dict[str, Any]:
-    """The training pictures with their latents, and the reference pictures in their order.
-
-    `go_on`: latents of the shipped encoder, whose principal components are kept.
-    """
+def training_pictures() -> list[world.Picture]:
     rng = random.Random(SEED)
-    pictures = [world.any_picture(rng) for _ in range(count)]
-    pixels = autoencoder.paint_set(painter, pictures)
+    return [mix.any_picture(rng) for _ in range(PICTURES)]
+
+
+def autoencoder_stage(folder: Path, painter: Painter, steps: int, go_on: bool) -> nn.Module:
+    """The autoencoder, trained on from the written encoder; `go_on`: and from the shipped decoder."""
+    vae = autoencoder.build().requires_grad_(False)
     if go_on:
-        vae = autoencoder.build().requires_grad_(False)
         vae.load_state_dict(part(read(MODEL_FILE), "vae."))
         p, mean = autoencoder.read_encoder(vae)
     else:
-        p, mean = autoencoder.principal_components(pixels[:2000])
-    latents = torch.cat([autoencoder.encode(x, p, mean) for x in pixels.split(500)])
-    shown = torch.stack([painter(picture.reference) for picture in pictures if picture.reference])
-    shown = torch.nn.functional.interpolate(shown, size=64, mode="area")
-    return {
-        "pictures": pictures,
-        "pixels": pixels,
-        "latents": latents,
-        "p": p,
-        "mean": mean,
-        "references": (shown * 255).round().to(torch.uint8),
-    }
-
-
-def decoder(data: dict[str, Any], steps: int, go_on: bool) -> dict[str, torch.Tensor]:
-    if go_on:
-        return part(read(MODEL_FILE), "vae.")
-    path = FOLDER / "decoder.pt"
-    if not path.exists():
-        vae = autoencoder.build().requires_grad_(False)
         autoencoder.initialise(vae)
-        autoencoder.write_encoder(vae, data["p"], data["mean"])
-        autoencoder.train_decoder(vae, data["pixels"], data["latents"], steps, SEED)
-        torch.save(vae.state_dict(), path)
-    return torch.load(path, weights_only=True)
+        train_autoencoder.silence(autoencoder.halves(vae)[1])
+        rng = random.Random(SEED)
+        p, mean = autoencoder.principal_components(
+            autoencoder.paint_set(painter, [world.any_picture(rng) for _ in range(2000)])
+        )
+    autoencoder.write_encoder(vae, p, mean)
+    lr = train_autoencoder.LEARN_ON if go_on else train_autoencoder.LEARN
+    training.run(train_autoencoder.AutoencoderTrainer(vae, painter, steps, SEED, lr), folder / "autoencoder.pt")
+    return vae.requires_grad_(False)
 
 
-def unet(data: dict[str, Any], steps: int, go_on: bool) -> dict[str, Any]:
-    trainer = train_unet.Trainer(data["pictures"], data["latents"], data["references"], tokenizer(), SEED)
+@torch.no_grad()
+def latents_stage(folder: Path, painter: Painter, vae: nn.Module) -> dict[str, Tensor]:
+    """The training pictures' latents, fp16 [n, 4, 16, 16], and their reference pictures, uint8 [r, 3, 64, 64].
+
+    Pictures that differ in their captions alone are encoded once.
+    """
+    path = folder / "latents.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    pictures, start = training_pictures(), time.time()
+    first = {(p.layers, p.background): p for p in pictures}
+    row, found = {key: i for i, key in enumerate(first)}, []
+    once = list(first.values())
+    for i in range(0, len(once), 64):
+        x = torch.stack([painter(p) for p in once[i : i + 64]])
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(autoencoder.encode_with(vae, x).half())
+        if i % 6400 == 0:
+            print(f"latents {i}/{len(once)} {time.time() - start:.0f}s", flush=True)
+    shown = torch.stack([painter(p.reference) for p in pictures if p.reference])
+    shown = torch.nn.functional.interpolate(shown, size=64, mode="area")
+    latents = torch.cat(found)[[row[p.layers, p.background] for p in pictures]]
+    return saved(path, {"latents": latents, "references": (shown * 255).round().to(torch.uint8)})
+
+
+def unet_stage(folder: Path, data: dict[str, Tensor], steps: int, go_on: bool) -> dict[str, Any]:
+    trainer = train_unet.Trainer(training_pictures(), data["latents"], data["references"], tokenizer(), SEED)
     if go_on:
         trainer.start_from(read(MODEL_FILE))
-    train_unet.train(trainer, steps, words=0 if go_on else 500, checkpoint=FOLDER / "unet.pt")
+    peak = 5e-4 if go_on else 8e-4
+    train_unet.train(trainer, steps, peak=peak, words=0 if go_on else 500, checkpoint=folder / "unet.pt")
     return trainer.state()
 
 
-def judged(painter: Painter, steps: int) -> dict[str, torch.Tensor]:
-    path = FOLDER / "judge.pt"
+def judge_stage(folder: Path, painter: Painter, steps: int) -> dict[str, Tensor]:
+    path = folder / "judge.pt"
     if not path.exists():
         model = judge.train(painter, steps, SEED + 1)
         print(json.dumps({"judge on unseen renderings": judge.accuracy(model, painter, damage=False)}), flush=True)
-        torch.save(model.state_dict(), path)
+        saved(path, model.state_dict())
     return torch.load(path, weights_only=True)
+
+
+def witness_stage(folder: Path, painter: Painter, steps: int) -> dict[str, Tensor]:
+    """The second judge; the shipped demo model draws the remains that it learns from, the first judge lends eyes."""
+    left = remains(load(), folder / "remains.pt")
+    trainer = witness.WitnessTrainer(painter, steps, left, load_judge(), SEED + 1)
+    training.run(trainer, folder / "witness.pt")
+    model = witness.calibrate(trainer.model.eval(), painter)
+    print(json.dumps(witness.blind_spots(model, painter)), flush=True)
+    return model.state_dict()
+
+
+def write_weights(folder: Path, painter: Painter, vae: nn.Module, unet: dict[str, Any]) -> None:
+    """The finished stages as weights files in `folder`."""
+    about = {
+        "seed": str(SEED),
+        "pictures": str(PICTURES),
+        "steps": str(unet["step"]),
+        "icons": json.dumps(VERSIONS),
+        "licence": "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)",
+    }
+    rng = random.Random(SEED)
+    pixels = autoencoder.paint_set(painter, [world.any_picture(rng) for _ in range(500)])
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode_with(vae, x.float() / 255) for x in pixels.split(50)])
+    rgb = export.latent_rgb(latents, pixels)
+    tensors = export.model_tensors(unet["average"], unet["used"], vae.state_dict(), rgb)
+    export.write(folder / MODEL_FILE.name, tensors, about)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make train-demo", description=__doc__)
-    parser.add_argument("--only", choices=("decoder", "unet", "judge"), help="run one stage and write no weights")
+    parser.add_argument("--only", choices=tuple(STEPS), help="run one stage and write no weights")
     parser.add_argument(
         "--continue",
         dest="go_on",
         action="store_true",
-        help="train the shipped UNet further instead of anew, with the shipped decoder and judge",
+        help="train the shipped autoencoder and UNet further instead of anew, and keep the judge",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="train this share of the steps (for a quick look)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where checkpoints and icons are kept")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights files are written")
+    for name, steps in STEPS.items():
+        parser.add_argument(f"--{name}-steps", type=int, default=steps, metavar="N")
     args = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    painter = Painter(Path(FOLDER) / "icons")
-    print("painting the world", flush=True)
-    data = painted(painter, PICTURES, args.go_on)
-    run = {
-        "decoder": lambda: decoder(data, round(DECODER_STEPS * args.scale), args.go_on),
-        "unet": lambda: unet(data, round(UNET_STEPS * args.scale), args.go_on),
-        "judge": lambda: judged(painter, round(JUDGE_STEPS * args.scale)),
-    }
-    if args.only:
-        run[args.only]()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    painter = Painter(args.folder / "icons")
+    if args.only == "judge":
+        judge_stage(args.folder, painter, args.judge_steps)
         return
-    if args.go_on:
-        del run["judge"]
-    done = {name: stage() for name, stage in run.items()}
-    about = {
-        "seed": str(SEED),
-        "pictures": str(PICTURES),
-        "steps": str(done["unet"]["step"]),
-        "icons": json.dumps(VERSIONS),
-        "licence": "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)",
-    }
-    rgb = export.latent_rgb(data["latents"][:2000], data["pixels"][:2000])
-    export.save_model(done["unet"]["average"], done["unet"]["used"], done["decoder"], rgb, about)
-    if "judge" in done:
-        export.save_judge(done["judge"], about)
-    print(f"wrote {export.MODEL_FILE.parent.relative_to(ROOT)}/")
+    if args.only == "witness":
+        weights = witness_stage(args.folder, painter, args.witness_steps)
+        export.save_judge(args.weights / WITNESS_FILE.name, weights, {"seed": str(SEED + 1)})
+        return
+    vae = autoencoder_stage(args.folder, painter, args.autoencoder_steps, args.go_on)
+    if args.only == "autoencoder":
+        print(json.dumps(train_autoencoder.quality(vae, painter)), flush=True)
+        return
+    unet = unet_stage(args.folder, latents_stage(args.folder, painter, vae), args.unet_steps, args.go_on)
+    if args.only:
+        return
+    write_weights(args.weights, painter, vae, unet)
+    if not args.go_on:
+        about = {"seed": str(SEED + 1), "icons": json.dumps(VERSIONS)}
+        export.save_judge(args.weights / JUDGE_FILE.name, judge_stage(args.folder, painter, args.judge_steps), about)
+    print(f"wrote {args.weights}/")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,11 @@ class Trainer:
 
     def loss(self, batch: int, dropout: float = 0.1) -> Tensor:
         i, context, tokens, shown = self.read(batch, dropout)
-        x, noise, t = self.latents[i], torch.randn(batch, *self.latents.shape[1:]), torch.randint(1000, (batch,))
+        x, noise, t = (
+            self.latents[i].float(),
+            torch.randn(batch, *self.latents.shape[1:]),
+            torch.randint(1000, (batch,)),
+        )
         a = self.alphas[t].view(-1, 1, 1, 1)
         z = a.sqrt() * x + (1 - a).sqrt() * noise
         with sdpa_kernel(SDPBackend.MATH):  # a third less time than the fused kernel's backward on such short sequences

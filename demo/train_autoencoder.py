@@ -1,0 +1,134 @@
+"""Train the demo model's encoder and decoder together, on drawings painted as they are needed.
+
+The encoder starts as the written one (the principal components of each 8x8 patch) and learns what its silent residual
+branches may add; it is held near where it began, so that a UNet of the old latents soon reads the new.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from . import world
+from .autoencoder import CALM, FINE, SD_SCALE, blocks_of, halves, reconstruction_loss
+from .glyphs import Painter
+from .measures import psnr, ssim
+from .training import cosine, dice, step_with, throw
+
+NEAR = 0.02  # the weight of the squared distance to the written encoder's latents
+NOISE = 0.2  # the most that is added to latents, so that the decoder forgives a sampler's errors
+LEARN, LEARN_ON = 1e-3, 6e-4  # peak learning rates: of a fresh decoder, of a trained one
+SQUARE, BATCH = 80, 6  # pixels of the crops that most steps see, and how many
+WHOLE = 0.8  # from this share of the steps on, whole pictures
+
+
+@torch.no_grad()
+def silence(layers: nn.Sequential) -> None:
+    """Residual branches with random first layers and silent last ones."""
+    for block in layers:
+        if hasattr(block, "fuse"):
+            for conv in block.conv:
+                if isinstance(conv, nn.Conv2d):
+                    nn.Conv2d.reset_parameters(conv)
+            nn.init.zeros_(block.conv[-1].weight)
+            nn.init.zeros_(block.conv[-1].bias)
+
+
+@torch.no_grad()
+def let_learn(vae: nn.Module) -> None:
+    """Silent branches that can learn from FINE on; the latents stay as they are."""
+    encoder = halves(vae)[0][FINE:]
+    assert isinstance(encoder, nn.Sequential)
+    silence(encoder)
+    down = [m for m in encoder if isinstance(m, nn.Conv2d)][-2]
+    nn.init.kaiming_uniform_(free := torch.empty_like(down.weight[8:]), a=math.sqrt(5))
+    down.weight[8:] = free  # channels that the last convolution does not read yet
+
+
+def written(vae: nn.Module) -> tuple[Tensor, Tensor]:
+    """What `write_encoder` put into the last stride-2 convolution [8, 64, 3, 3] and the last bias [4]."""
+    *_, down, last = [m for m in halves(vae)[0] if isinstance(m, nn.Conv2d)]
+    assert last.bias is not None
+    return down.weight.detach()[:8].clone(), last.bias.detach().clone()
+
+
+class AutoencoderTrainer:
+    """The layers that learn, their optimiser, and the drawings' random numbers: all that a checkpoint holds."""
+
+    def __init__(self, vae: nn.Module, painter: Painter, steps: int, seed: int = 0, lr: float = LEARN_ON) -> None:
+        torch.manual_seed(seed)
+        self.lr = lr
+        self.vae, self.painter, self.steps, self.step, self.rng = vae, painter, steps, 0, random.Random(seed)
+        self.written = written(vae)
+        let_learn(vae)
+        encoder, decoder = halves(vae)
+        self.learning = nn.ModuleList([encoder[FINE:], decoder]).requires_grad_(True)
+        self.opt = torch.optim.AdamW(self.learning.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+
+    def drawings(self) -> Tensor:
+        """Crops, or in the end whole pictures, in [0, 1]."""
+        whole = self.step >= WHOLE * self.steps
+        x = torch.stack([self.painter(world.any_picture(self.rng)) for _ in range(BATCH // 2 if whole else BATCH)])
+        if whole:
+            return x
+        at = [[8 * self.rng.randint(0, (world.SIZE - SQUARE) // 8) for _ in range(2)] for _ in x]
+        return torch.stack([each[:, v : v + SQUARE, u : u + SQUARE] for each, (v, u) in zip(x, at, strict=True)])
+
+    def before(self, blocks: Tensor) -> Tensor:
+        """The written encoder's latents, divided by CALM as the decoder reads them."""
+        weight, bias = self.written
+        signed = conv2d(blocks, weight, stride=2, padding=1)
+        return signed[:, :4] + bias.view(1, 4, 1, 1)
+
+    def update(self) -> float:
+        x = self.drawings()
+        blocks = blocks_of(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = self.learning[0](blocks).float()
+            seen = z + NOISE / CALM * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
+            y = self.learning[1](seen)
+        far = (CALM * (z - self.before(blocks))).square().mean()
+        loss = reconstruction_loss(y.float(), x)
+        (loss + NEAR * far).backward()
+        nn.utils.clip_grad_norm_(self.learning.parameters(), 1.0)
+        step_with(self.opt, cosine(self.step, self.steps, self.lr))
+        self.step += 1
+        return loss.item()
+
+    def state(self) -> dict[str, Any]:
+        return dice(self.rng) | {
+            "step": self.step,
+            "vae": self.vae.state_dict(),
+            "written": self.written,
+            "opt": self.opt.state_dict(),
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.step, self.written = state["step"], state["written"]
+        self.vae.load_state_dict(state["vae"])
+        self.opt.load_state_dict(state["opt"])
+        throw(state, self.rng)
+
+
+@torch.no_grad()
+def quality(vae: nn.Module, painter: Painter, count: int = 200, seed: int = 4242) -> dict[str, float]:
+    """PSNR and SSIM of held-out drawings through encoder and decoder, and the largest error of a flat colour's mean."""
+    rng = random.Random(seed)
+    x = torch.stack([painter(world.any_picture(rng)) for _ in range(count)])
+    flat = torch.rand(32, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(-1, -1, 64, 64)
+
+    def back(x: Tensor) -> Tensor:
+        return torch.cat([vae.decode(vae.encode(part * 2 - 1)) for part in x.split(8)]).add(1).div(2).clamp(0, 1)
+
+    y, z = back(x), torch.cat([vae.encode(part * 2 - 1) * SD_SCALE for part in x.split(8)])
+    return {
+        "PSNR": psnr(y, x).mean().item(),
+        "SSIM": ssim(y, x).mean().item(),
+        "flat colours": (back(flat) - flat).abs().flatten(1).mean(1).max().item(),
+        "latents' deviation": z.std().item(),
+    }

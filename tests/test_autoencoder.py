@@ -1,0 +1,89 @@
+"""The demo model's autoencoder: what is written, what may learn, and the training of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conceptguard.demo import autoencoder, train_autoencoder, training, world
+from conceptguard.demo.autoencoder import FINE, SD_SCALE, halves
+
+
+@pytest.fixture
+def vae() -> nn.Module:
+    torch.manual_seed(0)
+    vae = autoencoder.build().requires_grad_(False)
+    autoencoder.initialise(vae)
+    autoencoder.write_encoder(vae, torch.randn(4, 192) / 8, torch.rand(192))
+    return vae
+
+
+def test_the_layers_before_the_learning_ones_only_move_pixels(vae: nn.Module) -> None:
+    x = torch.rand(2, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(autoencoder.blocks_of(x), halves(vae)[0][:FINE](x))
+        stock = vae.encode(2 * x - 1) * SD_SCALE
+        torch.testing.assert_close(autoencoder.encode_with(vae, x), stock, atol=1e-5, rtol=1e-5)
+
+
+def test_branches_that_may_learn_begin_silent(vae: nn.Module) -> None:
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before = autoencoder.encode_with(vae, x)
+        train_autoencoder.let_learn(vae)
+        torch.testing.assert_close(autoencoder.encode_with(vae, x), before)
+        block = halves(vae)[0][FINE]
+        assert block.conv[0].weight.abs().max() > 0 and not block.conv[-1].weight.any()
+
+
+class Painter:
+    """Any colours at all."""
+
+    def __call__(self, picture: world.Picture) -> torch.Tensor:
+        return torch.rand(3, world.SIZE, world.SIZE)
+
+
+def trainer(steps: int) -> train_autoencoder.AutoencoderTrainer:
+    torch.manual_seed(0)
+    vae = autoencoder.build().requires_grad_(False)
+    autoencoder.initialise(vae)
+    autoencoder.write_encoder(vae, torch.randn(4, 192) / 8, torch.rand(192))
+    return train_autoencoder.AutoencoderTrainer(vae, Painter(), steps)  # type: ignore[arg-type]
+
+
+def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_autoencoder, "SQUARE", 32)
+    monkeypatch.setattr(train_autoencoder, "BATCH", 2)
+    monkeypatch.setattr(train_autoencoder, "WHOLE", 2.0)
+    training.run(straight := trainer(4), tmp_path / "straight.pt")
+    stopped = trainer(4)
+    for _ in range(2):
+        stopped.update()
+    training.saved(tmp_path / "stopped.pt", stopped.state())
+    training.run(resumed := trainer(4), tmp_path / "stopped.pt")
+    for (k, a), b in zip(straight.vae.state_dict().items(), resumed.vae.state_dict().values(), strict=True):
+        assert torch.equal(a, b), k
+    first = trainer(4).vae.state_dict()
+    moved = {k for k, a in straight.vae.state_dict().items() if not torch.equal(a, first[k])}
+    assert {f"taesd_encoder.{FINE}.conv.4.weight", "taesd_encoder.14.weight"} <= moved  # both halves learn ...
+    assert any(k.startswith("taesd_decoder") for k in moved)
+    assert not any(
+        k.startswith(f"taesd_encoder.{i}.") for k in moved for i in range(FINE)
+    )  # ... behind the written part
+
+
+def test_a_training_that_diverged_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = trainer(4)
+    monkeypatch.setattr(broken, "update", lambda: float("nan"))
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        training.run(broken, tmp_path / "autoencoder.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [training.cosine(step, 100, 1.0) for step in range(100)]
+    assert rates[0] < rates[2] < rates[4] and max(rates) <= 1 and rates[-1] < 0.01
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
