@@ -10,6 +10,8 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,8 @@ def training_pictures() -> list[world.Picture]:
     return [mix.any_picture(rng) for _ in range(PICTURES)]
 
 
-def autoencoder_stage(folder: Path, painter: Painter, steps: int, go_on: bool) -> nn.Module:
-    """The autoencoder, trained on from the written encoder; `go_on`: and from the shipped decoder."""
+def first_autoencoder(painter: Painter, go_on: bool) -> nn.Module:
+    """The written encoder and a decoder that has learned nothing; `go_on`: the shipped ones."""
     vae = autoencoder.build().requires_grad_(False)
     if go_on:
         vae.load_state_dict(part(read(MODEL_FILE), "vae."))
@@ -62,13 +64,26 @@ def autoencoder_stage(folder: Path, painter: Painter, steps: int, go_on: bool) -
             autoencoder.paint_set(painter, [world.any_picture(rng) for _ in range(2000)])
         )
     autoencoder.write_encoder(vae, p, mean)
+    return vae
+
+
+def autoencoder_stage(folder: Path, painter: Painter, steps: int, go_on: bool, encoder_learns: bool) -> nn.Module:
     lr = train_autoencoder.LEARN_ON if go_on else train_autoencoder.LEARN
-    training.run(train_autoencoder.AutoencoderTrainer(vae, painter, steps, SEED, lr), folder / "autoencoder.pt")
+    vae = first_autoencoder(painter, go_on)
+    trainer = train_autoencoder.AutoencoderTrainer(vae, painter, steps, SEED, lr, encoder_learns)
+    training.run(trainer, folder / "autoencoder.pt")
+    print(json.dumps(train_autoencoder.quality(vae, painter)), flush=True)
     return vae.requires_grad_(False)
 
 
+def linear_encoder(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a written encoder does to pixels in [0, 1], as one matrix product."""
+    p, mean = autoencoder.read_encoder(vae)
+    return lambda x: autoencoder.encode((x * 255).round().to(torch.uint8), p, mean)
+
+
 @torch.no_grad()
-def latents_stage(folder: Path, painter: Painter, vae: nn.Module) -> dict[str, Tensor]:
+def latents_stage(folder: Path, painter: Painter, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The training pictures' latents, fp16 [n, 4, 16, 16], and their reference pictures, uint8 [r, 3, 64, 64].
 
     Pictures that differ in their captions alone are encoded once.
@@ -82,8 +97,7 @@ def latents_stage(folder: Path, painter: Painter, vae: nn.Module) -> dict[str, T
     once = list(first.values())
     for i in range(0, len(once), 64):
         x = torch.stack([painter(p) for p in once[i : i + 64]])
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(autoencoder.encode_with(vae, x).half())
+        found.append(encode(x).half())
         if i % 6400 == 0:
             print(f"latents {i}/{len(once)} {time.time() - start:.0f}s", flush=True)
     shown = torch.stack([painter(p.reference) for p in pictures if p.reference])
@@ -149,6 +163,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where checkpoints and icons are kept")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the weights files are written")
+    parser.add_argument(
+        "--encoder-learns", action="store_true", help="train the encoder with its decoder, before the UNet"
+    )
     for name, steps in STEPS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=steps, metavar="N")
     args = parser.parse_args()
@@ -161,13 +178,23 @@ def main() -> None:
         weights = witness_stage(args.folder, painter, args.witness_steps)
         export.save_judge(args.weights / WITNESS_FILE.name, weights, {"seed": str(SEED + 1)})
         return
-    vae = autoencoder_stage(args.folder, painter, args.autoencoder_steps, args.go_on)
+
+    def whole_autoencoder() -> nn.Module:
+        return autoencoder_stage(args.folder, painter, args.autoencoder_steps, args.go_on, args.encoder_learns)
+
     if args.only == "autoencoder":
-        print(json.dumps(train_autoencoder.quality(vae, painter)), flush=True)
+        whole_autoencoder()
         return
-    unet = unet_stage(args.folder, latents_stage(args.folder, painter, vae), args.unet_steps, args.go_on)
+    # A written encoder's latents do not wait for its decoder.
+    if args.encoder_learns:
+        encode: Callable[[Tensor], Tensor] = partial(autoencoder.encode_with, whole_autoencoder())
+    else:
+        encode = linear_encoder(first_autoencoder(painter, args.go_on))
+    data = latents_stage(args.folder, painter, encode)
+    unet = unet_stage(args.folder, data, args.unet_steps, args.go_on)
     if args.only:
         return
+    vae = whole_autoencoder()
     write_weights(args.weights, painter, vae, unet)
     if not args.go_on:
         about = {"seed": str(SEED + 1), "icons": json.dumps(VERSIONS)}

@@ -1,7 +1,7 @@
-"""Train the demo model's encoder and decoder together, on drawings painted as they are needed.
+"""Train the demo model's decoder, or encoder and decoder together, on drawings painted as they are needed.
 
-The encoder starts as the written one (the principal components of each 8x8 patch) and learns what its silent residual
-branches may add; it is held near where it began, so that a UNet of the old latents soon reads the new.
+An encoder that learns starts as the written one (the principal components of each 8x8 patch) and learns what its silent
+residual branches may add; it is held near where it began, so that a UNet of the old latents soon reads the new.
 """
 
 from __future__ import annotations
@@ -60,15 +60,25 @@ def written(vae: nn.Module) -> tuple[Tensor, Tensor]:
 class AutoencoderTrainer:
     """The layers that learn, their optimiser, and the drawings' random numbers: all that a checkpoint holds."""
 
-    def __init__(self, vae: nn.Module, painter: Painter, steps: int, seed: int = 0, lr: float = LEARN_ON) -> None:
+    def __init__(
+        self,
+        vae: nn.Module,
+        painter: Painter,
+        steps: int,
+        seed: int = 0,
+        lr: float = LEARN_ON,
+        encoder_learns: bool = False,
+    ) -> None:
         torch.manual_seed(seed)
         self.lr = lr
         self.vae, self.painter, self.steps, self.step, self.rng = vae, painter, steps, 0, random.Random(seed)
         self.written = written(vae)
-        let_learn(vae)
-        encoder, decoder = halves(vae)
-        self.learning = nn.ModuleList([encoder[FINE:], decoder]).requires_grad_(True)
-        self.opt = torch.optim.AdamW(self.learning.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+        self.encoder, self.decoder = halves(vae)[0][FINE:], halves(vae)[1]
+        if encoder_learns:
+            let_learn(vae)
+        learning = nn.ModuleList([self.encoder] * encoder_learns + [self.decoder]).requires_grad_(True)
+        self.learning = list(learning.parameters())
+        self.opt = torch.optim.AdamW(self.learning, lr=lr, betas=(0.9, 0.99), weight_decay=0)
 
     def drawings(self) -> Tensor:
         """Crops, or in the end whole pictures, in [0, 1]."""
@@ -89,13 +99,13 @@ class AutoencoderTrainer:
         x = self.drawings()
         blocks = blocks_of(x)
         with torch.autocast("cpu", torch.bfloat16):
-            z = self.learning[0](blocks).float()
+            z = self.encoder(blocks).float()
             seen = z + NOISE / CALM * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
-            y = self.learning[1](seen)
+            y = self.decoder(seen)
         far = (CALM * (z - self.before(blocks))).square().mean()
         loss = reconstruction_loss(y.float(), x)
         (loss + NEAR * far).backward()
-        nn.utils.clip_grad_norm_(self.learning.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.learning, 1.0)
         step_with(self.opt, cosine(self.step, self.steps, self.lr))
         self.step += 1
         return loss.item()

@@ -161,7 +161,7 @@ def batch_of(
 
 
 def loss_of(logits: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-    loss = 25 * binary_cross_entropy_with_logits(logits["seen"], target["seen"])
+    loss = 75 * binary_cross_entropy_with_logits(logits["seen"], target["seen"])
     for k in ("left", "right", *LOOKS):
         if (target[k] >= 0).any():
             loss = loss + cross_entropy(logits[k], target[k], ignore_index=-1)

@@ -46,12 +46,12 @@ class Painter:
         return torch.rand(3, world.SIZE, world.SIZE)
 
 
-def trainer(steps: int) -> train_autoencoder.AutoencoderTrainer:
+def trainer(steps: int, encoder_learns: bool = True) -> train_autoencoder.AutoencoderTrainer:
     torch.manual_seed(0)
     vae = autoencoder.build().requires_grad_(False)
     autoencoder.initialise(vae)
     autoencoder.write_encoder(vae, torch.randn(4, 192) / 8, torch.rand(192))
-    return train_autoencoder.AutoencoderTrainer(vae, Painter(), steps)  # type: ignore[arg-type]
+    return train_autoencoder.AutoencoderTrainer(vae, Painter(), steps, encoder_learns=encoder_learns)  # type: ignore[arg-type]
 
 
 def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +87,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
     rates = [training.cosine(step, 100, 1.0) for step in range(100)]
     assert rates[0] < rates[2] < rates[4] and max(rates) <= 1 and rates[-1] < 0.01
     assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+def test_a_decoder_learns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_autoencoder, "SQUARE", 32)
+    alone = trainer(2, encoder_learns=False)
+    before = {k: v.clone() for k, v in alone.vae.state_dict().items()}
+    alone.update()
+    moved = {k for k, v in alone.vae.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(k.startswith("taesd_decoder.") for k in moved)
