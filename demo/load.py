@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import model
+from . import model, transformers
 from .judge import Judge
 from .witness import Witness
 
@@ -60,12 +60,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module
     return module.eval().requires_grad_(False)
 
 
-def load_unet(tensors: dict[str, Tensor], disable_dynamic: bool = False) -> Any:
-    """A ModelPatcher around the host's BaseModel with SD1's schedule and latent format."""
+def latent_format(tensors: dict[str, Tensor]) -> Any:
+    """SD1's latent format with the demo's preview colours."""
     import comfy.latent_formats
-    import comfy.model_management as mm
-    import comfy.model_patcher
-    import comfy.supported_models
 
     rgb = tensors["latent_rgb"].tolist()
 
@@ -75,30 +72,76 @@ def load_unet(tensors: dict[str, Tensor], disable_dynamic: bool = False) -> Any:
             self.latent_rgb_factors, self.latent_rgb_factors_bias = rgb[:4], rgb[4]
             self.taesd_decoder_name = None
 
-    class DemoConfig(comfy.supported_models.SD15):
-        unet_config = model.UNET_CONFIG
-        unet_extra_config = model.HEADS
-        latent_format = DemoLatent
+    return DemoLatent
 
-    weights = part(tensors, "unet.")
-    device, config = mm.get_torch_device(), DemoConfig(model.UNET_CONFIG)
+
+def patched(config: Any, weights: dict[str, Tensor], path: Path, anew: Any, disable_dynamic: bool) -> Any:
+    """A ModelPatcher around the host's BaseModel of a config, on the device and in the dtype that the host chooses.
+
+    `anew`: what makes it again, and of what; `path` is named in errors.
+    """
+    import comfy.model_management as mm
+    import comfy.model_patcher
+
+    device = mm.get_torch_device()
     dtype = mm.unet_dtype(
         model_params=sum(w.numel() for w in weights.values()), supported_dtypes=config.supported_inference_dtypes
     )
     config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
     base = config.get_model({}, device=mm.unet_offload_device())
-    fill(base.diffusion_model, weights, MODEL_FILE)
+    fill(base.diffusion_model, weights, path)
     kind = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:  # newer hosts: as their own loaders do
         kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
     patcher = kind(base, load_device=device, offload_device=mm.unet_offload_device())
-    patcher.cached_patcher_init = (again, ())
+    patcher.cached_patcher_init = anew
     return patcher
 
 
-def again(disable_dynamic: bool = False) -> Any:
+def again(path: Path | None, disable_dynamic: bool = False) -> Any:
     """The same MODEL loaded anew, which newer hosts ask for: for another device, or without dynamic VRAM."""
-    return load_unet(read(MODEL_FILE), disable_dynamic)
+    return load_unet(read(path or MODEL_FILE), path, disable_dynamic)
+
+
+def load_unet(tensors: dict[str, Tensor], path: Path | None = None, disable_dynamic: bool = False) -> Any:
+    """A ModelPatcher around the host's BaseModel with SD1's schedule and latent format."""
+    import comfy.supported_models
+
+    drawn = latent_format(tensors)
+
+    class DemoConfig(comfy.supported_models.SD15):
+        unet_config = model.UNET_CONFIG
+        unet_extra_config = model.HEADS
+        latent_format = drawn
+
+    config = DemoConfig(model.UNET_CONFIG)
+    return patched(config, part(tensors, "unet."), path or MODEL_FILE, (again, (path,)), disable_dynamic)
+
+
+def load_transformer(
+    architecture: str,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    path: Path,
+    disable_dynamic: bool = False,
+) -> Any:
+    """A ModelPatcher around the host's BaseModel of a transformer; `tensors`: of the model file whose latents it draws.
+
+    `path`: the file that the weights came from, which errors name.
+    """
+    import comfy.supported_models
+
+    kind: Any = {"flux": comfy.supported_models.FluxSchnell, "lumina": comfy.supported_models.Lumina2}[architecture]
+    made = type(
+        "DemoConfig",
+        (kind,),
+        {
+            "sampling_settings": {"multiplier": 1.0, "shift": transformers.SHIFT},
+            "latent_format": latent_format(tensors),
+        },
+    )
+    anew = load_transformer, (architecture, weights, tensors, path)
+    return patched(made(dict(transformers.CONFIGS[architecture])), weights, path, anew, disable_dynamic)
 
 
 def load_clip(tensors: dict[str, Tensor]) -> Any:
@@ -151,7 +194,7 @@ def load(path: Path | None = None) -> tuple[Any, Any, Any]:
     """The MODEL, CLIP and VAE of the demo model, or of another file, fresh objects at each call."""
     tensors = read(path or MODEL_FILE)
     try:
-        return load_unet(tensors), load_clip(tensors), load_vae(tensors)
+        return load_unet(tensors, path), load_clip(tensors), load_vae(tensors)
     except KeyError as e:
         raise WeightsError(
             f"the demo weights {path or MODEL_FILE} lack {e}: rebuild them with `make train-demo`"

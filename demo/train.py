@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..tools.environment import ROOT
-from . import autoencoder, export, judge, mix, train_autoencoder, train_unet, training, witness, world
+from . import autoencoder, export, judge, mix, train_autoencoder, train_flow, train_unet, training, witness, world
 from .glyphs import VERSIONS, Painter
 from .load import JUDGE_FILE, MODEL_FILE, WEIGHTS, WITNESS_FILE, load, load_judge, part, read
 from .remains import remains
 from .training import saved
+from .transformers import CONFIGS
 
 FOLDER = ROOT / "output" / "train-demo"
 PICTURES, SEED = 60000, 0
@@ -32,6 +33,8 @@ STEPS = {
     "unet": 16000,
     "judge": 4500,
     "witness": 3000,
+    "flux": 40000,
+    "lumina": 40000,
 }  # from scratch; fewer do where the shipped weights go on
 
 
@@ -115,6 +118,31 @@ def unet_stage(folder: Path, data: dict[str, Tensor], steps: int, go_on: bool) -
     return trainer.state()
 
 
+def flow_stage(architecture: str, folder: Path, data: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+    """A transformer, which reads by the encoders that the UNet's training had when the first transformer's began.
+
+    Remove readers.pt to let the transformers read on by what the UNet has learned since.
+    """
+    path = folder / "readers.pt"
+    if not path.exists():
+        unet = torch.load(folder / "unet.pt", weights_only=True)
+        kept = {k: v for k, v in unet["average"].items() if k.startswith(train_flow.READERS)}
+        saved(path, {"weights": kept, "used": unet["used"], "step": unet["step"]})
+    read_by = torch.load(path, weights_only=True)
+    print(f"{architecture} reads by the encoders of the UNet at step {read_by['step']}", flush=True)
+    trainer = train_flow.FlowTrainer(
+        architecture,
+        training_pictures(),
+        data,
+        train_flow.readers(read_by["weights"], read_by["used"]),
+        tokenizer(),
+        steps,
+        SEED,
+    )
+    training.run(trainer, folder / f"{architecture}.pt")
+    return trainer.average
+
+
 def judge_stage(folder: Path, painter: Painter, steps: int) -> dict[str, Tensor]:
     path = folder / "judge.pt"
     if not path.exists():
@@ -191,6 +219,9 @@ def main() -> None:
     else:
         encode = linear_encoder(first_autoencoder(painter, args.go_on))
     data = latents_stage(args.folder, painter, encode)
+    if args.only in CONFIGS:
+        flow_stage(args.only, args.folder, data, getattr(args, f"{args.only}_steps"))
+        return
     unet = unet_stage(args.folder, data, args.unet_steps, args.go_on)
     if args.only:
         return

@@ -101,18 +101,37 @@ def said(picture: world.Picture) -> list[int]:
     return [names.index(told[k]) if told[k] else len(names) for k, names in PROBES.items()]
 
 
-class Trainer:
-    """Master weights and their average in fp32; the UNet computes in bf16."""
+class Captions:
+    """The training pictures' captions as token ids, and the reference pictures that stand in some of them."""
 
-    def __init__(self, pictures: list[world.Picture], latents: Tensor, references: Tensor, tokenize, seed: int = 0):
-        torch.manual_seed(seed)
-        self.pictures, self.latents, self.references, self.tokenize = pictures, latents, references, tokenize
+    def __init__(self, pictures: list[world.Picture], references: Tensor, tokenize) -> None:
+        self.references = references
         self.ids = torch.tensor(
             [model.split_reference(tokenize, p.caption, [IMAGE] * model.IMAGE_TOKENS) for p in pictures]
         )
         self.reference_of = torch.tensor([p.reference is not None for p in pictures]).cumsum(0) - 1
         self.empty = torch.tensor(model.split_reference(tokenize, "", []))
-        used = sorted(set(self.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
+
+    def batch(
+        self, text: TextEncoder, reference: nn.Module, size: int, dropout: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Picture numbers [b], the ids that were read [b, 77], their encoding [b, 77, W], and the reference tokens and
+        the numbers of their pictures."""
+        i = torch.randint(len(self.ids), (size,))
+        ids = torch.where(torch.rand(size, 1) < dropout, self.empty, self.ids[i])
+        shown = i[(ids == IMAGE).any(1)]
+        tokens = reference(self.references[self.reference_of[shown]].float() / 255)
+        return i, ids, text(ids, tokens), tokens, shown
+
+
+class Trainer:
+    """Master weights and their average in fp32; the UNet computes in bf16."""
+
+    def __init__(self, pictures: list[world.Picture], latents: Tensor, references: Tensor, tokenize, seed: int = 0):
+        torch.manual_seed(seed)
+        self.pictures, self.latents, self.tokenize = pictures, latents, tokenize
+        self.captions = Captions(pictures, references, tokenize)
+        used = sorted(set(self.captions.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
         self.text, self.reference = TextEncoder(used), model.ReferenceEncoder()
         self.unet = model.build_unet()
         initialise(self.unet)
@@ -130,11 +149,8 @@ class Trainer:
 
     def read(self, batch: int, dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A batch's picture numbers [b], its text encoding [b, 77, W], and the reference tokens and theirs."""
-        i = torch.randint(len(self.latents), (batch,))
-        ids = torch.where(torch.rand(batch, 1) < dropout, self.empty, self.ids[i])
-        shown = i[(ids == IMAGE).any(1)]
-        tokens = self.reference(self.references[self.reference_of[shown]].float() / 255)
-        return i, self.text(ids, tokens), tokens, shown
+        i, _, context, tokens, shown = self.captions.batch(self.text, self.reference, batch, dropout)
+        return i, context, tokens, shown
 
     def teach_words(self, steps: int, batch: int = 64, lr: float = 2e-3) -> None:
         """Before the UNet: every padding token learns to tell what the caption said, as CLIP's last token does.
@@ -148,7 +164,7 @@ class Trainer:
         opt = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
         for step in range(steps):
             i, context, _, _ = self.read(batch, 0.0)
-            ends = (self.ids[i] == model.END).float().multinomial(4, replacement=True)  # the end or padding
+            ends = (self.captions.ids[i] == model.END).float().multinomial(4, replacement=True)  # the end or padding
             logits = probe(context.gather(1, ends[..., None].expand(-1, -1, model.WIDTH))).flatten(0, 1)
             target = told[i].repeat_interleave(4, 0)
             loss = sum(cross_entropy(part, target[:, k]) for k, part in enumerate(logits.split(sizes, 1)))

@@ -1,0 +1,133 @@
+"""The demo's transformers: the twins that train, the host's sockets, and the training."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conceptguard.demo import load, model, train_flow, training, transformers, world
+from conceptguard.demo.train_unet import TextEncoder
+
+
+def net(architecture: str) -> nn.Module:
+    """Random weights everywhere, also where training begins silent."""
+    torch.manual_seed(0)
+    made = transformers.build(architecture)
+    transformers.initialise(made)
+    with torch.no_grad():
+        for w in made.parameters():
+            w += 0.05 * torch.randn_like(w)
+    return made
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_what_trains_is_the_stock_forward(architecture: str) -> None:
+    made = net(architecture).requires_grad_(True)
+    x, t, context, pooled = torch.randn(2, 4, 16, 16), torch.rand(2), torch.randn(2, 77, 128), torch.randn(2, 128)
+    with torch.no_grad():
+        last = pooled if architecture == "flux" else 77
+        stock = made(x.clone(), t, context.clone(), last, transformer_options={})
+    found = transformers.flow(architecture, made, x, t, context, pooled)
+    torch.testing.assert_close(found, stock, atol=1e-5, rtol=1e-4)
+    assert stock.std() > 0.1
+    found.square().mean().backward()
+    # Lumina's class keeps a norm that its forward does not use
+    assert [k for k, w in made.named_parameters() if w.grad is None] == ["norm_final.weight"] * (
+        architecture == "lumina"
+    )
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_a_transformer_fits_into_12_mb(architecture: str) -> None:
+    assert 2 * sum(w.numel() for w in transformers.build(architecture).parameters()) < 12e6
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_the_first_prediction_is_silent(architecture: str) -> None:
+    torch.manual_seed(0)
+    made = transformers.build(architecture)
+    transformers.initialise(made)
+    out = transformers.flow(
+        architecture, made, torch.randn(1, 4, 16, 16), torch.rand(1), torch.randn(1, 77, 128), torch.randn(1, 128)
+    )
+    assert torch.isfinite(out).all() and not out.any()
+
+
+def test_pooled_text_is_the_hosts() -> None:
+    """At the first end of each prompt, as CLIP pools."""
+    _, clip, _ = load.load()
+    text = "a cat and a dog"
+    (context, about), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    ids = torch.tensor([[t for t, _ in clip.tokenize(text)["l"][0]]])
+    torch.testing.assert_close(train_flow.pooled(ids, context), about["pooled_output"])
+
+
+def trainer(architecture: str = "flux", steps: int = 4) -> train_flow.FlowTrainer:
+    rng = random.Random(0)
+    pictures = [world.one_object(rng, "cat"), world.by_reference(rng, "dog", "noto")] * 4
+    torch.manual_seed(0)
+    data = {"latents": torch.randn(8, 4, 16, 16), "references": torch.zeros(4, 3, 64, 64, dtype=torch.uint8)}
+    used = [model.START, model.END, *range(1, 12)]
+    read_by = TextEncoder(used).requires_grad_(False), model.ReferenceEncoder().requires_grad_(False)
+    return train_flow.FlowTrainer(architecture, pictures, data, read_by, lambda t: [len(w) for w in t.split()], steps)
+
+
+def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_flow, "BATCH", 2)
+    training.run(straight := trainer(), tmp_path / "straight.pt")
+    stopped = trainer()
+    for _ in range(2):
+        stopped.update()
+    training.saved(tmp_path / "stopped.pt", stopped.state())
+    training.run(resumed := trainer(), tmp_path / "stopped.pt")
+    for (k, a), b in zip(straight.net.state_dict().items(), resumed.net.state_dict().values(), strict=True):
+        assert torch.equal(a, b), k
+    assert any(
+        not torch.equal(a, b) for a, b in zip(straight.average.values(), trainer().average.values(), strict=True)
+    )
+
+
+def test_the_loss_is_of_the_flow_from_picture_to_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that knew the picture would have none."""
+    made = trainer()
+    seen = {}
+
+    def perfect(architecture, net, x, t, context, pooled):
+        seen.update(x=x, t=t)
+        at = t.view(-1, 1, 1, 1)
+        picture = made.latents[0]
+        return (x - picture) / at  # x = (1 - t) picture + t noise: (x - picture) / t = noise - picture
+
+    made.latents = made.latents[:1].expand(8, -1, -1, -1)
+    monkeypatch.setattr(train_flow, "flow", perfect)
+    assert made.loss().item() < 1e-4
+    assert ((seen["t"] > 0) & (seen["t"] < 1)).all()
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_the_host_samples_a_transformer(architecture: str) -> None:
+    """Euler from noise along a flow, with the demo's text encoder and autoencoder, and the schedule it trained with."""
+    import comfy.sample
+
+    tensors = load.read(load.MODEL_FILE)
+    weights = {k: v.detach() for k, v in net(architecture).state_dict().items()}
+    unet = load.load_transformer(architecture, weights, tensors, Path("demo-flux.safetensors"))
+    sampling = unet.get_model_object("model_sampling")
+    assert sampling.sigma_max == pytest.approx(1) and sampling.sigma(torch.tensor(0.5)) == pytest.approx(
+        1.8 * 0.5 / (1 + 0.8 * 0.5), abs=1e-3
+    )
+    clip = load.load_clip(tensors)
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a cat", ""))
+    latent = torch.zeros(2, 4, 16, 16)
+    noise = comfy.sample.prepare_noise(latent, 1)
+    z = comfy.sample.sample(unet, noise, 2, 4.0, "euler", "simple", positive, negative, latent, disable_pbar=True)
+    assert z.shape == latent.shape and torch.isfinite(z).all() and z.std() > 0.1
+
+
+def test_transformer_weights_that_do_not_fit_name_the_file() -> None:
+    with pytest.raises(load.WeightsError, match=r"demo-flux\.safetensors do not fit"):
+        load.load_transformer("flux", {}, load.read(load.MODEL_FILE), Path("demo-flux.safetensors"))
