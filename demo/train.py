@@ -28,6 +28,7 @@ from .transformers import CONFIGS
 
 FOLDER = ROOT / "output" / "train-demo"
 PICTURES, SEED = 60000, 0
+DECODED = 800  # drawings through the autoencoder that the witness learns from
 STEPS = {
     "autoencoder": 4000,
     "unet": 16000,
@@ -154,8 +155,11 @@ def judge_stage(folder: Path, painter: Painter, steps: int) -> dict[str, Tensor]
 
 def witness_stage(folder: Path, painter: Painter, steps: int) -> dict[str, Tensor]:
     """The second judge; the shipped demo model draws the remains that it learns from, the first judge lends eyes."""
-    left = remains(load(), folder / "remains.pt")
-    trainer = witness.WitnessTrainer(painter, steps, left, load_judge(), SEED + 1)
+    left, path, shown = remains(load(), folder / "remains.pt"), folder / "decoded.pt", witness.views(DECODED, SEED + 2)
+    if not path.exists():
+        saved(path, witness.decoded(first_autoencoder(painter, True), painter, shown))
+    lessons = witness.Lessons(left, torch.load(path, weights_only=True), shown)
+    trainer = witness.WitnessTrainer(painter, steps, lessons, load_judge(), SEED + 1)
     training.run(trainer, folder / "witness.pt")
     model = witness.calibrate(trainer.model.eval(), painter)
     print(json.dumps(witness.blind_spots(model, painter)), flush=True)

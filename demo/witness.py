@@ -29,6 +29,7 @@ THING_OF = {glyph: name for name, glyph in world.OBJECTS.items()} | PROPS
 
 SURE = 0.5
 IMPOSTORS = 0.3  # their share of a batch
+DECODED = 0.4  # of the pictures in it, the share that an autoencoder gave back
 BATCH, RATE = 64, 3e-3
 
 
@@ -85,6 +86,14 @@ def confidence_of(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def fingerprints(model: Witness, pictures: Tensor) -> Tensor:
+    """Features [n, 512] for distances between sets of pictures, of mean square 1 each, so that KID's kernel is that of
+    cosines."""
+    x = torch.cat([model.features(part.float())[0] for part in pictures.split(64)])
+    return x / x.square().mean(1, keepdim=True).sqrt()
+
+
+@torch.no_grad()
 def testify(model: Witness, pictures: Tensor) -> list[Testimony]:
     """Testimonies on pictures [n, 3, h, w] in [0, 1]."""
     out = []
@@ -138,26 +147,56 @@ def targets(pictures: list[world.Picture | None]) -> dict[str, Tensor]:
     return out
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """Pictures, uint8 [n, 3, INPUT, INPUT], that are made before the training: what edited models left of concepts, and
+    drawings as an autoencoder gives them back, with what they show."""
+
+    remains: Tensor | None = None
+    decoded: Tensor | None = None
+    shown: tuple[world.Picture, ...] = ()
+
+
+def views(count: int, seed: int) -> tuple[world.Picture, ...]:
+    rng = random.Random(seed)
+    return tuple(any_view(rng) for _ in range(count))
+
+
+@torch.no_grad()
+def decoded(vae: nn.Module, painter: Painter, pictures: tuple[world.Picture, ...]) -> Tensor:
+    """The pictures through the host's encoder and decoder, uint8 [n, 3, INPUT, INPUT]."""
+    out = []
+    for i in range(0, len(pictures), 8):
+        x = torch.stack([painter(p) for p in pictures[i : i + 8]])
+        y = vae.decode(vae.encode(2 * x - 1)).add(1).div(2).clamp(0, 1)
+        out.append((interpolate(y, size=INPUT, mode="area") * 255).round().to(torch.uint8))
+    return torch.cat(out)
+
+
 def batch_of(
-    rng: random.Random, painter: Painter, size: int, remains: Tensor | None
+    rng: random.Random, painter: Painter, size: int, lessons: Lessons
 ) -> tuple[Tensor, list[world.Picture | None]]:
     """Pictures [size, 3, INPUT, INPUT], the first of them of no such thing."""
 
     def small(picture: world.Picture) -> Tensor:
         return interpolate(painter(picture)[None], size=INPUT, mode="area")[0]
 
-    views: list[world.Picture | None] = []
+    seen: list[world.Picture | None] = []
     x = []
     for i in range(size):
         picture = any_view(rng)
-        if i < IMPOSTORS * size:
+        if i >= IMPOSTORS * size and lessons.decoded is not None and rng.random() < DECODED:
+            j = rng.randrange(len(lessons.decoded))
+            x.append(lessons.decoded[j].float() / 255)
+            seen.append(lessons.shown[j])
+        elif i < IMPOSTORS * size:
             ground = painter.paint((), picture.background)[:, :INPUT, :INPUT]
-            x.append(impostors.any_impostor(rng, small(picture), small(any_view(rng)), ground, remains))
-            views.append(None)
+            x.append(impostors.any_impostor(rng, small(picture), small(any_view(rng)), ground, lessons.remains))
+            seen.append(None)
         else:
             x.append(small(picture))
-            views.append(picture)
-    return torch.stack(x), views
+            seen.append(picture)
+    return torch.stack(x), seen
 
 
 def loss_of(logits: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
@@ -169,20 +208,25 @@ def loss_of(logits: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
 
 
 class WitnessTrainer:
-    """`remains`: what edited models drew, uint8 [n, 3, 64, 64]; `first`: a judge whose trunk learns on."""
+    """`first`: a judge whose trunk learns on."""
 
     def __init__(
-        self, painter: Painter, steps: int, remains: Tensor | None = None, first: Judge | None = None, seed: int = 1
+        self,
+        painter: Painter,
+        steps: int,
+        lessons: Lessons = Lessons(),
+        first: Judge | None = None,
+        seed: int = 1,
     ) -> None:
         torch.manual_seed(seed)
-        self.painter, self.remains, self.steps, self.step = painter, remains, steps, 0
+        self.painter, self.lessons, self.steps, self.step = painter, lessons, steps, 0
         self.rng, self.model = random.Random(seed), Witness()
         if first:
             self.model.trunk.load_state_dict(first.trunk.state_dict())
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.02)
 
     def update(self) -> float:
-        x, views = batch_of(self.rng, self.painter, BATCH, self.remains)
+        x, views = batch_of(self.rng, self.painter, BATCH, self.lessons)
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model(spoil(x))
         loss = loss_of({k: v.float() for k, v in logits.items()}, targets(views))

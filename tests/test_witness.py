@@ -102,7 +102,9 @@ def test_training_learns_and_resumes_as_if_never_stopped(tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "EVERY", 2)
 
     def trainer(steps: int) -> witness.WitnessTrainer:
-        return witness.WitnessTrainer(Blocks(), steps, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))  # type: ignore[arg-type]
+        made = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        lessons = witness.Lessons(made, made, witness.views(2, 0))
+        return witness.WitnessTrainer(Blocks(), steps, lessons)  # type: ignore[arg-type]
 
     training.run(straight := trainer(4), tmp_path / "straight.pt")
     stopped = trainer(4)
@@ -117,3 +119,20 @@ def test_training_learns_and_resumes_as_if_never_stopped(tmp_path: Path, monkeyp
 def test_a_witness_that_is_not_there_names_the_mend(tmp_path: Path) -> None:
     with pytest.raises(load.WeightsError, match="make train-demo"):
         load.load_witness(tmp_path / "witness.safetensors")
+
+
+def test_a_batch_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Impostors first; among the pictures some that an autoencoder gave back, with what they show."""
+    monkeypatch.setattr(witness, "DECODED", 0.5)
+    back = torch.full((1, 3, 64, 64), 7, dtype=torch.uint8)
+    lessons = witness.Lessons(decoded=back, shown=(world.one_object(random.Random(0), "owl"),))
+    x, shown = witness.batch_of(random.Random(1), Blocks(), 40, lessons)  # type: ignore[arg-type]
+    assert [p is None for p in shown] == [True] * 12 + [False] * 28
+    given = [torch.equal((each * 255).round().byte(), back[0]) for each in x]
+    assert 5 < sum(given) < 25 and all(p is lessons.shown[0] for p, g in zip(shown, given, strict=True) if g)
+
+
+def test_fingerprints_are_of_one_length() -> None:
+    torch.manual_seed(0)
+    x = witness.fingerprints(Witness().eval(), torch.rand(3, 3, 128, 128))
+    torch.testing.assert_close(x.square().mean(1), torch.ones(3))
