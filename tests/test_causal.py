@@ -321,6 +321,20 @@ def test_a_model_that_others_had_a_part_in_is_never_taken_for_another() -> None:
     assert settled(patched) is None
 
 
+def test_a_period_of_the_plain_model_is_not_given_to_one_with_a_lora(model: Any, own_files: Path) -> None:
+    judge = Told(lambda images: [0.5] * len(images))
+    search(model, judge)
+    lora = model.clone()
+    name = next(n for n in model.model.state_dict() if n.endswith("attn2.to_k.weight"))
+    lora.add_patches({name: ("diff", (torch.ones_like(model.model.state_dict()[name]),))})
+    assert settled(lora) is None
+    seen = judge.seen
+    search(lora, judge)
+    assert judge.seen > seen, "it was searched for anew"
+    assert len(list((own_files / "concept_guard" / "causal-periods").iterdir())) == 1, "and not kept"
+    lora.unpatch_model()
+
+
 @pytest.mark.parametrize(
     "held",
     [

@@ -77,18 +77,22 @@ def test_below_the_floor_a_concept_is_left_alone(width: str, solve: str) -> None
 @pytest.mark.parametrize("solve", CHOICES["solve"])
 @pytest.mark.parametrize("width", CHOICES["width"])
 @pytest.mark.parametrize("baseline", CHOICES["baseline"])
-def test_what_is_more_like_a_neighbour_is_left_alone(baseline: str, width: str, solve: str) -> None:
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_what_is_more_like_a_neighbour_is_left_alone(floor: float, baseline: str, width: str, solve: str) -> None:
+    """Also above the floor, which spares what no neighbour does."""
     n = 40
     At, Ay = random(3, n, H * D, seed=1), random(2, n, H * D, seed=3)
     A0 = random(n, H * D, seed=2) if baseline == "neutral" else None
     A = random(n, H * D) + At.sum(0) + torch.rand(n, 1, generator=torch.Generator().manual_seed(4)) * 3 * Ay.sum(0)
-    options = CREOptions(width, "all", baseline, "clip", solve)
+    options = CREOptions(width, "all", baseline, "clip", solve, floor)
     of = torch.tensor([[True, False], [False, False], [True, True]])  # the second concept has no neighbours
     neighbours = [[y for y, own in zip(Ay, row, strict=True) if own] for row in of]
     heads = H if width == "head" else 1
-    expected = reference.cre(A, list(At), [1.0] * 3, heads, True, solve == "joint", A0, 0.0, neighbours)
+    expected = reference.cre(A, list(At), [1.0] * 3, heads, True, solve == "joint", A0, floor, neighbours)
     result = ours(A, At, [1.0] * 3, options, A0, Kept(Ay, of))
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
+    unbounded = ours(A, At, [1.0] * 3, replace(options, floor=0.0), A0, Kept(Ay, of))
+    assert torch.equal(result, unbounded) == (floor == 0), "the floor spared nothing beside the neighbours"
     changed = (result != ours(A, At, [1.0] * 3, options, A0)).any(-1)
     assert 0 < changed.sum() < n or width == "head", "all or nothing was spared"
 

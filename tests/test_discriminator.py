@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.latent_formats
 import folder_paths
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -212,6 +214,47 @@ def test_hostile_files_are_refused(trained: Discriminator, tmp_path: Path, damag
         artefacts.read(path, "discriminator")
 
 
+class Tokens:
+    """A CLIP_VISION of DINOv2's or SigLIP's kind: it tells of patches, and has no embedding of the whole."""
+
+    image_size = 24
+
+    def encode_image(self, image: Tensor, crop: bool = True) -> dict[str, Any]:
+        patches = torch.nn.functional.unfold(image.movedim(-1, 1), 8, stride=8).mT  # [B, 9, 3 * 64]
+        return {"image_embeds": None, "last_hidden_state": patches.bfloat16()}
+
+
+def test_an_encoder_without_an_embedding_gives_the_mean_of_its_tokens() -> None:
+    eye, x = Vision(Tokens()), squared(discs(20, 1, True), 24)
+    found = eye(x)
+    by_hand = torch.stack(
+        [x[:, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].flatten(1) for i in range(3) for j in range(3)]
+    ).mean(0)
+    assert found.dtype == torch.float32 and found.shape == (20, 192) and eye.width == 192
+    torch.testing.assert_close(found, by_hand, atol=1e-2, rtol=1e-2)
+    concept, others = (squared(discs(30, seed, red), 24) for seed, red in ((1, True), (2, False)))
+    judge, report = train(concept, others, eye, "red disc", copies=1)
+    assert report.accuracy > 0.9 and len(judge.scores(discs(2, 3, True))) == 2
+
+
+@pytest.mark.parametrize(("angle", "same"), [(0.0, True), (0.1, True), (0.4, False)])
+def test_the_same_encoder_in_another_precision_counts_as_the_same(
+    trained: Discriminator, angle: float, same: bool
+) -> None:
+    """Half precision moves what an encoder makes of a picture by less than a hundredth; other weights by far more."""
+    held = to_artefact(trained)
+    probe = held.tensors["probe"]
+    aside = torch.randn(probe.shape, generator=torch.Generator().manual_seed(0))
+    aside -= aside @ probe / (probe @ probe) * probe
+    turned = math.cos(angle) * probe + math.sin(angle) * probe.norm() / aside.norm() * aside
+    other = replace(held, tensors={**held.tensors, "probe": turned})
+    if same:
+        assert from_artefact(other, Vision(Eye())).name == "red disc"
+    else:
+        with pytest.raises(ValueError, match="was trained on other weights"):
+            from_artefact(other, Vision(Eye()))
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +271,20 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     for name in ("..", "/etc", "red/../..", "blue"):
         with pytest.raises(ValueError, match="input folder"):
             folder_in(tmp_path, name)
+
+
+def test_a_photograph_that_lies_on_its_side_is_set_upright(tmp_path: Path) -> None:
+    """As cameras write it: the pixels as the sensor saw them, and by the EXIF how to turn them."""
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:8] = (255, 0, 0)  # red at the top
+    sensor = Image.fromarray(np.rot90(upright).copy())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter clockwise
+    for name, about in (("a.png", exif), ("b.png", Image.Exif())):
+        sensor.save(tmp_path / name, exif=about)
+    turned, as_it_is = read_folder(tmp_path, 32).pictures
+    assert torch.equal(turned, torch.from_numpy(upright).movedim(-1, 0).float() / 255)
+    assert not torch.equal(as_it_is, turned)
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
@@ -323,6 +380,14 @@ def test_the_hosts_preview_stands_in_for_a_vae(trained: Discriminator) -> None:
     torch.testing.assert_close(picture[1, 2, 3], expected.clamp(0, 1))
     look, _, _ = decoder(trained)
     assert len(look(latents, latent_format)) == 2
+
+
+def test_the_preview_of_a_model_that_has_a_bias() -> None:
+    latent_format = comfy.latent_formats.SDXL()
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias)
+    assert bias.abs().max() > 0.01
+    picture = preview(torch.zeros(1, 4, 2, 2), latent_format)
+    torch.testing.assert_close(picture, ((bias + 1) / 2).expand(1, 2, 2, 3))
 
 
 def test_the_shipped_discriminators() -> None:

@@ -13,6 +13,7 @@ from foreign import Attn2Replace, couple, ip_adapter
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec, Gate, Prompt
+from conceptguard.editing.engine.backbones.unet import cross_attentions
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.engine.run import OBSERVER
 from conceptguard.editing.methods.eiup import EIUPOptions
@@ -151,6 +152,49 @@ def test_a_lora_on_one_conditioning_is_not_the_others(model: Any) -> None:
     for output in expected:
         assert min((output - each).abs().max() for each in both) < 1e-3
     model.unpatch_hooks()
+
+
+def test_a_lora_whose_strength_changes_within_a_run(model: Any) -> None:
+    """Keyframes give a hook another strength from a step on: the concept is read anew with those weights."""
+
+    def hook(strengths: dict[float, float]) -> comfy.hooks.HookGroup:
+        made = comfy.hooks.WeightHook()
+        made.weights, made.need_weight_init = patch_weights(model), False
+        group, frames = comfy.hooks.HookGroup(), comfy.hooks.HookKeyframeGroup()
+        for start, strength in strengths.items():
+            frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start, guarantee_steps=0))
+        group.add(made)
+        group.set_keyframes_on_hooks(frames)
+        return group
+
+    def outputs(strengths: dict[float, float]) -> list[dict[str, Tensor]]:
+        with tiny.Recorder(model) as seen:
+            tiny.sample(cre(model), tiny.cond(1, hooks=hook(strengths)), cfg=1.0, steps=2)
+        model.unpatch_hooks()
+        return seen.calls[("middle", 0, 0)]
+
+    def at_strength(strength: float, call: dict[str, Tensor]) -> Tensor:
+        """CRE by hand on this call, the concept read with weights of this strength."""
+        block = cross_attentions(model.model.diffusion_model)[("middle", 0, 0)]
+        patches = patch_weights(model)
+        steer, empty = tiny.concept("c", 100).phrases[0].tokens[0], tiny.concept("c", 100).baseline
+
+        def weight(which: str) -> Tensor:
+            name = next(
+                n for n in patches if n.endswith(f"middle_block.1.transformer_blocks.0.attn2.to_{which}.weight")
+            )
+            return (getattr(block.attn2, f"to_{which}").weight + strength * patches[name][1][0]).double()
+
+        def found(text: Tensor) -> Tensor:
+            return reference.attention(call["q"][0], text.double() @ weight("k").T, text.double() @ weight("v").T, 4)
+
+        A = reference.attention(call["q"][0], call["k"][0], call["v"][0], 4)
+        return reference.cre(A, [found(steer)], [1.0], 1, True, True, found(empty[0]))
+
+    first, second = outputs({0.0: 1.0, 0.4: 0.2})
+    for call, strength in ((first, 1.0), (second, 0.2)):
+        torch.testing.assert_close(call["out"][0].double(), at_strength(strength, call), rtol=1e-3, atol=1e-3)
+    assert (second["out"][0].double() - at_strength(1.0, second)).abs().max() > 0.05
 
 
 def hooked(scope: comfy.hooks.EnumHookScope, edit: EditSpec) -> comfy.hooks.HookGroup:

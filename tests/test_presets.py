@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from documents import DOCUMENT, HASH, WORDS, Fuzz, by_hand, changed, keys, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conceptguard.editing.edits.encode import concept_from_text
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.methods import cre, eiup
@@ -22,7 +24,7 @@ from conceptguard.editing.methods.cre import CREEdit
 from conceptguard.editing.methods.eiup import EIUPEdit
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import MAX_BYTES, Preset, read, write
-from conceptguard.editing.presets.save import slug
+from conceptguard.editing.presets.save import alike, slug
 from conceptguard.editing.presets.words import described
 from conceptguard.nodes.concept import ConceptGuardConceptFromConditioning
 from conceptguard.nodes.cre import ConceptGuardCRE
@@ -288,6 +290,17 @@ def test_what_cannot_be_saved_says_why(model: Any, clip: Any) -> None:
         saved(make(ConceptGuardCRE, model, picture), clip)
     with pytest.raises(ValueError, match="ConceptGuardSavePreset: preset: name"):
         saved(by_hand(model, clip), clip, name="  ")
+
+
+@pytest.mark.parametrize(("off", "same"), [(0.004, True), (0.03, False)])
+def test_a_concept_that_an_encoder_in_half_precision_made_is_known_again(clip: Any, off: float, same: bool) -> None:
+    """Two runs of one encoder differ by some thousandths of an encoding's size; another wording by far more."""
+    made = concept_from_text(clip, "knife", "knife")
+    (phrase,) = made.phrases
+    noise = torch.randn(phrase.tokens.shape, generator=torch.Generator().manual_seed(0))
+    moved = phrase.tokens + off * phrase.tokens.norm() / noise.norm() * noise
+    again = replace(made, phrases=(replace(phrase, tokens=moved),))
+    assert alike(made, again) is same
 
 
 def test_a_bad_document_is_refused_before_anything_runs() -> None:
