@@ -56,10 +56,11 @@ def all_equal(pictures: Sequence[Tensor]) -> bool:
 # --- our own ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [*itertools.combinations(OURS, 2), *itertools.combinations(OURS, 3)], ids=" + ".join)
+@pytest.mark.parametrize("names", [*itertools.combinations(OURS, 2), tuple(OURS)], ids=" + ".join)
 def test_any_order_of_our_nodes_gives_the_same_bits(model: Any, names: tuple[str, ...]) -> None:
-    orders = itertools.permutations([OURS[name] for name in names])
-    pictures = [tiny.sample(chain(model, order)) for order in orders]
+    """The engine sorts edits, so that two orders of each pair, and all five turned about, are every case there is."""
+    nodes = [OURS[name] for name in names]
+    pictures = [tiny.sample(chain(model, order)) for order in (nodes, nodes[::-1], nodes[2:] + nodes[:2])]
     assert all_equal(pictures)
     for left_out in range(len(names)):
         fewer = [OURS[name] for i, name in enumerate(names) if i != left_out]
@@ -112,10 +113,10 @@ FOREIGN: dict[str, Node] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_beside_another_pack_in_every_order(model: Any, name: str) -> None:
-    """All 24 orders of it and three of our nodes."""
+def test_another_pack_in_every_place(model: Any, name: str) -> None:
+    """It in each place among three of our nodes; their own order is held above."""
     other = FOREIGN[name]
-    orders = itertools.permutations([other, *THREE])
+    orders = [[*THREE[:i], other, *THREE[i:]] for i in range(4)]
     pictures = [tiny.sample(chain(model, order), batch=2) for order in orders]
     assert torch.isfinite(pictures[0]).all() and all_equal(pictures)
     assert not torch.equal(pictures[0], tiny.sample(other(model), batch=2)), "our edits do nothing"
@@ -123,8 +124,9 @@ def test_beside_another_pack_in_every_order(model: Any, name: str) -> None:
         assert not torch.equal(pictures[0], tiny.sample(chain(model, THREE), batch=2)), f"{name} does nothing"
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize(
+    ("name", "ours"), [*((name, "CRE") for name in FOREIGN), *(("IPAdapter", ours) for ours in list(OURS)[1:])]
+)
 def test_an_edit_that_is_off_leaves_the_other_pack_its_bits(model: Any, name: str, ours: str) -> None:
     other, off = FOREIGN[name], eiup(weight=0.0) if ours == "EIUP" else None
     off = off or {"CRE": cre(strength=0.0), "CRE of another concept": cre(end_percent=0.0)}.get(ours)
@@ -135,8 +137,11 @@ def test_an_edit_that_is_off_leaves_the_other_pack_its_bits(model: Any, name: st
 
 def test_two_other_packs_at_once(model: Any) -> None:
     """IPAdapter in the slots, attention couple around them, and ours among them."""
-    nodes = [foreign.ip_adapter, foreign.couple, OURS["CRE"], OURS["EIUP"]]
-    assert all_equal([tiny.sample(chain(model, order), batch=2) for order in itertools.permutations(nodes)])
+    packs, ours = [foreign.ip_adapter, foreign.couple], [OURS["CRE"], OURS["EIUP"]]
+    for two in (packs, packs[::-1]):
+        orders = [[*two, *ours], [*ours, *two], [two[0], ours[0], two[1], ours[1]], [ours[0], *two, ours[1]]]
+        pictures = [tiny.sample(chain(model, order), batch=2) for order in orders]
+        assert all_equal(pictures)
 
 
 def test_every_row_of_the_positive_is_edited_beside_attention_couple(model: Any) -> None:
@@ -210,10 +215,10 @@ CONDITIONINGS = list(conditionings(tiny.sd1()))
 
 @pytest.mark.parametrize("name", CONDITIONINGS)
 def test_beside_what_a_conditioning_brings(model: Any, name: str) -> None:
-    """In every order of our nodes; one prompt brings it and another does not, as regional prompts do."""
+    """One prompt brings it and another does not, as regional prompts do."""
     brought = conditionings(model)[name]
     positive = tiny.cond(1, **brought) + tiny.cond(3)
-    pictures = [tiny.sample(chain(model, order), positive, batch=2) for order in itertools.permutations(THREE)]
+    pictures = [tiny.sample(chain(model, order), positive, batch=2) for order in (THREE, THREE[::-1])]
     model.unpatch_hooks()
     assert torch.isfinite(pictures[0]).all() and all_equal(pictures)
     assert not torch.equal(pictures[0], tiny.sample(model, positive, batch=2)), "our edits do nothing"
@@ -301,8 +306,8 @@ def test_calls_between_the_steps_follow_the_window_by_their_own_noise(model: Any
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral"])
-def test_samplers_in_every_order_of_our_nodes(model: Any, sampler: str) -> None:
-    orders = itertools.permutations(THREE)
+def test_samplers_in_both_orders_of_our_nodes(model: Any, sampler: str) -> None:
+    orders = THREE, THREE[::-1]
     assert all_equal([tiny.sample(chain(model, order), steps=3, sampler=sampler) for order in orders])
 
 
@@ -336,7 +341,7 @@ def test_perpendicular_negative_guidance_in_every_order(model: Any) -> None:
         euler = comfy.samplers.sampler_object("euler")
         return guider.sample(torch.ones_like(latent), latent, euler, sigmas, disable_pbar=True)
 
-    pictures = [sample(chain(model, order)) for order in itertools.permutations(THREE)]
+    pictures = [sample(chain(model, order)) for order in (THREE, THREE[::-1])]
     assert all_equal(pictures) and not torch.equal(pictures[0], sample(model))
 
 
