@@ -160,7 +160,10 @@ BLOCK = "diffusion_model.middle_block.1.transformer_blocks.0"
 
 @pytest.mark.parametrize(
     ("backend", "part"),
-    [("eager", "diffusion_model"), pytest.param("inductor", BLOCK, marks=pytest.mark.slow)],
+    [
+        pytest.param("eager", "diffusion_model", marks=pytest.mark.slow),
+        pytest.param("inductor", BLOCK, marks=pytest.mark.slow),
+    ],
 )
 def test_the_compiled_model(model: Any, backend: str, part: str) -> None:
     """The host's TorchCompileModel on either side, which traces and guards, but with "eager" generates no code; and a

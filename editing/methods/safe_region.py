@@ -35,7 +35,7 @@ def direction_of(artefact: Artefact) -> Direction:
 
 
 def offset(conditioning: Sequence[Any], direction: Direction, beta: float, pooled: Tensor | None = None) -> list[Any]:
-    """A CONDITIONING with the direction added to every entry, and its pooled output replaced if one is given."""
+    """A CONDITIONING with the direction added to every entry, and its pooled output replaced if one [1, P] is given."""
     if not math.isfinite(beta):
         raise ValueError(f"strength is {beta}; give a finite number (0 changes nothing)")
     if beta == 0:
@@ -102,6 +102,7 @@ class SafeRegion(Method):
 
 
 def shifted(d: Tensor, c: Tensor, beta: Tensor) -> Tensor:
+    """`shift`, d [T, W] first: c [R, L, W] + beta [R] d."""
     return shift(c, d, beta)
 
 

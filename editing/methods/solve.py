@@ -18,7 +18,10 @@ def solve(gram: Tensor, b: Tensor) -> Tensor:
 
 
 def eliminated(gram: Tensor, b: Tensor) -> Tensor:
-    """The same by Gauss-Jordan elimination, with what every device has; positive definite systems need no pivoting."""
+    """The same by Gauss-Jordan elimination, with what every device has; positive definite systems need no pivoting.
+
+    gram: [..., K, K]; b and what is returned: [..., K, 1].
+    """
     M = torch.cat([gram, b], -1)  # [..., K, K + 1]
     for k in range(M.shape[-2]):
         row = M[..., k : k + 1, :] / M[..., k : k + 1, k : k + 1]

@@ -111,7 +111,7 @@ def solved_together(
 
 
 def by_length(prompts: Sequence[tuple[int, Tensor, float]], device: torch.device) -> list[TokenSet]:
-    """prompts: each one's edit, tokens and scale."""
+    """A set for each length of prompts. prompts: each one's edit, tokens [1, T, W] and scale."""
     sets = []
     for T in dict.fromkeys(tokens.shape[1] for _, tokens, _ in prompts):
         owner, tokens, scale = zip(*(each for each in prompts if each[1].shape[1] == T), strict=True)
