@@ -126,6 +126,16 @@ def test_tiles_are_counted_and_have_no_map(model: Any) -> None:
     assert torch.equal(only.heat(1, 4, 4), torch.full((1, 4, 4), only.found))
 
 
+def test_steps_that_a_cache_leaves_out_are_told(model: Any) -> None:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    cached = EasyCacheNode.execute(cre(model), 3.0, 0.1, 0.9, False).args[0]
+    only = entry(cached, steps=8)
+    left = len(only.due - only.acted)
+    assert len(only.due) == 8 and 0 < left < 8
+    assert f"acted in {8 - left} of 8 steps, 7 of 7 blocks ({left} more step" in only.line(8)
+
+
 def test_several_edits_have_their_own(model: Any) -> None:
     both = cre(cre(model, options=FOUND, blocks="middle"), tiny.concept("gun", 200), FOUND, end_percent=0.5)
     found = account(both, steps=4)
@@ -164,6 +174,8 @@ def test_an_unknown_prompt_is_counted(model: Any) -> None:
 
     found = account(PerpNeg.execute(cre(model), tiny.cond(3), 1.0).args[0], steps=2)
     assert found.prompts == {"positive": 2, "negative": 2, "unnamed": 2} and found.edited == {"positive"}
+    ((_, line),) = found.lines()
+    assert line.endswith("7 of 7 blocks; left alone 2 rows of prompts that the guider does not name")
 
 
 def test_no_positive_prompt_is_an_error(model: Any) -> None:

@@ -22,6 +22,7 @@ from .rows import Rows, Served
 
 ACCOUNTS = "concept_guard_accounts"  # in transformer_options: an Accounts, of the runs of one MODEL
 KEPT = 8  # runs of a MODEL that are remembered
+UNNAMED = "unnamed"  # prompts that no guider knows
 LITTLE = 0.005  # of the positions: an edit that found less found nothing
 Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
 
@@ -87,6 +88,8 @@ class Entry:
                 return "did not act: its gate flagged no image"
             return f"did not act: none of {steps} steps lies between {spec.start_percent:g} and {spec.end_percent:g}"
         said = f"acted in {len(self.acted)} of {steps} steps, {len(self.reached)} of {len(self.named)} blocks"
+        if left := len(self.due - self.acted):
+            said += f" ({left} more step{'s' * (left > 1)} of its window were left out by a cache or another node)"
         share = self.found
         if share is None:
             return said
@@ -167,7 +170,7 @@ class Account(Shared):
         """A model call has come through, whoever it is for."""
         self.calls += 1
         for name, edited in zip(served.names, served.edited, strict=True):
-            name = name or "unnamed"
+            name = name or UNNAMED
             self.prompts[name] = self.prompts.get(name, 0) + served.images * served.tiles
             if edited:
                 self.edited.add(name)
@@ -256,7 +259,10 @@ class Account(Shared):
 
     def lines(self) -> list[tuple[Entry, str]]:
         """Each edit, and what it did, for people."""
-        return [(entry, entry.line(self.steps)) for entry in self.entries.values()]
+        unknown = self.prompts.get(UNNAMED, 0)
+        more = f"; left alone {unknown} rows of prompts that the guider does not name" if unknown else ""
+        lines = [(entry, entry.line(self.steps)) for entry in self.entries.values()]
+        return [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
