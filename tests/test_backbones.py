@@ -164,19 +164,18 @@ def test_sd15_in_half_precision(dtype: torch.dtype, tolerance: float) -> None:
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "Stable Diffusion 3": (
-        "SD3",
+    "AuraFlow": (
+        "AuraFlow",
         dict(
-            in_channels=16,
-            pos_embed_scaling_factor=None,
-            input_size=None,
-            depth=1,
-            pos_embed_max_size=8,
-            num_patches=64,
-            adm_in_channels=8,
-            context_size=tiny.WIDTH,
+            in_channels=4,
+            dim=256,
+            n_layers=1,
+            n_double_layers=1,
+            n_heads=1,
+            global_conddim=256,
+            cond_seq_dim=tiny.WIDTH,
         ),
-        r"SD3 \(OpenAISignatureMMDITWrapper\)",
+        r"AuraFlow \(MMDiT\)",
     ),
     "Wan 2.1": (
         "WAN21_T2V",
@@ -212,7 +211,7 @@ def test_other_architectures_are_refused_by_name(name: str) -> None:
     config.unet_config["dtype"] = torch.float32
     meta = torch.device("meta")
     model = ModelPatcher(config.get_model({}, device=meta), load_device=meta, offload_device=meta)
-    message = f"Test: cannot edit {told}: .* cross-attention of SD1.x, SD2.x and SDXL models; connect one of these"
+    message = f"Test: cannot edit {told}: .* attention of .*Flux.*, SD1.x, SD2.x and SDXL models; connect one of these"
     for spec in (*edit("CRE", "SD1.5"), *edit("joint", "SD1.5")):
         with pytest.raises(ValueError, match=message):
             add_edit(model, EditSpec(spec.method, spec.source, options=spec.options, node="Test"))

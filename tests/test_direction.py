@@ -304,7 +304,7 @@ def test_fp16_models_are_trained_in_bf16(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"resume": vector()}, "resume is no learned direction; connect what"),
         ({"concept": Concept("x", (Phrase("x", tiny.tokens(1), (1,)),))}, 'concept "x" comes without the empty prompt'),
         ({"concept": Concept("x", (Phrase("x", torch.zeros(1, 77, 8), (1,)),))}, "concept and clip are of different"),
-        ({"model": tiny.flux()}, r"cannot edit Flux \(Flux\)"),
+        ({"model": tiny.auraflow()}, r"cannot edit AuraFlow \(MMDiT\)"),
     ],
     ids=lambda x: x if isinstance(x, str) else ",".join(x),
 )

@@ -12,7 +12,6 @@ import comfy.sample
 import comfy.sd
 import comfy.supported_models
 import torch
-from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -180,28 +179,19 @@ def clip(family: type = comfy.supported_models.SD15, embeddings: str | None = No
     return encoder
 
 
-def flux() -> ModelPatcher:
-    """A model of a kind that has no cross-attention."""
+def auraflow() -> ModelPatcher:
+    """A model of a kind that the engine does not know."""
     shape = dict(
-        image_model="flux",
-        in_channels=16,
-        out_channels=16,
-        vec_in_dim=8,
-        context_in_dim=WIDTH,
-        hidden_size=16,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=1,
-        depth_single_blocks=1,
-        axes_dim=[2, 2, 4],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=False,
+        in_channels=4,
+        dim=256,
+        n_layers=1,
+        n_double_layers=1,
+        n_heads=1,
+        global_conddim=256,
+        cond_seq_dim=WIDTH,
+        max_seq=64,
     )
-    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
-        shape["txt_ids_dims"] = []
-    model = comfy.supported_models.Flux(shape).get_model({}, device="cpu")
+    model = comfy.supported_models.AuraFlow(shape).get_model({}, device="cpu")
     cpu = torch.device("cpu")
     return ModelPatcher(model, load_device=cpu, offload_device=cpu)
 

@@ -17,6 +17,7 @@ from ..edits.spec import Concept, Direction, EditSpec, Prompt
 from ..methods.attention import split_heads
 from ..methods.tokens import TokenSet
 from .binding import KV
+from .streams import ModelCall
 
 
 class TextAttention(Protocol):
@@ -46,6 +47,7 @@ class Backbone:
 
     supports = ""  # for people: the models that this kind is for
     sides: tuple[str, ...] = ()  # of its blocks' keys, in their order
+    streamed = False  # whether a prompt's keys and values are those of one model call (streams.py)
 
     def __init__(
         self, name: str, width: int, blocks: Mapping[BlockKey, TextAttention], fingerprint: str = "", family: str = ""
@@ -61,6 +63,11 @@ class Backbone:
     def hooks(self, run: Any) -> Hooks:
         """The functions of a run (run.Run)."""
         raise NotImplementedError
+
+    def prepare(self, run: Any, call: Any, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
+        """A model call as its edits need it, about to be made; executor: makes others before. call: run.Call, installed
+        in its options."""
+        return made
 
     def foreign(self) -> str:
         """Who put forwards of their own into its blocks, for people; empty if nobody did, or it cannot tell."""
@@ -134,6 +141,6 @@ def backbone_of(network: torch.nn.Module, model_name: str, node: str) -> Backbon
         if (found := kind.of(network, name)) is not None:
             return found
     raise ValueError(
-        f"{node}: cannot edit {name}: ConceptGuard edits the cross-attention of "
+        f"{node}: cannot edit {name}: ConceptGuard edits the attention of "
         f"{', '.join(kind.supports for kind in BACKBONES)} models; connect one of these"
     )

@@ -29,6 +29,7 @@ from .conds import CONDS, positive
 from .obstacles import cause, nag_in
 from .rows import Served, images_of, patches_of, tiles_of, window_of
 from .run import CALL, EDITS, OBSERVER, WATCH, Run
+from .streams import ModelCall
 from .watch import Watch
 
 RUN = "concept_guard_run"  # in the transformer_options of one sampling run
@@ -424,9 +425,13 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
             if active:
                 plan.rows(served, len(x))  # found now: what torch.compile finds new at a later step, it compiles
             holder[key] = run.install(options, plan, served, watch)
-        out = executor(x, t, *arguments, **kwargs)
+        if not active and not watch:
+            return executor(x, t, *arguments, **kwargs)
+        call = holder[key][CALL]
+        made = run.backbone.prepare(run, call, ModelCall.of(x, t, arguments, kwargs), executor)
+        out = made.through(executor)
         if active:
-            run.account.acted(holder[key][CALL], run.origin, sigma)
+            run.account.acted(call, run.origin, sigma)
         return out
 
 

@@ -21,6 +21,7 @@ from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
 from .rows import Layout, Rows, Served, put
+from .streams import Streams, prompts_of
 
 Observer = Callable[..., None]
 Note = Callable[[Sequence[int], Tensor], None]  # told the owners of some phrases, and where each was found, [K, R, N]
@@ -109,9 +110,17 @@ class BlockEdits:
     """What happens to one attention's output."""
 
     def __init__(
-        self, sets: TokenSets, backbone: Backbone, key: BlockKey, device: torch.device, dtype: torch.dtype
+        self,
+        sets: TokenSets,
+        backbone: Backbone,
+        key: BlockKey,
+        device: torch.device,
+        dtype: torch.dtype,
+        streams: Streams | None = None,
     ) -> None:
         def bind(tokens: TokenSet) -> KV:
+            if streams is not None:
+                return streams.keys_values(key, tokens)
             return backbone.keys_values(key, tokens, dtype)
 
         def values(rows: Tensor) -> Tensor | None:
@@ -140,7 +149,7 @@ class BlockEdits:
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         if self.joined:
             base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2) if foreign else A
-            A = A + append(base, q, k, [(kv.K, kv.V, s[kv.owner][0]) for kv in self.joined])
+            A = A + append(base, q, k, [(*kv.single, s[kv.owner][0]) for kv in self.joined])
         for kv in self.separate:
             A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
         # All from the same A:
@@ -151,14 +160,16 @@ class BlockEdits:
 
 
 class Plan:
-    """The edits of one or more model calls; `blocks` has every attention whose output they change."""
+    """The edits of one or more model calls. sets: of every attention whose output they change; blocks: the same bound
+    to it, but not where that needs the model call's own streams."""
 
     def __init__(self, specs: Sequence[EditSpec], backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
         self.specs = specs
-        self.device = device
+        self.backbone, self.device, self.dtype = backbone, device, dtype
         self.chosen = [select_blocks(spec.blocks, backbone.blocks) for spec in specs]
         on_text = {i: spec.how.on_text(spec, device) for i, spec in enumerate(specs)}
         self.texts = {i: change for i, change in on_text.items() if change is not None}
+        self.sets: dict[BlockKey, TokenSets] = {}
         self.blocks: dict[BlockKey, BlockEdits] = {}
         self._rows: dict[tuple[object, ...], Rows | None] = {}
         gathered: dict[tuple[int, ...], TokenSets] = {}  # most blocks get the same edits
@@ -167,7 +178,16 @@ class Plan:
             if here:
                 if here not in gathered:
                     gathered[here] = gather(specs, here, device)
-                self.blocks[key] = BlockEdits(gathered[here], backbone, key, device, dtype)
+                self.sets[key] = gathered[here]
+                if not backbone.streamed:
+                    self.blocks[key] = BlockEdits(gathered[here], backbone, key, device, dtype)
+        self.prompts = list(prompts_of(gathered.values())) if backbone.streamed else []
+
+    def edits(self, key: BlockKey, streams: Streams | None) -> BlockEdits | None:
+        """What happens to one attention's output in a model call with these streams."""
+        if streams is None or key not in self.sets:
+            return self.blocks.get(key)
+        return BlockEdits(self.sets[key], self.backbone, key, self.device, self.dtype, streams)
 
     def rows(self, served: Served, batch: int, couple: tuple[int, ...] = ()) -> Rows | None:
         """The rows to edit of a batch of a model call, or of an attention in it; None if there are none.

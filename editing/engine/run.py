@@ -20,6 +20,7 @@ from .backbone import Backbone, backbone_of
 from .conds import Guiders
 from .plan import Plan
 from .rows import Rows, Served, Window, couple_of, put
+from .streams import Streams
 from .watch import Watch
 
 EDITS = "concept_guard"  # in transformer_options: the list of specs
@@ -40,6 +41,8 @@ class Call(Shared):
     watch: Watch | None = None
     watched: Collection[BlockKey] = ()
     previous: Mapping[Any, Attention] = field(default_factory=dict)  # other packs' replacements of an attention
+    streams: Streams | None = None  # where a backbone needs them
+    place: Any = None  # of its tokens, for such a backbone
     # For the account: the attentions whose output was edited, whose text was, and where something was found.
     reached: dict[BlockKey, None] = field(default_factory=dict)
     read: dict[BlockKey, None] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Call(Shared):
         self.noted.append(Noted((shape[-2], shape[-1], self.served.tiles), rows, owner, found))
 
     def reaches(self, key: BlockKey) -> bool:
-        return key in self.plan.blocks or key in self.watched
+        return key in self.plan.sets or key in self.watched
 
 
 class Run(Shared):
@@ -269,16 +272,32 @@ class Run(Shared):
         if call.watch is not None and key in call.watched:
             rows = call.served.conditional(len(q), couple)
             call.watch.see(self.backbone, key, A, q, k, rows, call.served.images, extra["activations_shape"])
-        edits = call.plan.blocks.get(key)
-        edited = None if edits is None else call.plan.rows(call.served, len(q), couple)
-        if edits is None or edited is None:
+        edited = call.plan.rows(call.served, len(q), couple) if key in call.plan.sets else None
+        if edited is None:
             return A
         i = edited.index
+        return put(A, i, self.edited(key, edited, A[i], q[i], k[i], v[i], extra, foreign))
+
+    def edited(
+        self,
+        key: BlockKey,
+        rows: Rows,
+        A: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        extra: dict[str, Any],
+        foreign: bool = False,
+    ) -> Tensor:
+        """The same for the edited rows alone: A, q: [R, N, C]; k, v: [R, L, C]; returns fp32 or A's dtype."""
+        call: Call = extra[CALL]
+        edits = call.plan.edits(key, call.streams)
+        assert edits is not None
         call.reached[key] = None
-        note = partial(call.note, edited, extra.get("activations_shape") or (1, q.shape[1]))
+        note = partial(call.note, rows, extra.get("activations_shape") or (1, q.shape[1]))
         observe = extra.get(OBSERVER)
         observer = observe and partial(observe, block=key, specs=call.plan.specs)
-        return put(A, i, edits.apply(A[i], q[i], k[i], v[i], edited.s, foreign, observer, note))
+        return edits.apply(A, q, k, v, rows.s, foreign, observer, note)
 
     def text(self, key: BlockKey, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The text that an attention makes keys and values of, as the edits leave it. context, value: [B, L, W]."""

@@ -43,6 +43,11 @@ class Watch(Shared):
 
     def admitted(self, backbone: Backbone) -> Collection[BlockKey]:
         """The attentions that it looks at; raises if the concept does not suit the model."""
+        if backbone.streamed:
+            raise ValueError(
+                f"{self.node}: cannot look for concepts in {backbone.name}, whose text and picture share an attention; "
+                "connect a model with cross-attention, or ask the account of an edit where it acted"
+            )
         for edit in self.edits:
             backbone.admit(edit)
         return backbone.chosen(self.blocks, self.node)

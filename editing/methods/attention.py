@@ -18,9 +18,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def attend(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
     """softmax(q K^T / sqrt d) V, M token sets at once. q: [..., H, d]; K, V: [M, T, H, d]; returns [M, ..., H, d].
 
-    The token sets do not differ from row to row, so all rows' pixels form one long query that is shared, not copied, by
-    the M sets.
+    Token sets that do not differ from row to row: all rows' pixels form one long query that is shared, not copied, by
+    the M sets. Those that do (engine/streams.py) are [M, R, T, H, d], and q [R, N, H, d].
     """
+    if K.ndim == 5:
+        q = q.transpose(1, 2).expand(K.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        k, v = (x.flatten(0, 1).transpose(1, 2) for x in (K, V))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).unflatten(0, K.shape[:2])
     pixels = q.flatten(0, -3).transpose(0, 1)  # [H, P, d]
     out = F.scaled_dot_product_attention(pixels.expand(K.shape[0], -1, -1, -1), K.transpose(1, 2), V.transpose(1, 2))
     return out.transpose(1, 2).unflatten(1, q.shape[:-2])

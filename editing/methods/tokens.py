@@ -18,7 +18,7 @@ class TokenSet:
     """M token sets of one length. k, v: [M, T, W]; w: what the values are weighted with, [M, T, 1, 1], or None.
 
     owner: the edit that each belongs to; own: the positions of each set's own tokens, where they are evidence
-    (eiup.py); scale: of each set, times its edit's strength, all 1 if empty.
+    (eiup.py); scale: of each set, times its edit's strength, all 1 if empty; names: once asked for (engine/streams.py).
     """
 
     owner: list[int]
@@ -27,6 +27,7 @@ class TokenSet:
     w: Tensor | None = None
     own: list[tuple[int, ...]] = field(default_factory=list)
     scale: list[float] = field(default_factory=list)
+    names: tuple[str, ...] | None = None
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """The kinds of models that the engine edits: a file each, and its name in this list."""
 
-from . import unet
+from . import joint, unet
 
-__all__ = ["unet"]
+__all__ = ["joint", "unet"]

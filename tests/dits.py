@@ -1,0 +1,233 @@
+"""Tiny diffusion transformers with random weights, of the host's own classes, and the shortest way to sample them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.flux.math
+import comfy.ldm.lumina.model
+import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.qwen_image.model
+import comfy.sample
+import comfy.supported_models
+import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from conceptguard.editing.edits.spec import Concept, Phrase
+
+WIDTH = 16  # of the text
+SIZE = 8  # of the latent: 16 tokens
+POOLED = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """attention: the module and the name of the host's attention there; blocks: joint attentions of a call; multiple,
+    least: of the tokens that the prompt becomes; heads_first: q, k, v are [B, H, L, d], not [B, L, H d]."""
+
+    config: str
+    shape: dict[str, Any]
+    attention: tuple[Any, str]
+    blocks: int
+    heads: int = 4
+    channels: int = 16
+    frames: bool = False
+    multiple: int = 1
+    least: int = 0
+    heads_first: bool = True
+
+
+_FLUX = dict(
+    in_channels=16,
+    out_channels=16,
+    context_in_dim=WIDTH,
+    hidden_size=32,
+    mlp_ratio=2.0,
+    num_heads=4,
+    depth=2,
+    depth_single_blocks=2,
+    theta=10000,
+    patch_size=2,
+    qkv_bias=True,
+    guidance_embed=True,
+)
+_LUMINA = dict(
+    patch_size=2,
+    in_channels=16,
+    dim=32,
+    n_layers=2,
+    n_refiner_layers=1,
+    n_heads=4,
+    n_kv_heads=2,
+    multiple_of=8,
+    ffn_dim_multiplier=1.0,
+    qk_norm=True,
+    cap_feat_dim=WIDTH,
+    axes_dims=[2, 2, 4],
+    axes_lens=[64, 64, 64],
+)
+_MATH, _MMDIT = comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit
+FAMILIES = {
+    "Flux.1": Family(
+        "Flux",
+        {**_FLUX, "image_model": "flux", "vec_in_dim": POOLED, "axes_dim": [2, 2, 4]},
+        (_MATH, "optimized_attention"),
+        4,
+    ),
+    "Flux.2": Family(
+        "Flux2",
+        {
+            **_FLUX,
+            "image_model": "flux2",
+            "in_channels": 128,
+            "out_channels": 128,
+            "patch_size": 1,
+            "vec_in_dim": None,
+            "axes_dim": [2, 2, 2, 2],
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "qkv_bias": False,
+            "ops_bias": False,
+        },
+        (_MATH, "optimized_attention"),
+        4,
+        channels=128,
+        least=512,
+    ),
+    "Chroma": Family(
+        "Chroma",
+        {
+            **{name: value for name, value in _FLUX.items() if name != "guidance_embed"},
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "axes_dim": [2, 2, 4],
+            "in_dim": 64,
+            "out_dim": 32,
+            "hidden_dim": 32,
+            "n_layers": 1,
+        },
+        (_MATH, "optimized_attention"),
+        4,
+    ),
+    "Qwen-Image": Family(
+        "QwenImage",
+        dict(
+            image_model="qwen_image",
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        (comfy.ldm.qwen_image.model, "optimized_attention_masked"),
+        2,
+        frames=True,
+    ),
+    "Lumina 2": Family(
+        "Lumina2",
+        {**_LUMINA, "image_model": "lumina2"},
+        (comfy.ldm.lumina.model, "optimized_attention_masked"),
+        2,
+    ),
+    "Z-Image": Family(
+        "Lumina2",
+        {**_LUMINA, "image_model": "lumina2", "pad_tokens_multiple": 32},
+        (comfy.ldm.lumina.model, "optimized_attention_masked"),
+        2,
+        multiple=32,
+    ),
+    "SD3": Family(
+        "SD3",
+        dict(
+            in_channels=16,
+            patch_size=2,
+            depth=1,
+            num_blocks=2,
+            adm_in_channels=POOLED,
+            context_embedder_config={
+                "target": "torch.nn.Linear",
+                "params": {"in_features": WIDTH, "out_features": 64},
+            },
+            pos_embed_max_size=16,
+            pos_embed_scaling_factor=None,
+            num_patches=256,
+            qk_norm="rms",
+            x_block_self_attn_layers=[0],
+        ),
+        (_MMDIT, "optimized_attention"),
+        2,
+        heads=1,
+        heads_first=False,
+    ),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
+    family = FAMILIES[name]
+    shape = dict(family.shape)
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__ and family.config.startswith("Flux"):  # newer hosts
+        shape["txt_ids_dims"] = []
+    config = getattr(comfy.supported_models, family.config)(shape)
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model({}, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in model.diffusion_model.named_parameters():
+        random = torch.randn(weight.shape, generator=generator)
+        gain = "norm" in key or "scale" in key
+        weight.data.copy_(
+            random * 0.8 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 1 + 0.1 * random if gain else 0.1 * random
+        )
+    for buffer in model.diffusion_model.buffers():
+        buffer.data.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    cpu = torch.device("cpu")
+    return ModelPatcher(model.to(dtype), load_device=cpu, offload_device=cpu)
+
+
+def tokens(seed: int, length: int) -> Tensor:
+    return torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def pooled(seed: int) -> Tensor:
+    return torch.randn(1, POOLED, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def cond(encoding: Tensor, y: Tensor | None = None, **extra: Any) -> list[list[Any]]:
+    return [[encoding, {"pooled_output": pooled(1) if y is None else y, **extra}]]
+
+
+def concept(phrases: int = 1, length: int = 7, seed: int = 100, **more: Any) -> Concept:
+    """Of phrases that are as long as they are, and of an empty prompt that is shorter."""
+    said = tuple(Phrase(f"knife {i}", tokens(seed + i, length), (1, 2)) for i in range(phrases))
+    return Concept("knife", said, tokens(7, 5), **more)
+
+
+def latent(name: str, batch: int = 1) -> Tensor:
+    family = FAMILIES[name]
+    return torch.zeros(batch, family.channels, *[1] * family.frames, SIZE, SIZE)
+
+
+def sample(
+    name: str,
+    model: ModelPatcher,
+    positive: Any = None,
+    negative: Any = None,
+    *,
+    batch: int = 1,
+    cfg: float = 1.0,
+    steps: int = 1,
+    seed: int = 5,
+) -> Tensor:
+    empty = latent(name, batch)
+    noise = comfy.sample.prepare_noise(empty, seed)
+    positive = cond(tokens(1, 9)) if positive is None else positive
+    negative = cond(tokens(2, 9)) if negative is None else negative
+    return comfy.sample.sample(
+        model, noise, steps, cfg, "euler", "simple", positive, negative, empty, disable_pbar=True, seed=seed
+    )

@@ -1,0 +1,232 @@
+"""Edits in joint attentions, against the formulas of backbones/joint.py done slowly, in the host's own classes.
+
+What the model's attentions get and give is taken down around the host's own functions, outside of all overrides; what a
+concept becomes in each block is what the unedited model makes of it as its prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dits
+import pytest
+import reference
+import tiny
+import torch
+from dits import FAMILIES, cond, tokens
+from torch import Tensor
+
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Prompt
+from conceptguard.editing.engine.host import add_edit, add_watch
+from conceptguard.editing.engine.watch import Watch
+from conceptguard.editing.methods.eiup import EIUPOptions
+
+IMAGE = (dits.SIZE // 2) ** 2
+
+
+class Seen:
+    """q, k, v and the output, [B, L, H, d], of every joint attention of the last call, in order."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.family, self.calls = FAMILIES[name], []
+        self.patch = 1 if name == "Flux.2" else 2
+        module, attention = self.family.attention
+        plain = getattr(module, attention)
+
+        def watched(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
+            out = plain(q, k, v, heads, *args, **more)
+            shapes = [self.by_token(x, heads) for x in (q, k, v)]
+            self.calls.append((*shapes, out.unflatten(-1, (heads, -1)).clone()))
+            return out
+
+        monkeypatch.setattr(module, attention, watched)
+
+    def by_token(self, x: Tensor, heads: int) -> Tensor:
+        x = x.transpose(1, 2) if self.family.heads_first else x.reshape(*x.shape[:2], heads, -1)
+        return x.clone()
+
+    @property
+    def image(self) -> int:
+        return (dits.SIZE // self.patch) ** 2
+
+    def text(self, prompt: int) -> int:
+        return max(self.family.least, -(-prompt // self.family.multiple) * self.family.multiple)
+
+    def last(self, prompt: int) -> list[tuple[Tensor, ...]]:
+        """The joint attentions of the last model call, whose prompt had that many tokens."""
+        long = [call for call in self.calls if call[0].shape[1] >= self.text(prompt) + self.image]
+        return long[-self.family.blocks :]
+
+
+def as_prompt(name: str, model: Any, seen: Seen, encoding: Tensor, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values that each block makes of a text: [B, T, H, d]."""
+    seen.calls.clear()
+    dits.sample(name, model, cond(encoding), batch=batch)
+    n = seen.text(encoding.shape[1])
+    return [(k[:, :n], v[:, :n]) for _, k, v, _ in seen.last(encoding.shape[1])]
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, text: int, image: int, edited: Any) -> tuple[Tensor, Tensor]:
+    """O_I of one row as it is without the edit and with it; edited: what becomes of A_t, both [N, C]."""
+    heads, d = q.shape[1:]
+    q, k, v = (x.double() for x in (q[text : text + image], k, v))
+    A_t = torch.zeros(image, heads, d, dtype=torch.double)
+    A_i, m = torch.zeros_like(A_t), torch.zeros(image, heads, 1, dtype=torch.double)
+    for n in range(image):
+        for h in range(heads):
+            z = (k[:, h] @ q[n, h] / d**0.5).exp()
+            A_t[n, h] = z[:text] @ v[:text, h] / z[:text].sum()
+            A_i[n, h] = z[text:] @ v[text:, h] / z[text:].sum()
+            m[n, h] = z[:text].sum() / z.sum()
+    change = edited(A_t.flatten(1)).unflatten(-1, (heads, d))
+    return (m * A_t + (1 - m) * A_i).flatten(1), (m * change + (1 - m) * A_i).flatten(1)
+
+
+def check_cre(
+    name: str, model: Any, concept: Concept, monkeypatch: Any, prompt: int, batch: int, cfg: float, close: float
+) -> None:
+    strength = 0.7
+    positive, negative = cond(tokens(1, prompt)), cond(tokens(2, prompt))
+    seen = Seen(name, monkeypatch)
+    phrases = [as_prompt(name, model, seen, phrase.tokens, batch) for phrase in concept.phrases]
+    base = as_prompt(name, model, seen, concept.baseline, batch)
+    spec = EditSpec("projection", concept, strength, options=tiny.CRE, node="Test")
+    seen.calls.clear()
+    dits.sample(name, add_edit(model, spec), positive, negative, batch=batch, cfg=cfg)
+    text, image = seen.text(prompt), seen.image
+    moved = 0.0
+    for i, (q, k, v, out) in enumerate(seen.last(prompt)):
+        for row in range(len(q)):
+            picture, conditional = row % batch, len(q) == batch or row >= batch
+
+            def found(kv: tuple[Tensor, Tensor], q: Tensor = q[row], picture: int = picture) -> Tensor:
+                rows = (x[picture].flatten(1) for x in kv)
+                return reference.attention(q[text : text + image].flatten(1), *rows, q.shape[1])
+
+            def edited(A_t: Tensor, i: int = i, found: Any = found, conditional: bool = conditional) -> Tensor:
+                if not conditional:
+                    return A_t
+                At, s = [found(each[i]) for each in phrases], [strength] * len(phrases)
+                return reference.cre(A_t, At, s, 1, clip=True, joint=True, A0=found(base[i]))
+
+            plain, want = expected(q[row], k[row], v[row], text, image, edited)
+            got = out[row, text : text + image].flatten(1).double()
+            torch.testing.assert_close(got, want, rtol=close, atol=close)
+            if conditional:
+                moved = max(moved, float((want - plain).abs().max()))
+    assert moved > 3 * close
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("batch", "cfg", "prompt"), [(1, 1.0, 9), (3, 5.0, 4), (2, 5.0, 12)], ids=str)
+def test_cre_takes_the_concept_from_what_the_picture_finds_in_the_text(
+    name: str, batch: int, cfg: float, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_cre(name, dits.build(name), dits.concept(2), monkeypatch, prompt, batch, cfg, 2e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dits.build(name, torch.bfloat16)
+    check_cre(name, model, dits.concept(), monkeypatch, 9, 2, 5.0, 0.03)
+
+
+def cre(model: Any, **changes: Any) -> Any:
+    return add_edit(model, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test", **changes))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_off_is_bit_identical(name: str) -> None:
+    model = dits.build(name)
+    plain = dits.sample(name, model, batch=2, cfg=5.0, steps=2)
+    for off in ({"strength": 0.0}, {"gate": Gate((0.0,))}, {"start_percent": 0.5, "end_percent": 0.5}):
+        assert torch.equal(dits.sample(name, cre(model, **off), batch=2, cfg=5.0, steps=2), plain)
+    one = dits.sample(name, cre(model, gate=Gate((0.0, 1.0))), batch=2, steps=2)
+    unedited, both = dits.sample(name, model, batch=2, steps=2), dits.sample(name, cre(model), batch=2, steps=2)
+    torch.testing.assert_close(one[0], unedited[0], rtol=0, atol=1e-5)  # other rows beside it, another order of sums
+    torch.testing.assert_close(one[1], both[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(one[1], unedited[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_of_other_lengths_have_calls_of_their_own(name: str) -> None:
+    model = dits.build(name)
+    both = dits.sample(name, cre(model), negative=cond(tokens(2, 6)), cfg=5.0)
+    positive = dits.sample(name, cre(model), cfg=1.0)
+    negative = dits.sample(name, model, cond(tokens(2, 6)), cfg=1.0)
+    torch.testing.assert_close(both, negative + 5.0 * (positive - negative), rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_are_chosen_by_their_names() -> None:
+    model = dits.build("Flux.1")
+    everywhere, one = (dits.sample("Flux.1", cre(model, blocks=text)) for text in ("all", "single.1"))
+    assert torch.equal(dits.sample("Flux.1", cre(model, blocks="double,single")), everywhere)
+    assert not torch.equal(one, everywhere) and not torch.equal(one, dits.sample("Flux.1", model))
+    with pytest.raises(
+        ValueError, match=r'Test: blocks "middle": this model has .*; it has double.0, double.1, single'
+    ):
+        cre(model, blocks="middle")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_packs_attention_is_kept(name: str) -> None:
+    model, calls = dits.build(name), []
+
+    def theirs(plain: Any, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(len(args[0]))
+        return plain(*args, **kwargs)
+
+    both = cre(model)
+    both.model_options["transformer_options"]["optimized_attention_override"] = theirs
+    assert torch.equal(dits.sample(name, both), dits.sample(name, cre(model)))
+    assert len(calls) >= 2 * FAMILIES[name].blocks  # the prompt's call and the streams'
+
+
+def test_attention_that_no_override_reaches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of loaders whose blocks call kernels of their own."""
+    from comfy.ldm.flux import math
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    def own(q: Tensor, k: Tensor, v: Tensor, heads: int, transformer_options: Any = None, **more: Any) -> Tensor:
+        return attention_pytorch(q, k, v, heads, **more)
+
+    monkeypatch.setattr(math, "optimized_attention", own)
+    with pytest.raises(ValueError, match="Test: .*attention of its own .*; load the model with the host's own loader"):
+        dits.sample("Flux.1", cre(dits.build("Flux.1")))
+
+
+def test_what_has_no_meaning_there_is_refused() -> None:
+    model, k = dits.build("Flux.1"), tokens(3, 2)
+    with pytest.raises(ValueError, match="Map: cannot look for concepts in Flux .*; connect a model with cross-att"):
+        add_watch(model, Watch(dits.concept(), "Map"))
+    with pytest.raises(ValueError, match="Test: .* learned for a cross-attention, and Flux .* has none"):
+        add_edit(model, EditSpec("prompt", Prompt("soft", k, k), blocks="all", node="Test"))
+    with pytest.raises(ValueError, match='Test: blocks is "single", but .* reads its text once'):
+        add_edit(model, EditSpec("direction", Direction("d", k[0, :1]), blocks="single", node="Test"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_direction_is_added_to_the_positive_prompt(name: str) -> None:
+    model, d = dits.build(name), tokens(3, 1)[0]
+    shifted = cond(tokens(1, 9) + 0.7 * d)
+    edited = add_edit(model, EditSpec("direction", Direction("d", d), 0.7, node="Test"))
+    expected = dits.sample(name, model, shifted, cfg=5.0, steps=2)
+    torch.testing.assert_close(dits.sample(name, edited, cfg=5.0, steps=2), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_eiup_reweights_what_the_picture_finds_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, concept = "Flux.1", dits.concept()
+    model, seen = dits.build(name), Seen(name, monkeypatch)
+    phrase = as_prompt(name, model, seen, concept.phrases[0].tokens, 1)
+    seen.calls.clear()
+    dits.sample(name, add_edit(model, EditSpec("erasure", concept, options=EIUPOptions(weights=(-0.8,)), node="Test")))
+    for i, (q, k, v, out) in enumerate(seen.last(9)):
+        own = concept.phrases[0].own
+        w = [-0.8 if j in own else 0.0 for j in range(7)]
+
+        def edited(A_t: Tensor, i: int = i, q: Tensor = q, w: Any = w) -> Tensor:
+            flat = (x[0].flatten(1) for x in phrase[i])
+            return reference.eiup(A_t, q[0, 9 : 9 + IMAGE].flatten(1), *flat, w, 4)
+
+        _, want = expected(q[0], k[0], v[0], 9, IMAGE, edited)
+        torch.testing.assert_close(out[0, 9 : 9 + IMAGE].flatten(1).double(), want, rtol=2e-4, atol=2e-4)
