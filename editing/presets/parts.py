@@ -49,6 +49,10 @@ class Words(Part):
     def concept(self, maker: Any) -> spec.Concept:
         return self.encoded(maker.given.clip)
 
+    def files(self) -> Iterator[tuple[LearnedFile, str]]:
+        """The learned files that it needs, each with its kind."""
+        yield from ()
+
     def said(self) -> str:
         phrases = "" if self.phrases == (self.name,) else f" ({'; '.join(self.phrases)})"
         return f'"{self.name}"{phrases}'
@@ -67,6 +71,9 @@ class LearnedFile(Part):
 
     def concept(self, maker: Any) -> spec.Concept:
         return concept_of(maker.artefact(self, "concept"))
+
+    def files(self) -> Iterator[tuple[LearnedFile, str]]:
+        yield self, "concept"
 
     def said(self) -> str:
         return f"the concept in {self.file}"
@@ -239,8 +246,7 @@ class ConceptEdit(Edit):
         return self.concept.count
 
     def learned(self) -> Iterator[tuple[LearnedFile, str]]:
-        if isinstance(self.concept, LearnedFile):
-            yield self.concept, "concept"
+        yield from self.concept.files()
         yield from super().learned()
 
 

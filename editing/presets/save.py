@@ -71,10 +71,10 @@ class Saver:
         common: dict[str, Any] = dict(threshold=float(rule.threshold), soft=rule.soft)
         if isinstance(rule.judge, Discriminator):
             common["discriminator"] = self.file(to_artefact(rule.judge))
-        elif not isinstance(rule.judge, Concept) or getattr(spec.source, "key", "") != rule.judge.key:
-            what = "compares prompts with another concept than the edit's"
-            if not isinstance(rule.judge, Concept):
-                what = f"asks {getattr(rule.judge, 'name', type(rule.judge).__name__)}, which has no file of ours"
+        elif rule.kind != "prompt" or spec.source.key != getattr(rule.judge, "key", None):
+            what = f"asks {getattr(rule.judge, 'name', type(rule.judge).__name__)}, which has no file of ours"
+            if rule.kind == "prompt":
+                what = "compares prompts with another concept than the edit's"
             self.notes.append(f"The gate of edit {i} stays behind: it {what}. The preset's edit is always on.")
             return None
         made: AnyGate = GATES[rule.kind](kind=rule.kind, **common, **rule.options)
