@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import reference
 import tiny
 import torch
+from documents import DOCUMENT, keys
 from torch import Tensor
 
 from conceptguard.editing.edits.encode import NEUTRAL, apart, concept_from_text, encode, lines_of, rows_of
@@ -17,7 +19,11 @@ from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods import said
 from conceptguard.editing.methods.cre import DEFAULTS
 from conceptguard.editing.methods.eiup import EIUPOptions
+from conceptguard.editing.presets.document import read, write
+from conceptguard.editing.presets.words import described
 from conceptguard.nodes.concept import ConceptGuardConcept, ConceptGuardConceptFromConditioning
+from conceptguard.nodes.cre import ConceptGuardCRE
+from conceptguard.nodes.preset import ConceptGuardApplyPreset, ConceptGuardSavePreset
 
 POSITION = replace(DEFAULTS, evidence="position", floor=0.0)
 CUP = tiny.tokens(300)
@@ -212,3 +218,20 @@ def test_in_half_precision(clip: Any) -> None:
 def test_off_is_bit_identical(model: Any, clip: Any, off: dict[str, Any]) -> None:
     concept = concept_from_text(clip, "a mug", instead="a cup")
     assert torch.equal(tiny.sample(cre(model, concept, DEFAULTS, **off)), tiny.sample(model))
+
+
+def test_presets_hold_both_and_say_what_an_older_reader_lacks(clip: Any, model: Any) -> None:
+    words = {"name": "mug", "phrases": ["a mug"], "instead": ["a cup"]}
+    document = {**DOCUMENT, "edits": [{"method": "CRE", "concept": words, "evidence": "position"}]}
+    preset = read(json.dumps(document))
+    written = json.loads(write(preset))
+    assert written["schema_version"] == 2
+    assert written["needs"] == ["evidence by tokens or by position", "what to draw instead"]
+    assert described(preset) == [
+        'Erases "mug" (a mug), drawing a cup instead (CRE, strength 1), through the whole sampling.'
+    ]
+    applied = ConceptGuardApplyPreset.execute(model, clip, json.dumps(document)).args[0]
+    by_hand = ConceptGuardConcept.execute(clip, "a mug", "mug", instead="a cup").args[0]
+    assert keys(applied) == keys(ConceptGuardCRE.execute(model, by_hand, evidence="position").args[0])
+    assert read(ConceptGuardSavePreset.execute(applied, clip, "Mugs").args[0]).edits == preset.edits
+    assert json.loads(write(read(json.dumps(DOCUMENT))))["schema_version"] == 1
