@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..edits.blocks import BlockKey
 from ..edits.digest import Shared
-from ..edits.spec import Draw, EditSpec
+from ..edits.spec import EditSpec
 from .backbone import Backbone
 from .rows import Rows, Served
 
@@ -248,7 +248,7 @@ class Account(Shared):
             return f"found no prompt to act on: the model was called for {', '.join(self.prompts)} alone"
         if not entry.installed:
             return "reached no call of the model"
-        if not entry.open and isinstance(entry.spec.gate, Draw):
+        if not entry.open and entry.spec.gate.drawn:
             return None  # none of the images drew it
         if not entry.reached:
             return f"reached none of {len(entry.named)} blocks"
