@@ -20,7 +20,8 @@ from torch import Tensor
 from ..jobs.measure import Rate, Sampling
 from . import mix, phrases, world
 from .draw import HOW, draw
-from .load import MODEL_FILE, WITNESS_FILE, load, load_witness
+from .load import MODEL_FILE, WITNESS_FILE, load, load_transformer, load_witness, part, read
+from .transformers import CONFIGS
 from .witness import Testimony, Witness, testify
 
 Right = Callable[[world.Picture, Testimony], bool]
@@ -110,6 +111,8 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="demo.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_FILE, help="the weights file of a model")
+    parser.add_argument("--transformer", type=Path, help="the weights file of a transformer that draws in its place")
+    parser.add_argument("--architecture", choices=tuple(CONFIGS), default="flux", help="of the transformer")
     parser.add_argument("--witness", type=Path, default=WITNESS_FILE, help="the weights file of the second judge")
     parser.add_argument("--count", type=int, default=50, help="pictures a kind")
     parser.add_argument("--seed", type=int, default=11)
@@ -119,8 +122,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.sheets:
         args.sheets.mkdir(parents=True, exist_ok=True)
+    demo = load(args.model)
+    if args.transformer:
+        weights = part(read(args.transformer), "unet.")
+        unet = load_transformer(args.architecture, weights, read(args.model), args.transformer)
+        demo = unet, *demo[1:]
     rates = evaluate(
-        load(args.model),
+        demo,
         load_witness(args.witness),
         args.count,
         args.seed,

@@ -17,7 +17,12 @@ from .witness import Witness
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_FILE, JUDGE_FILE = WEIGHTS / "demo-model.safetensors", WEIGHTS / "judge.safetensors"
-WITNESS_FILE = WEIGHTS / "witness.safetensors"  # made by `make train-demo ARGS="--only witness"`; not shipped yet
+WITNESS_FILE = WEIGHTS / "witness.safetensors"  # made by `make train-demo`; not shipped yet
+
+
+def transformer_file(architecture: str) -> Path:
+    """Made by `make train-demo`; not shipped yet."""
+    return WEIGHTS / f"demo-{architecture}.safetensors"
 
 
 class WeightsError(RuntimeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .training import cosine, dice, step_with, throw
 NEAR = 0.02  # the weight of the squared distance to the written encoder's latents
 NOISE = 0.2  # the most that is added to latents, so that the decoder forgives a sampler's errors
 LEARN, LEARN_ON = 1e-3, 6e-4  # peak learning rates: of a fresh decoder, of a trained one
+REDRAWN = 0.7  # the share of steps whose latents a UNet gives back, where there is one
 SQUARE, BATCH = 80, 6  # pixels of the crops that most steps see, and how many
 WHOLE = 0.8  # from this share of the steps on, whole pictures
 
@@ -68,9 +70,10 @@ class AutoencoderTrainer:
         seed: int = 0,
         lr: float = LEARN_ON,
         encoder_learns: bool = False,
+        redraw: Callable[[list[world.Picture], Tensor], Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.lr = lr
+        self.lr, self.redraw = lr, redraw
         self.vae, self.painter, self.steps, self.step, self.rng = vae, painter, steps, 0, random.Random(seed)
         self.written = written(vae)
         self.encoder, self.decoder = halves(vae)[0][FINE:], halves(vae)[1]
@@ -80,14 +83,24 @@ class AutoencoderTrainer:
         self.learning = list(learning.parameters())
         self.opt = torch.optim.AdamW(self.learning, lr=lr, betas=(0.9, 0.99), weight_decay=0)
 
-    def drawings(self) -> Tensor:
-        """Crops, or in the end whole pictures, in [0, 1]."""
-        whole = self.step >= WHOLE * self.steps
-        x = torch.stack([self.painter(world.any_picture(self.rng)) for _ in range(BATCH // 2 if whole else BATCH)])
-        if whole:
-            return x
-        at = [[8 * self.rng.randint(0, (world.SIZE - SQUARE) // 8) for _ in range(2)] for _ in x]
-        return torch.stack([each[:, v : v + SQUARE, u : u + SQUARE] for each, (v, u) in zip(x, at, strict=True)])
+    def drawings(self) -> tuple[list[world.Picture], Tensor]:
+        """Whole pictures in [0, 1]; fewer in the last steps, which learn from the whole."""
+        count = BATCH // 2 if self.step >= WHOLE * self.steps else BATCH
+        pictures = [world.any_picture(self.rng) for _ in range(count)]
+        return pictures, torch.stack([self.painter(p) for p in pictures])
+
+    def cropped(self, x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same squares of pictures and, if they are known, of their latents; in the last steps all of them."""
+        if self.step >= WHOLE * self.steps:
+            return x, z
+        n = SQUARE // 8
+        at = [[self.rng.randint(0, (world.SIZE - SQUARE) // 8) for _ in range(2)] for _ in x]
+        squares = torch.stack(
+            [a[:, 8 * v : 8 * v + SQUARE, 8 * u : 8 * u + SQUARE] for a, (v, u) in zip(x, at, strict=True)]
+        )
+        if z is None:
+            return squares, None
+        return squares, torch.stack([a[:, v : v + n, u : u + n] for a, (v, u) in zip(z, at, strict=True)])
 
     def before(self, blocks: Tensor) -> Tensor:
         """The written encoder's latents, divided by CALM as the decoder reads them."""
@@ -96,15 +109,19 @@ class AutoencoderTrainer:
         return signed[:, :4] + bias.view(1, 4, 1, 1)
 
     def update(self) -> float:
-        x = self.drawings()
+        pictures, x = self.drawings()
+        given = None
+        if self.redraw and self.rng.random() < REDRAWN:
+            given = self.redraw(pictures, CALM * self.before(blocks_of(x))) / CALM
+        x, given = self.cropped(x, given)
         blocks = blocks_of(x)
         with torch.autocast("cpu", torch.bfloat16):
-            z = self.encoder(blocks).float()
-            seen = z + NOISE / CALM * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
-            y = self.decoder(seen)
-        far = (CALM * (z - self.before(blocks))).square().mean()
+            z = self.encoder(blocks).float() if given is None else given
+            noise = NOISE / CALM * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
+            y = self.decoder(z + noise)
         loss = reconstruction_loss(y.float(), x)
-        (loss + NEAR * far).backward()
+        near = 0 if given is not None else NEAR * (CALM * (z - self.before(blocks))).square().mean()
+        (loss + near).backward()
         nn.utils.clip_grad_norm_(self.learning, 1.0)
         step_with(self.opt, cosine(self.step, self.steps, self.lr))
         self.step += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from conceptguard.demo import autoencoder, train_autoencoder, training, world
+from conceptguard.demo import autoencoder, redraw, train_autoencoder, train_unet, training, world
 from conceptguard.demo.autoencoder import FINE, SD_SCALE, halves
 
 
@@ -96,3 +97,49 @@ def test_a_decoder_learns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     alone.update()
     moved = {k for k, v in alone.vae.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(k.startswith("taesd_decoder.") for k in moved)
+
+
+def test_a_decoder_learns_from_redrawn_latents_of_the_same_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the UNet gives back is cropped with the pictures that it should become."""
+    monkeypatch.setattr(train_autoencoder, "SQUARE", 32)
+    monkeypatch.setattr(train_autoencoder, "REDRAWN", 1.0)
+    monkeypatch.setattr(train_autoencoder, "NOISE", 0.0)
+    alone, seen = trainer(10, encoder_learns=False), {}
+
+    def redraw(pictures: list[world.Picture], z: torch.Tensor) -> torch.Tensor:
+        assert len(pictures) == len(z) and z.shape[1:] == (4, 16, 16)
+        return z
+
+    def watched(z: torch.Tensor) -> torch.Tensor:
+        seen["z"] = z
+        return autoencoder.halves(alone.vae)[1](z)
+
+    def compared(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen["x"] = x
+        return y.mean()
+
+    alone.redraw, alone.decoder = redraw, watched  # type: ignore[assignment]
+    monkeypatch.setattr(train_autoencoder, "reconstruction_loss", compared)
+    alone.update()
+    with torch.no_grad():
+        expected = autoencoder.encode_with(alone.vae, seen["x"]) / autoencoder.CALM
+    torch.testing.assert_close(seen["z"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_redrawn_latents_are_the_unets_clean_ones() -> None:
+    """A UNet that predicts nothing gives back the noised latents, scaled: what it adds is its prediction."""
+    rng = random.Random(0)
+    token = 5
+    pictures = [world.one_object(rng, "cat")]
+    unet = train_unet.Trainer(
+        pictures,
+        torch.zeros(1, 4, 16, 16),
+        torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
+        lambda t: [token] * len(t.split()),
+    )
+    again = redraw.Redraw(unet.state(), lambda t: [token] * len(t.split()))
+    z = torch.full((3, 4, 16, 16), 2.0)
+    torch.manual_seed(1)
+    back = again(pictures * 3, z)  # its output layer is silent at first
+    error = (back - z).flatten(1).std(1)
+    assert ((back - z).flatten(1).mean(1).abs() < 0.2 * error + 0.05).all() and (error > 0.1).all()

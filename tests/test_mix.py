@@ -92,3 +92,13 @@ def test_the_mix_is_a_seed_and_lies_on_the_latent_grid(pictures: list[world.Pict
     assert all(v % 8 == 0 for p in pictures for layer in p.layers for v in (layer.x, layer.y, layer.size))
     kept = sum(p.reference is not None for p in pictures), sum(p.role is not None for p in pictures)
     assert all(count > 0.03 * len(pictures) for count in kept)
+
+
+def test_a_held_out_picture_says_something_held_out() -> None:
+    rng = random.Random(3)
+    for name in world.OBJECTS:
+        for _ in range(6):
+            picture = mix.held_out(rng, name, "noto", "blue")
+            things = any(f" {words} " in f" {picture.caption} " for words in phrases.HELD_OUT[name])
+            assert things or picture.caption.startswith(phrases.LEADS_HELD_OUT), picture.caption
+            assert picture.objects == (name,)
