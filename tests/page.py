@@ -39,6 +39,19 @@ AT_REST = """selector => new Promise(done => {
 })"""
 
 
+# Where each node stands in the graph, its title included: as the canvas draws it, or as its element is.
+NODES = """async () => {
+    app.canvas.ds.scale = 0.4; app.canvas.setDirty(true, true);
+    for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame);
+    return app.graph._nodes.map(node => {
+        const element = document.querySelector(`[data-node-id="${node.id}"]`), title = LiteGraph.NODE_TITLE_HEIGHT;
+        const size = element ? [element.offsetWidth, element.offsetHeight] : [node.size[0], node.size[1] + title];
+        const [x, y] = node.pos;
+        return { id: node.id, type: node.type, x, y: y - title, width: size[0], height: size[1] };
+    });
+}"""
+
+
 class Browser:
     def __init__(self, page: Any, host: Host) -> None:
         self.page, self.host = page, host
@@ -111,6 +124,11 @@ class Browser:
         self.page.mouse.move(x + by / 2, y)
         self.page.mouse.move(x + by, y)
         self.page.mouse.up()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Where each node of the graph stands, in the graph's own units."""
+        found: list[dict[str, Any]] = self.js(NODES)
+        return found
 
     def picture(self, name: str) -> None:
         if SCREENSHOTS:
