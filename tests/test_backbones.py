@@ -177,13 +177,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
         r"AuraFlow \(MMDiT\)",
     ),
-    "Wan 2.1": (
-        "WAN21_T2V",
-        dict(
-            image_model="wan2.1", model_type="t2v", dim=16, ffn_dim=32, num_heads=2, num_layers=1, text_dim=tiny.WIDTH
-        ),
-        r"WAN21 \(WanModel\)",
-    ),
     "Stable Video Diffusion": (
         "SVD_img2vid",
         {

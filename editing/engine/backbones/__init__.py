@@ -1,5 +1,5 @@
 """The kinds of models that the engine edits: a file each, and its name in this list."""
 
-from . import joint, unet
+from . import cross, joint, unet
 
-__all__ = ["joint", "unet"]
+__all__ = ["cross", "joint", "unet"]
