@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
-from . import causal, direction, eiup, erasure, gates, kpop, learned_concept, mitigation, overhead, presets, readings
+from . import (
+    causal,
+    direction,
+    eiup,
+    erasure,
+    gates,
+    kpop,
+    learned_concept,
+    mitigation,
+    overhead,
+    peers,
+    presets,
+    readings,
+)
 from .measured import KEPT, cell, section, write_page
 from .table import Record, Table, run
 
@@ -25,6 +38,7 @@ TABLES: tuple[Table, ...] = (
     *kpop.TABLES,
     *learned_concept.TABLES,
     *presets.TABLES,
+    *peers.TABLES,
 )
 
 

@@ -37,14 +37,14 @@ def pictures(
     progress: Progress = silent,
 ) -> Tensor:
     """One picture a prompt, each a CONDITIONING: [n, 3, h, w] in [0, 1]. shape: a latent's; picture i always has noise
-    i of the seed, whatever the batch."""
+    i of the seed, whatever the batch. model: a MODEL, or what makes one for the prompts of a batch."""
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
     out = []
     for i in range(0, len(prompts), how.batch):
         progress(i, len(prompts))
         x = noise[i : i + how.batch]
         z = comfy.sample.sample(
-            model,
+            model(prompts[i : i + how.batch]) if callable(model) else model,
             x,
             how.steps,
             how.cfg,

@@ -26,6 +26,7 @@ EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 # Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
 HOST_USERS = {
     "editing/engine/host.py",
+    "editing/engine/weights.py",
     "editing/engine/backbones/unet.py",
     "editing/training/changes.py",
     "editing/training/harness.py",

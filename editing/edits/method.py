@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .spec import EditSpec
 
 OnText = Callable[[Tensor, Tensor], Tensor]  # (context [R, L, W], s [R]) to the context that is read instead
+OnValues = Callable[[Tensor, Tensor], Tensor]  # (context [R, L, W], s [edits, R]) to the one that values are made of
 
 
 class Method:
@@ -31,6 +32,9 @@ class Method:
     source: type
     options: type = type(None)
     document: Any
+    # What it changes: the attentions' "output", or the text that they read; the text that "values" alone are made of;
+    # or the "guidance", what a positive prompt predicts beside another.
+    stage: str = "output"
 
     # -- the spec --------------------------------------------------------------------------------------------------
 
@@ -45,11 +49,29 @@ class Method:
     def admit(self, spec: EditSpec, backbone: Any) -> None:
         """Raise `spec.error` if it cannot edit this model, for reasons beside the text's width and the blocks."""
 
+    def window(self, spec: EditSpec) -> tuple[float, float]:
+        """The percents of the timesteps between which it acts."""
+        return spec.start_percent, spec.end_percent
+
     # -- the edit --------------------------------------------------------------------------------------------------
 
     def on_text(self, spec: EditSpec, device: torch.device) -> OnText | None:
         """What is done to the text that keys and values are made of."""
         return None
+
+    def on_values(
+        self, edits: Sequence[tuple[int, EditSpec]], project: Callable[[Tensor], Tensor], device: torch.device
+    ) -> tuple[OnValues | None, set[int]]:
+        """Of stage "values": what edits, each with its number, do together in one attention, and which of them do
+        nothing there. project: texts [.., W] to their values [.., H * d]."""
+        raise NotImplementedError(f"{self.label} changes no values")
+
+    def heard(self, spec: EditSpec, blocks: int, chosen: int) -> None:
+        """Of stage "values": told in how many of its chosen attentions an edit acts, once they are known."""
+
+    def momentum(self, spec: EditSpec) -> Any:
+        """Of stage "guidance": what is kept from step to step of a run, with guided(e_p, e_0, e_S, step, options)."""
+        raise NotImplementedError(f"{self.label} guides nothing")
 
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> Any:
         """What the edits need of a cross-attention: methods.tokens.TokenSets, each set with its edit's number."""

@@ -212,6 +212,15 @@ class Account(Shared):
                 on = (rows.s[i] != 0).to(own.dtype)
                 entry.add(size, max(call.served.shown) + 1, rows.image, own * on[:, None], on * len(group))
 
+    def guided(self, spec: EditSpec, step: int, rows: int) -> None:
+        """An edit has changed the prediction of a positive prompt: as good as in all attentions."""
+        if (entry := self.entries.get(spec)) is not None:
+            entry.installed += 1
+            entry.seen += rows
+            entry.edited += rows
+            entry.acted.add(step)
+            entry.reached.update(dict.fromkeys(entry.named))
+
     def absorb(self, other: Account) -> None:
         """Count what a run within this one did with the same edits."""
         for spec, entry in self.entries.items():

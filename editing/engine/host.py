@@ -7,6 +7,7 @@ every other pack has placed its own; so neither the order of nodes nor the packs
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -25,7 +26,8 @@ from ..gates.features import weights_digest
 from . import backbones as _backbones  # noqa: F401  registers the kinds of models
 from .account import ACCOUNTS, LISTENERS, Account, Accounts
 from .backbone import Backbone, backbone_of
-from .conds import CONDS, positive
+from .conds import CONDS, Named, positive
+from .guidance import batched
 from .obstacles import cause, nag_in
 from .rows import Served, images_of, patches_of, tiles_of, window_of
 from .run import CALL, EDITS, OBSERVER, WATCH, Run
@@ -175,6 +177,7 @@ def nothing_lost(patcher: ModelPatcher, specs: Sequence[EditSpec]) -> None:
 def can_act(guider: Any, network: torch.nn.Module, specs: Sequence[EditSpec]) -> None:
     """Raise before the first step, if an edit is going to do nothing."""
     follows_the_positive(guider, specs)
+    is_guided(guider, specs)
     if (nag := nag_in(network)) and (live := [spec for spec in specs if not spec.idle]):
         del network.forward  # it would stay, for the one who put it there does not expect an error
         raise live[0].error(
@@ -310,15 +313,35 @@ def follows_the_positive(guider: Any, specs: Sequence[EditSpec]) -> None:
             )
 
 
+def is_guided(guider: Any, specs: Sequence[EditSpec]) -> None:
+    """Raise if an edit of guidance finds none to change: at cfg 1 the host asks for the positive prompt alone."""
+    alone = math.isclose(getattr(guider, "cfg", 0.0), 1.0)
+    if not alone or not ordered(guider) or guider.model_options.get("disable_cfg1_optimization", False):
+        return
+    for spec in specs:
+        if spec.how.stage == "guidance" and not spec.idle:
+            raise spec.error(
+                "cfg is 1: there is no guidance that could lead away from a concept. Set cfg above 1, or use an edit "
+                "of the attention, such as Erase Concept (CRE)"
+            )
+
+
 def calc_cond_batch(
     executor: Any, model: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """Wraps the batching of some prompts: says below it who they are."""
+    """Wraps the batching of some prompts: says below it who they are, and adds those that guidance asks for."""
     options = model_options.get("transformer_options", {})
-    if RUN in options:
-        named = options[RUN].guiders.named(conds, len(x))
-        model_options = {**model_options, "transformer_options": {**options, CONDS: named}}
-    return executor(model, conds, x, timestep, model_options)
+    if RUN not in options:
+        return executor(model, conds, x, timestep, model_options)
+
+    def call(lists: list[Any], named: Named) -> list[torch.Tensor]:
+        below = {**model_options, "transformer_options": {**options, CONDS: named}}
+        return executor(model, lists, x, timestep, below)
+
+    guides = [spec for spec in options.get(EDITS, ()) if spec.how.stage == "guidance" and not spec.idle]
+    if not guides:
+        return call(conds, options[RUN].guiders.named(conds, len(x)))
+    return batched(options[RUN], guides, x, float(timestep.max()), conds, window_of(options), call)
 
 
 class Restart(Exception):
@@ -343,6 +366,7 @@ def begin_anew(args: Sequence[Any]) -> None:
     guider, _, extra = args[:3]
     options = extra["model_options"]["transformer_options"]
     options[RUN].account.clear()
+    options[RUN].momenta.clear()
     cache = options.get("easycache")
     if cache is not None:
         sampling = guider.model_patcher.get_model_object("model_sampling")
@@ -393,7 +417,7 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
     arguments = list(args)
     holder, key = options_among(arguments, kwargs)
     options = holder[key]
-    specs, watch = options.get(EDITS, ()), options.get(WATCH)
+    specs, watch = not_of_guidance(options), options.get(WATCH)
     if watch is None and all(spec.idle for spec in specs):
         return executor(x, t, *arguments, **kwargs)
 
@@ -433,6 +457,15 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         if active:
             run.account.acted(call, run.origin, sigma)
         return out
+
+
+def not_of_guidance(options: dict[str, Any]) -> list[EditSpec]:
+    """The edits that act within a model call."""
+    specs = options.get(EDITS, ())
+    for spec in specs:
+        if spec.how.stage == "guidance" and RUN not in options and not spec.idle:
+            raise spec.error("guidance needs the edit on the MODEL, not on a conditioning")
+    return [spec for spec in specs if spec.how.stage != "guidance"]
 
 
 def served_by(run: Run, options: dict[str, Any], batch: int, who: Sequence[Any]) -> Served:

@@ -6,11 +6,13 @@ Made at the first model call that needs it, when the weights are loaded and patc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..edits.blocks import BlockKey, select_blocks
+from ..edits.method import OnText, OnValues
 from ..edits.spec import EditSpec
 from ..methods.attention import attend, logits, split_heads
 from ..methods.eiup import reweighted, share
@@ -159,6 +161,11 @@ class BlockEdits:
         return A.flatten(-2)
 
 
+def projected(to_v: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Texts [.., W] as an attention's values."""
+    return to_v(x.to(dtype))
+
+
 class Plan:
     """The edits of one or more model calls. sets: of every attention whose output they change; blocks: the same bound
     to it, but not where that needs the model call's own streams."""
@@ -168,8 +175,10 @@ class Plan:
         self.backbone, self.device, self.dtype = backbone, device, dtype
         self.chosen = [select_blocks(spec.blocks, backbone.blocks) for spec in specs]
         on_text = {i: spec.how.on_text(spec, device) for i, spec in enumerate(specs)}
-        self.texts = {i: change for i, change in on_text.items() if change is not None}
+        self.texts: dict[int, OnText | None] = {i: c for i, c in on_text.items() if c is not None}
         self.sets: dict[BlockKey, TokenSets] = {}
+        self.values: dict[BlockKey, list[OnValues]] = {}
+        self._find_values(backbone, device, dtype)
         self.blocks: dict[BlockKey, BlockEdits] = {}
         self._rows: dict[tuple[object, ...], Rows | None] = {}
         gathered: dict[tuple[int, ...], TokenSets] = {}  # most blocks get the same edits
@@ -188,6 +197,23 @@ class Plan:
         if streams is None or key not in self.sets:
             return self.blocks.get(key)
         return BlockEdits(self.sets[key], self.backbone, key, self.device, self.dtype, streams)
+
+    def _find_values(self, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
+        """The edits of the text that values are made of, attention by attention."""
+        valued = [i for i, spec in enumerate(self.specs) if spec.how.stage == "values"]
+        self.texts |= dict.fromkeys(valued)
+        told: dict[int, int] = dict.fromkeys(valued, 0)
+        for method in dict.fromkeys(self.specs[i].how for i in valued):
+            for key in backbone.blocks:
+                here = [(i, self.specs[i]) for i in valued if self.specs[i].how is method and key in self.chosen[i]]
+                if not here:
+                    continue
+                change, untold = method.on_values(here, partial(projected, backbone.blocks[key].to_v, dtype), device)
+                self.values.setdefault(key, []).extend([change] if change else [])
+                for i, _ in here:
+                    told[i] += i not in untold
+        for i, blocks in told.items():
+            self.specs[i].how.heard(self.specs[i], blocks, len(self.chosen[i]))
 
     def rows(self, served: Served, batch: int, couple: tuple[int, ...] = ()) -> Rows | None:
         """The rows to edit of a batch of a model call, or of an attention in it; None if there are none.
@@ -219,10 +245,19 @@ class Plan:
 
     def changed(self, context: Tensor, key: BlockKey, rows: Rows) -> Tensor:
         """`context` [B, L, W] as the edits of the text that reach this attention make it, in the edited rows."""
-        here = [i for i in self.texts if key in self.chosen[i]]
+        here = [(i, change) for i, change in self.texts.items() if change and key in self.chosen[i]]
         if not here:
             return context
         c = context[rows.index]
-        for i in here:
-            c = self.texts[i](c, rows.s[i])
+        for i, change in here:
+            c = change(c, rows.s[i])
         return put(context, rows.index, c)
+
+    def revalued(self, value: Tensor, key: BlockKey, rows: Rows) -> Tensor:
+        """The text [B, L, W] that this attention makes values of, as the edits of values make it."""
+        if not self.values.get(key):
+            return value
+        x = value[rows.index]
+        for change in self.values[key]:
+            x = change(x, rows.s)
+        return put(value, rows.index, x)

@@ -72,6 +72,7 @@ class Run(Shared):
         self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
         self.origin: dict[EditSpec, EditSpec] = {}  # of an edit that a gate or a first look changed
         self.account = Account((), backbone, ())
+        self.momenta: dict[Hashable, Any] = {}  # what edits of guidance keep from step to step
         self.model: Any = None
         self.others: dict[Any, Run] = {}
         self.before: Mapping[str, tuple[float, ...]] = {}
@@ -112,13 +113,14 @@ class Run(Shared):
         self.decided.clear()
         self.verdicts.clear()
         self.gated.clear()
+        self.momenta.clear()
         del self.hooks  # they hold the run
 
     def window(self, spec: EditSpec) -> tuple[float, float]:
         """The noise levels of its percents, (start, end), and the first look at an edit that arrives in mid-run."""
         if spec not in self.windows:
             self.backbone.admit(spec)
-            start, end = self.percent_to_sigma(spec.start_percent), self.percent_to_sigma(spec.end_percent)
+            start, end = map(self.percent_to_sigma, spec.how.window(spec))
             self.windows[spec] = (start, end)
         return self.windows[spec]
 
@@ -307,4 +309,5 @@ class Run(Shared):
             return context, value
         call.read[key] = None
         changed = call.plan.changed(context, key, rows)
-        return changed, changed if value is context else call.plan.changed(value, key, rows)
+        other = changed if value is context else call.plan.changed(value, key, rows)
+        return changed, call.plan.revalued(other, key, rows)

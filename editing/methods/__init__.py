@@ -3,6 +3,6 @@
 A new method is a file here and its name in this list (and a node, and its help page).
 """
 
-from . import cre, eiup, kpop, safe_region
+from . import adavd, cre, eiup, kpop, protore, safe_region, safree, sld
 
-__all__ = ["cre", "eiup", "kpop", "safe_region"]
+__all__ = ["adavd", "cre", "eiup", "kpop", "protore", "safe_region", "safree", "sld"]

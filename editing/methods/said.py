@@ -63,7 +63,7 @@ def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None]) -> Sa
     v0 = ordinary.mean(0)
     others = (ordinary - v0).split([len(rows) for rows in concept.ordinary])
     found = [tell(*(x - v0).split(n), others=others) for x, n in zip(phrases, sizes, strict=True)]
-    t, low, high = (torch.stack(each) for each in zip(*found, strict=True))
+    t, low, high, _ = (torch.stack(each) for each in zip(*found, strict=True))
     return Said(v0, t, low, high)
 
 
@@ -72,8 +72,8 @@ def rows_of_all(phrase: Phrase) -> list[Tensor]:
     return [rows_of(phrase.tokens, phrase.own)[1:], *phrase.like]
 
 
-def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """t_r*, low and high of one phrase, from values less v0: its own [r, C], those of each prompt [n, C]."""
+def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """t_r*, low and high of one phrase, and r*, from values less v0: its own [r, C], those of each prompt [n, C]."""
     t = F.normalize(own, dim=-1)
 
     def most(v: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, 
 
     high, low = torch.stack([most(v) for v in like]).amin(0), torch.stack([most(v) for v in others]).amax(0)
     best = (high - low).argmax()
-    return t[best], low[best], high[best]
+    return t[best], low[best], high[best], best
 
 
 def floors(floor: float, said: Tensor | None) -> Tensor | float:

@@ -26,6 +26,8 @@ FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the te
 @register_backbone
 class UNet(Backbone):
     supports = "SD1.x, SD2.x and SDXL"
+    adds_noise = True
+    values_apart = True
     transformers: tuple[BasicTransformerBlock, ...] = ()
     sides = ("input", "middle", "output")
 
