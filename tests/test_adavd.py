@@ -44,7 +44,7 @@ def slow(v: Tensor, t: list[Tensor], s: list[float], options: AdaVDOptions, v0: 
             continue
         a = v[j].double() - (0 if v0 is None else v0.double())
         for k, u in enumerate(basis):
-            cos = float(a @ t[k].double() / (a.norm() * t[k].double().norm()))
+            cos = float(a.detach() @ t[k].detach().double() / (a.norm() * t[k].double().norm()).detach())
             delta = options.factor / (1 + math.exp(-options.steepness * (cos - options.threshold)))
             coefficient = a @ u / (u @ u)
             if options.mode == "auto":

@@ -260,7 +260,7 @@ def test_several_concepts_follow_each_other(model: Any, clip: Any) -> None:
     [
         ({"method": "ESD"}, "method is 'ESD'; choose one of UCE, RECE, TIME, SPEED"),
         ({"projections": "all"}, "projections is 'all'; choose one of values, keys and values"),
-        ({"strength": float("nan")}, "strength is nan; give a finite number"),
+        ({"strength": float("nan")}, "strength is nan; give a number from 0 to 4"),
         ({"preserve": "()"}, r'preserve: the text encoder finds no word in "\(\)"'),
     ],
 )
