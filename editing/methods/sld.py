@@ -73,7 +73,7 @@ class Momentum:
     then: Tensor | float = 0.0
 
     def guided(self, e_p: Tensor, e_0: Tensor, e_S: Tensor, step: int, options: SLDOptions) -> Tensor:
-        """gamma, or 0 while the guidance warms up."""
+        """gamma, or 0 while the guidance warms up; e_p, e_0, e_S: [B, C, ...]."""
         if step != self.step:
             self.step, self.nu = step, self.then
         g = gamma(e_p, e_0, e_S, self.nu, options)
