@@ -209,8 +209,8 @@ def test_bad_inputs_name_node_input_and_mend(model: Any, numbers: dict[str, Any]
 
 
 def test_what_it_cannot_edit_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="ConceptGuardAdaVD: cannot edit Flux"):
-        ConceptGuardAdaVD.execute(tiny.flux(), tiny.concept())
+    with pytest.raises(ValueError, match="ConceptGuardAdaVD: cannot edit AuraFlow"):
+        ConceptGuardAdaVD.execute(tiny.auraflow(), tiny.concept())
     with pytest.raises(ValueError, match='"knife" has no ordinary prompts to find a threshold with; give it neutral'):
         ConceptGuardAdaVD.execute(model, tiny.concept())
     assert len(edits_of(ConceptGuardAdaVD.execute(model, tiny.concept(), mode="published").args[0])) == 1

@@ -277,8 +277,8 @@ def test_what_does_not_fit_is_refused(model: Any, clip: Any) -> None:
         run(model, clip, lines(other))
     with pytest.raises(ValueError, match="clip is another text encoder than the concept's; connect the one that"):
         run(model, other, lines(clip))
-    with pytest.raises(ValueError, match="ConceptGuardEditWeights: cannot edit Flux"):
-        run(tiny.flux(), clip, lines(clip))
+    with pytest.raises(ValueError, match="ConceptGuardEditWeights: cannot edit AuraFlow"):
+        run(tiny.auraflow(), clip, lines(clip))
     nothing = tiny.tokens(7)
     same = Concept("nothing", (Phrase("nothing", torch.cat([nothing[:, :1], nothing[:, 1:]], 1), (1,)),), nothing)
     with pytest.raises(ValueError, match='concept "nothing" is read like the empty prompt already, or'):

@@ -71,8 +71,8 @@ def test_what_it_cannot_edit_is_refused(model: Any) -> None:
         ConceptGuardProtoRe.execute(model, replace(CONCEPT, empty=None))
     with pytest.raises(ValueError, match="ConceptGuardProtoRe: floor is 2; give a number from 0 to 1"):
         ConceptGuardProtoRe.execute(model, CONCEPT, floor=2)
-    with pytest.raises(ValueError, match="ConceptGuardProtoRe: cannot edit Flux"):
-        ConceptGuardProtoRe.execute(tiny.flux(), CONCEPT)
+    with pytest.raises(ValueError, match="ConceptGuardProtoRe: cannot edit AuraFlow"):
+        ConceptGuardProtoRe.execute(tiny.auraflow(), CONCEPT)
 
 
 def test_a_preset_holds_it(model: Any, clip: Any) -> None:

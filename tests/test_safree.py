@@ -172,8 +172,8 @@ def test_what_it_cannot_filter_is_refused(model: Any, clip: Any) -> None:
         node.execute(model, knife, tiny.clip(comfy.supported_models.SDXL), PROMPT)
     with pytest.raises(ValueError, match="ConceptGuardSAFREE: alpha is -1; give a number from 0 to 10"):
         node.execute(model, knife, clip, PROMPT, alpha=-1)
-    with pytest.raises(ValueError, match="ConceptGuardSAFREE: cannot edit Flux"):
-        node.execute(tiny.flux(), knife, clip, PROMPT)
+    with pytest.raises(ValueError, match="ConceptGuardSAFREE: cannot edit AuraFlow"):
+        node.execute(tiny.auraflow(), knife, clip, PROMPT)
 
 
 def test_a_preset_holds_it(model: Any, clip: Any) -> None:

@@ -216,8 +216,8 @@ def test_bad_inputs_name_node_input_and_mend(model: Any, numbers: dict[str, Any]
 
 
 def test_what_it_cannot_do_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="ConceptGuardSafeGuidance: cannot edit Flux"):
-        ConceptGuardSafeGuidance.execute(tiny.flux(), tiny.concept())
+    with pytest.raises(ValueError, match="ConceptGuardSafeGuidance: cannot edit AuraFlow"):
+        ConceptGuardSafeGuidance.execute(tiny.auraflow(), tiny.concept())
     with pytest.raises(ValueError, match='Test: blocks is "middle", but guidance has no blocks; write "all"'):
         spec(blocks="middle")
     with pytest.raises(ValueError, match='Test: rows is "all", but guidance changes the prediction'):
