@@ -15,8 +15,11 @@ from torch import Tensor
 
 from conceptguard.editing.edits.encode import encode
 from conceptguard.editing.edits.spec import Concept, EditSpec, Gate
+from conceptguard.editing.engine.backbones.unet import UNet
 from conceptguard.editing.engine.host import add_edit, edits_of
+from conceptguard.editing.methods.adavd import AdaVDOptions
 from conceptguard.editing.methods.safree import Filtered, SAFREEOptions, filtered, of_prompt
+from conceptguard.editing.methods.sld import SLDOptions
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import read, write
 from conceptguard.editing.presets.save import Saver
@@ -174,6 +177,18 @@ def test_what_it_cannot_filter_is_refused(model: Any, clip: Any) -> None:
         node.execute(model, knife, clip, PROMPT, alpha=-1)
     with pytest.raises(ValueError, match="ConceptGuardSAFREE: cannot edit AuraFlow"):
         node.execute(tiny.auraflow(), knife, clip, PROMPT)
+
+
+def test_models_that_mix_text_and_picture_are_refused(model: Any, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UNet, "values_apart", False)
+    with pytest.raises(ValueError, match="Test: the pooled vectors of its words are CLIP's, and .* another encoder's"):
+        add_edit(model, spec(clip))
+    options = AdaVDOptions("published")
+    with pytest.raises(ValueError, match="Test: the values of the text cannot be changed alone in "):
+        add_edit(model, EditSpec("values", concept(clip), options=options, node="Test"))
+    monkeypatch.setattr(UNet, "adds_noise", False)
+    with pytest.raises(ValueError, match="Test: the noise that .* predicts is of another kind"):
+        add_edit(model, EditSpec("guidance", concept(clip), options=SLDOptions(), node="Test"))
 
 
 def test_a_preset_holds_it(model: Any, clip: Any) -> None:

@@ -153,6 +153,13 @@ class SAFREE(Method):
     def idle(self, spec: EditSpec) -> bool:
         return not spec.options.prompt.triggers
 
+    def admit(self, spec: EditSpec, backbone: Any) -> None:
+        if not backbone.values_apart:
+            raise spec.error(
+                f"the pooled vectors of its words are CLIP's, and {backbone.name} reads another encoder's; use Erase "
+                "Concept (CRE) there"
+            )
+
     def window(self, spec: EditSpec) -> tuple[float, float]:
         end = min(spec.end_percent, spec.options.prompt.share) if spec.options.svf else spec.end_percent
         return spec.start_percent, max(spec.start_percent, end)
