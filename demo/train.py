@@ -31,6 +31,7 @@ from .transformers import CONFIGS
 
 FOLDER = ROOT / "output" / "train-demo"
 PICTURES, SEED = 60000, 0
+WORDS = 500  # steps in which a text encoder that knows nothing learns to read, before its UNet's first
 DECODED = 800  # drawings through the autoencoder that the witness learns from
 STEPS = {
     "unet": 16000,
@@ -135,11 +136,16 @@ class Stages:
 
     def unet(self) -> None:
         data = self.latents()
-        trainer = train_unet.Trainer(self.pictures, data["latents"], data["references"], tokenizer(), SEED)
+        trainer = train_unet.Trainer(
+            self.pictures, data["latents"], data["references"], tokenizer(), self.steps["unet"], SEED
+        )
+        path = self.folder / "unet.pt"
         if self.go_on:
+            trainer.peak = train_unet.LEARN_ON
             trainer.start_from(read(MODEL_FILE))
-        peak, words = (5e-4, 0) if self.go_on else (8e-4, 500)
-        train_unet.train(trainer, self.steps["unet"], peak=peak, words=words, checkpoint=self.folder / "unet.pt")
+        elif not path.exists():
+            trainer.teach_words(WORDS)
+        training.run(trainer, path)
 
     def transformer(self, architecture: str) -> None:
         """It reads by the encoders that the UNet's training had when the first transformer's began.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import time
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
 
-from ..editing.files.whole import whole
 from . import model, world
 from .autoencoder import initialise
+from .training import step_with
 
 IMAGE = -1  # placeholder ids of reference tokens
 
@@ -70,6 +66,7 @@ def cosine_alphas() -> Tensor:
     return torch.cumprod(1 - betas, 0).float()
 
 
+LEARN_ON = 5e-4  # the peak of the learning rate for weights that have learned before
 DECAY = 0.3  # the share of the steps in which the learning rate falls, on batches twice as large
 
 
@@ -127,8 +124,19 @@ class Captions:
 class Trainer:
     """Master weights and their average in fp32; the UNet computes in bf16."""
 
-    def __init__(self, pictures: list[world.Picture], latents: Tensor, references: Tensor, tokenize, seed: int = 0):
+    def __init__(
+        self,
+        pictures: list[world.Picture],
+        latents: Tensor,
+        references: Tensor,
+        tokenize,
+        steps: int,
+        seed: int = 0,
+        batch: int = 24,
+        peak: float = 8e-4,
+    ):
         torch.manual_seed(seed)
+        self.steps, self.batch, self.peak = steps, batch, peak
         self.pictures, self.latents, self.tokenize = pictures, latents, tokenize
         self.captions = Captions(pictures, references, tokenize)
         used = sorted(set(self.captions.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
@@ -195,19 +203,17 @@ class Trainer:
             loss = loss + 0.2 * mse_loss(tokens, target) / target.var()
         return loss
 
-    def update(self, lr: float, batch: int) -> float:
+    def update(self) -> float:
         """One step: gradients of the bf16 copy move the fp32 master, and the average follows."""
+        late = self.step >= (1 - DECAY) * self.steps
         with torch.no_grad():
             torch._foreach_copy_(list(self.half.parameters()), list(self.unet.parameters()))
-        loss = self.loss(batch)
+        loss = self.loss(2 * self.batch if late else self.batch)
         loss.backward()
         for w, h in zip(self.unet.parameters(), self.half.parameters(), strict=True):
             w.grad, h.grad = h.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.master.parameters(), 1.0, foreach=True)
-        for group in self.opt.param_groups:
-            group["lr"] = lr
-        self.opt.step()
-        self.opt.zero_grad()
+        step_with(self.opt, learning_rate(self.step, self.steps, self.peak))
         self.step += 1
         if self.step % 4 == 0:
             decay = min(0.99, self.step / (self.step + 200))
@@ -242,29 +248,3 @@ class Trainer:
         self.master.load_state_dict(state["master"])
         self.opt.load_state_dict(state["opt"])
         torch.set_rng_state(state["rng"])
-
-
-def train(
-    trainer: Trainer, steps: int, batch: int = 24, peak: float = 8e-4, words: int = 500, checkpoint: Path | None = None
-) -> None:
-    """Run to `steps`, saving a checkpoint every 250 from which a later call goes on as if never stopped.
-
-    `words`: steps of `teach_words` before the first.
-    """
-    if checkpoint and checkpoint.exists():
-        trainer.resume(torch.load(checkpoint, weights_only=True))
-    elif words:
-        trainer.teach_words(words)
-    start, first, shown = time.time(), trainer.step, 0.0
-    while trainer.step < steps:
-        late = trainer.step >= (1 - DECAY) * steps
-        loss = trainer.update(learning_rate(trainer.step, steps, peak), 2 * batch if late else batch)
-        shown = loss if not shown else 0.99 * shown + 0.01 * loss
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {trainer.step}")
-        if trainer.step % 50 == 0:
-            pace = (time.time() - start) / (trainer.step - first)
-            print(f"unet {trainer.step}/{steps} loss {shown:.4f} {pace:.2f} s/step", flush=True)
-        if checkpoint and (trainer.step % 250 == 0 or trainer.step == steps):
-            with whole(checkpoint) as part:
-                torch.save(trainer.state(), part)

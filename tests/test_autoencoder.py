@@ -136,6 +136,7 @@ def test_redrawn_latents_are_the_unets_clean_ones() -> None:
         torch.zeros(1, 4, 16, 16),
         torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
         lambda t: [token] * len(t.split()),
+        steps=1,
     )
     again = redraw.Redraw(unet.state(), lambda t: [token] * len(t.split()))
     z = torch.full((3, 4, 16, 16), 2.0)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conceptguard.demo import autoencoder, glyphs, load, model, train_unet, world
+from conceptguard.demo import autoencoder, glyphs, load, model, train_unet, training, world
 from conceptguard.demo.judge import HEADS, Judge, judge
 
 
@@ -106,20 +106,16 @@ def test_training_resumes_as_if_never_stopped(tmp_path: Path) -> None:
         pictures = [world.one_object(rng, "cat"), world.by_reference(rng, "dog", "noto")] * 4
         torch.manual_seed(0)
         shown = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-        return train_unet.Trainer(pictures, torch.randn(8, 4, 16, 16), shown, lambda t: [len(w) for w in t.split()])
+        return train_unet.Trainer(
+            pictures, torch.randn(8, 4, 16, 16), shown, lambda t: [len(w) for w in t.split()], 4, batch=2
+        )
 
-    rates = [train_unet.learning_rate(step, 4, 8e-4) for step in range(4)]
-    straight = trainer()
-    for rate in rates:
-        straight.update(rate, 2)
+    training.run(straight := trainer(), tmp_path / "straight.pt")
     stopped = trainer()
-    for rate in rates[:2]:
-        stopped.update(rate, 2)
-    torch.save(stopped.state(), tmp_path / "state.pt")
-    resumed = trainer()
-    resumed.resume(torch.load(tmp_path / "state.pt", weights_only=True))
-    for rate in rates[2:]:
-        resumed.update(rate, 2)
+    for _ in range(2):
+        stopped.update()
+    training.saved(tmp_path / "stopped.pt", stopped.state())
+    training.run(resumed := trainer(), tmp_path / "stopped.pt")
     for (k, a), b in zip(straight.master.state_dict().items(), resumed.master.state_dict().values(), strict=True):
         assert torch.equal(a, b), k
 
@@ -249,6 +245,7 @@ def test_training_can_go_on_from_the_shipped_weights() -> None:
         torch.zeros(1, 4, 16, 16),
         torch.zeros(0, 3, 64, 64, dtype=torch.uint8),
         lambda t: [token] * len(t.split()),
+        steps=1,
     )
     trainer.start_from(tensors)
     assert torch.equal(trainer.text.rows[trainer.text.used.index(token)], tensors["rows"][5])
