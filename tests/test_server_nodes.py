@@ -109,6 +109,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**MODEL, **CONCEPT, "evidence": "share", "auto": "demo model"},
         {**MODEL, **CONCEPT, "evidence": "alike"},
     ],
+    "EditWeights": [
+        {**MODEL, **CLIP, **CONCEPT},
+        {**MODEL, **CLIP, **CONCEPT, "method": "RECE", "projections": "keys and values"},
+        {**MODEL, **CLIP, **CONCEPT, "method": "TIME"},
+        {**MODEL, **CLIP, **CONCEPT, "method": "SPEED", "preserve": "a cat"},
+    ],
+    "AdaVD": [{**MODEL, **CONCEPT}, {**MODEL, **CONCEPT, "mode": "published"}],
+    "ProtoRe": [{**MODEL, **CONCEPT}, {**MODEL, **CONCEPT, "baseline": "none"}],
+    "SafeGuidance": [
+        {**MODEL, **CONCEPT, "setting": each} for each in ("weak", "medium", "strong", "max", "own")
+    ],
+    "SAFREE": [{**MODEL, **CONCEPT, **CLIP, "text": "a mug"}, {**MODEL, **CONCEPT, **CLIP, "text": "a mug", "svf": False}],
     "LoadDirection": [{"file": FILES["direction"]}],
     "SaveDirection": [{**DIRECTION}],
     "SafeDirection": [{**MODEL, **DIRECTION}],
