@@ -120,7 +120,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SafeGuidance": [
         {**MODEL, **CONCEPT, "setting": each} for each in ("weak", "medium", "strong", "max", "own")
     ],
-    "SAFREE": [{**MODEL, **CONCEPT, **CLIP, "text": "a mug"}, {**MODEL, **CONCEPT, **CLIP, "text": "a mug", "svf": False}],
+    "SAFREE": [
+        {**MODEL, **CONCEPT, **CLIP, "text": "a mug"},
+        {**MODEL, **CONCEPT, **CLIP, "text": "a mug", "svf": False},
+    ],
     "LoadDirection": [{"file": FILES["direction"]}],
     "SaveDirection": [{**DIRECTION}],
     "SafeDirection": [{**MODEL, **DIRECTION}],
