@@ -99,7 +99,7 @@ def test_every_input_explains_itself(node: Any) -> None:
 
 def test_what_is_optional_has_the_defaults_of_the_method() -> None:
     optional = {each.id: each for each in schema("ConceptGuardCRE").inputs if each.optional}
-    assert set(optional) == {"range", "gate", *CHOICES, "floor"}
+    assert set(optional) == {"range", "gate", *CHOICES, "floor", "rows"}
     assert optional["floor"].default == DEFAULTS.floor
     info = ConceptGuardCRE.GET_NODE_INFO_V1()["input"]["optional"]
     for name, choices in CHOICES.items():
