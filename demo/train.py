@@ -191,17 +191,20 @@ class Stages:
         there = {name for name in (*STEPS, "witness-calibrated") if (self.folder / f"{name}.pt").exists()}
         about = {"seed": str(SEED), "icons": json.dumps(VERSIONS), "pictures": str(PICTURES)}
         about["licence"] = "CC-BY-4.0 (drawings: CC-BY-4.0, Apache-2.0, MIT)"
-        if "unet" in there:
+        written = {MODEL_FILE.name} if "unet" in there else set()
+        if written:
             self.write_model(about)
         for architecture in there & set(CONFIGS):
             state = self.checkpoint(architecture)
             tensors = {f"unet.{k}": v.half() for k, v in state["average"].items()}
             path = self.weights / transformer_file(architecture).name
             export.write(path, tensors, about | {"steps": str(state["step"])})
+            written.add(path.name)
         for name, file in (("judge", JUDGE_FILE), ("witness-calibrated", WITNESS_FILE)):
             if name in there:
                 export.save_judge(self.weights / file.name, self.checkpoint(name), about)
-        print(f"wrote {', '.join(sorted(there))} into {self.weights}/")
+                written.add(file.name)
+        print(f"wrote {', '.join(sorted(written)) or 'nothing'} into {self.weights}/")
 
     def write_model(self, about: dict[str, str]) -> None:
         unet, vae, rng = self.checkpoint("unet"), self.first_autoencoder(), random.Random(SEED)

@@ -61,7 +61,7 @@ def test_weights_are_of_the_checkpoints_as_they_stand(stages: Stages, capsys: py
     flux.average["img_in.bias"].fill_(0.5)
     training.saved(stages.folder / "flux.pt", flux.state())
     stages.write()
-    assert "flux, unet" in capsys.readouterr().out
+    assert "wrote demo-flux.safetensors, demo-model.safetensors into" in capsys.readouterr().out
     path = stages.weights / load.MODEL_FILE.name
     demo, _, vae = load.load(path)
     assert demo.model.diffusion_model.out[2].bias.eq(0.25).all()
