@@ -62,6 +62,19 @@ SOURCES: dict[str, dict[str, Any]] = {
     "gate": node("ImageGate", discriminator=("judge", 0), image=("one", 0)),
     "presets gate": node("PresetGate"),
     "edited": node("CRE", model=("demo", 0), concept=("concept", 0)),
+    "sampled": core(
+        "KSampler",
+        model=("edited", 0),
+        positive=("words", 0),
+        negative=("none", 0),
+        latent_image=("size", 0),
+        seed=0,
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    ),
     "pictures": node(
         "TrainDiscriminator", concept_images=("red", 0), other_images=("blue", 0), copies=0, false_positive_rate=0.0
     ),
@@ -101,11 +114,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "CRE": [
         {**MODEL, **CONCEPT},
         {**MODEL, **CONCEPT, "width": "head", "tokens": "own", "baseline": "none", "negative": "keep", "solve": "sum",
-         "evidence": "position"},
+         "evidence": "position", "rows": "all"},
     ],
     "EIUP": [
         {**MODEL, **CONCEPT},
-        {**MODEL, **CONCEPT, "form": "joint", "weights": "1"},
+        {**MODEL, **CONCEPT, "form": "joint", "weights": "1", "rows": "all"},
         {**MODEL, **CONCEPT, "evidence": "share", "auto": "demo model"},
         {**MODEL, **CONCEPT, "evidence": "alike"},
     ],
@@ -126,12 +139,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "LoadDirection": [{"file": FILES["direction"]}],
     "SaveDirection": [{**DIRECTION}],
-    "SafeDirection": [{**MODEL, **DIRECTION}],
+    "SafeDirection": [{**MODEL, **DIRECTION}, {**MODEL, **DIRECTION, "rows": "all"}],
     "OffsetConditioning": [
         {"conditioning": ("words", 0), **DIRECTION},
         {"conditioning": ("words", 0), **DIRECTION, "pooled_from": ("none", 0)},
     ],
-    "FairDirection": [{**MODEL, "direction_1": ("direction", 0), "direction_2": ("direction", 0)}, {**MODEL, **HEADS}],
+    "FairDirection": [
+        {**MODEL, "direction_1": ("direction", 0), "direction_2": ("direction", 0)},
+        {**MODEL, **HEADS, "rows": "all"},
+    ],
     "TrainDirection": [
         WAY,
         {**WAY, "resume": ("direction", 0), "steps": 2},
@@ -148,7 +164,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SaveWeights": [],  # where a LoRA goes
     "SavePrompt": [{"prompt": ("prompt", 0)}],
     "LoadPrompt": [{"file": FILES["prompt"]}],
-    "KPOP": [{**MODEL, "prompt": ("prompt", 0)}],
+    "KPOP": [{**MODEL, "prompt": ("prompt", 0)}, {**MODEL, "prompt": ("prompt", 0), "rows": "all"}],
     "LearnConcept": [
         PICTURES,
         {**PICTURES, "captions": "a picture of *", "start_from": "cup", "precision": "bf16", "checkpointing": False,
@@ -188,7 +204,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ApplyPreset": [
         {**MODEL, **CLIP, "preset": PRESET},
         {**MODEL, **CLIP, "preset": PRESET, "gate": ("gate", 0)},
-        {**MODEL, **CLIP, "preset": PRESET, "gate": ("presets gate", 0)},
+        {**MODEL, **CLIP, "preset": PRESET, "gate": ("presets gate", 0), "other_models": True},
     ],
     "SavePreset": [
         {"model": ("edited", 0), **CLIP},
@@ -198,6 +214,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {},
         {**VAE, "image": ("one", 0), "text": ("text", 0), "gate": ("gate", 0)},
     ],
+    "Account": [{"model": ("edited", 0), "latent": ("sampled", 0)}],
     "LoadDemo": [{}],
     "DemoReference": [{**CLIP, "image": ("one", 0)}],
 }  # fmt: skip
