@@ -235,3 +235,23 @@ def test_presets_hold_both_and_say_what_an_older_reader_lacks(clip: Any, model: 
     assert keys(applied) == keys(ConceptGuardCRE.execute(model, by_hand, evidence="position").args[0])
     assert read(ConceptGuardSavePreset.execute(applied, clip, "Mugs").args[0]).edits == preset.edits
     assert json.loads(write(read(json.dumps(DOCUMENT))))["schema_version"] == 1
+
+
+class Unpadded:
+    """A text encoder that gives a prompt as many rows as it has words, and its start and end."""
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> dict[str, Any]:
+        words = [(word, 1.0, i) for i, word in enumerate(text.split(), 1)]
+        return {"l": [[("<", 1.0, 0), *words, (">", 1.0, 0)]]}
+
+    def encode_from_tokens(self, tokens: dict[str, Any]) -> Tensor:
+        rows = [tiny.tokens(sum(map(ord, str(word))), 1)[0] for word, *_ in tokens["l"][0]]
+        return torch.cat(rows)[None]
+
+
+def test_neutral_prompts_of_an_encoder_that_does_not_pad() -> None:
+    """Those of the commonest length: their mean has to have one."""
+    clip = Unpadded()
+    concept = concept_from_text(clip, "a mug", neutral="a cat\na dog\nthree black umbrellas", instead="a cup")
+    both = torch.cat([encode(clip, "a cat"), encode(clip, "a dog")]).mean(0, keepdim=True)
+    assert torch.equal(concept.neutral, both) and len(concept.ordinary) == 3

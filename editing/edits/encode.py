@@ -18,6 +18,7 @@ NEUTRAL = (
 )
 
 
+CONTEXT = 77  # tokens of one piece of prompt, where a text encoder pads
 # More prompts that say a phrase, from which it is learnt how its words show (methods/said.py).
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
 ARTICLES = ("a", "an", "the", "some")
@@ -41,7 +42,7 @@ def concept_from_text(
         name.strip() or phrases[0].text,
         tuple(said) if ordinary else phrases,
         encode(clip, ""),
-        mean(ordinary, "neutral") if ordinary else None,
+        mean(of_one_length(ordinary), "neutral") if ordinary else None,
         neutral,
         kept,
         instead=mean(replacement, "instead") if replacement else None,
@@ -121,6 +122,15 @@ def concept_from_conditioning(
 def phrases_of(encodings: Sequence[Tensor], name: str) -> tuple[Phrase, ...]:
     rows = [row for encoding in encodings for row in encoding.split(1)]
     return tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
+
+
+def of_one_length(encodings: Sequence[Tensor]) -> list[Tensor]:
+    """Where a text encoder does not pad, those of the commonest length, [1, T, W] each; else all of them."""
+    lengths = [tokens.shape[1] for tokens in encodings]
+    if all(length % CONTEXT == 0 for length in lengths):
+        return list(encodings)  # pieces of prompt: one of two pieces is too long, and `mean` says so
+    commonest = max(lengths, key=lengths.count)
+    return [tokens for tokens in encodings if tokens.shape[1] == commonest]
 
 
 def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
