@@ -284,7 +284,7 @@ SEEDS = itertools.count(1)
 
 
 def drawn(name: str, model: Link, positive: Link = ("words", 0)) -> Iterator[tuple[str, dict[str, Any]]]:
-    steps = 4 if model[0] == "fair" else 2  # a gate that decides while sampling needs some
+    steps = 4 if model[0] == "sld" else 2  # a gate that decides while sampling needs some
     settings = {"steps": steps, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     sample = {"positive": positive, "negative": ("none", 0), "latent_image": ("size", 0), "seed": next(SEEDS)}
     yield f"{name} sample", core("KSampler", model=model, **sample, **settings)
@@ -302,7 +302,11 @@ def gated(name: str, **more: Link) -> Iterator[tuple[str, dict[str, Any]]]:
         "fair",
         node("FairDirection", model=("kpop", 0), direction_1=("direction", 0), direction_2=("direction", 0), **more),
     )
-    yield from drawn(name, ("fair", 0))
+    yield "adavd", node("AdaVD", model=("fair", 0), **CONCEPT, **more)
+    yield "protore", node("ProtoRe", model=("adavd", 0), **CONCEPT, **more)
+    yield "safree", node("SAFREE", model=("protore", 0), **CONCEPT, **CLIP, text="a mug", **more)
+    yield "sld", node("SafeGuidance", model=("safree", 0), **CONCEPT, **more)
+    yield from drawn(name, ("sld", 0))
 
 
 def graph_of(kind: str, variant: dict[str, Any]) -> dict[str, Any]:
