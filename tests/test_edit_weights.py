@@ -13,8 +13,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Phrase
+from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
 from conceptguard.editing.engine import weights
+from conceptguard.editing.engine.host import add_edit, edits_of
 from conceptguard.editing.weights.closed_form import METHODS, rece, speed, time, uce
 from conceptguard.editing.weights.edit import erasure
 from conceptguard.editing.weights.rows import erased, said
@@ -296,3 +297,12 @@ def test_weights_that_are_no_projections_are_refused(model: Any) -> None:
             weights.projections(model, tiny.concept(), "values", "Test")
     finally:
         block.to_v = kept
+
+
+def test_behind_an_edit_that_acts_while_sampling(model: Any, clip: Any) -> None:
+    """Both act: the weights are this node's to read, whatever a merge may not."""
+    cre = add_edit(model, EditSpec("projection", lines(clip, "cat"), options=tiny.CRE, node="Test"))
+    both, _ = run(cre, clip)
+    assert edits_of(both) == edits_of(cre)
+    assert held(both).keys() == held(run(model, clip)[0]).keys()
+    assert not torch.equal(tiny.sample(both), tiny.sample(cre))

@@ -304,7 +304,7 @@ def gated(name: str, **more: Link) -> Iterator[tuple[str, dict[str, Any]]]:
     )
     yield "adavd", node("AdaVD", model=("fair", 0), **CONCEPT, **more)
     yield "protore", node("ProtoRe", model=("adavd", 0), **CONCEPT, **more)
-    yield "safree", node("SAFREE", model=("protore", 0), **CONCEPT, **CLIP, text="a mug", **more)
+    yield "safree", node("SAFREE", model=("protore", 0), **CONCEPT, **CLIP, text="a mug", svf=False, **more)
     yield "sld", node("SafeGuidance", model=("safree", 0), **CONCEPT, **more)
     yield from drawn(name, ("sld", 0))
 

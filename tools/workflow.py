@@ -19,7 +19,7 @@ def widgets(definition: dict[str, Any]) -> list[tuple[str, bool, Any]]:
             options = rest[0] if rest else {}
             typed = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
             if typed and not options.get("forceInput"):
-                choices = kind if isinstance(kind, list) else options.get("options") or [None]
+                choices = (kind if isinstance(kind, list) else options.get("options")) or [None]
                 controlled = bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")
                 out.append((name, controlled, options.get("default", choices[0])))
     return out

@@ -224,10 +224,13 @@ def cloned(_: ModelPatcher, model: ModelPatcher) -> None:
 
 
 def weights_alone(patcher: ModelPatcher | None, *args: Any, **kwargs: Any) -> Any:
-    """What a merge asks its second MODEL for: raises if that carries edits, which would be lost."""
+    """What a merge asks its second MODEL for: raises if that carries edits, which would be lost.
+
+    A merge names the part that it takes. The patcher itself asks for all of its weights, when LoRA hooks take turns.
+    """
     assert patcher is not None
     for spec in patcher.get_attachment(EDITS) or ():
-        if not spec.idle:
+        if (args or kwargs) and not spec.idle:
             raise spec.error(
                 "the edit was not applied: a merge takes the weights of this MODEL alone, and leaves its edits behind; "
                 "merge first, and put the edit behind the merge"

@@ -28,7 +28,7 @@ def projections(model: ModelPatcher, concept: Concept, which: str, node: str) ->
     wanted = [getattr(attn, name, None) for attn in backbone.blocks.values() for name in PROJECTIONS[which]]
     if not all(id(module) in paths and hasattr(module, "weight") for module in wanted):
         raise ValueError(f"{node}: {backbone.name} has no keys and values of its own for the text; use another edit")
-    held = model.get_key_patches("diffusion_model.")
+    held = type(model).get_key_patches(model, "diffusion_model.")  # of one with edits too, which a merge would lose
     return {path: loaded(held, path) for path in (f"diffusion_model.{paths[id(module)]}" for module in wanted)}
 
 
