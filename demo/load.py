@@ -195,11 +195,19 @@ def load_vae(tensors: dict[str, Tensor]) -> Any:
     return comfy.sd.VAE(sd=part(tensors, "vae."))
 
 
-def load(path: Path | None = None) -> tuple[Any, Any, Any]:
-    """The MODEL, CLIP and VAE of the demo model, or of another file, fresh objects at each call."""
+def load(path: Path | None = None, architecture: str = "unet") -> tuple[Any, Any, Any]:
+    """The MODEL, CLIP and VAE of the demo model, or of another file, fresh objects at each call.
+
+    `architecture`: another one than the UNet reads the same texts and draws the same latents, by weights of its own.
+    """
     tensors = read(path or MODEL_FILE)
     try:
-        return load_unet(tensors, path), load_clip(tensors), load_vae(tensors)
+        if architecture == "unet":
+            drawn = load_unet(tensors, path)
+        else:
+            file = transformer_file(architecture)
+            drawn = load_transformer(architecture, part(read(file), "unet."), tensors, file)
+        return drawn, load_clip(tensors), load_vae(tensors)
     except KeyError as e:
         raise WeightsError(
             f"the demo weights {path or MODEL_FILE} lack {e}: rebuild them with `make train-demo`"

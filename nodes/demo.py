@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..demo import world
-from ..demo.load import MODEL_FILE, load, reference_prompt
+from ..demo.load import MODEL_FILE, load, reference_prompt, transformer_file
+from ..demo.transformers import CONFIGS
 
 CATEGORY = "concept guard/demo"
+UNET = "unet"
 
 
 class LoadDemo(io.ComfyNode):
@@ -23,21 +26,38 @@ class LoadDemo(io.ComfyNode):
             category=CATEGORY,
             description="A small text-to-image model of emoji, for trying erasure at 128x128 pixels: objects such as "
             "'a beer mug', styles ('in the style of noto'), backgrounds ('on a blue background'), people and scenes.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "architecture",
+                    options=[UNET, *CONFIGS],
+                    default=UNET,
+                    optional=True,
+                    tooltip="What draws: a UNet with cross-attention, as SD1.x is; a diffusion transformer with double "
+                    "and single blocks, as Flux is; or one with a single stream, as Lumina 2 and Z-Image are.",
+                )
+            ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
-    def fingerprint_inputs(cls) -> Any:
-        """Load again when the weights file has changed."""
-        if not MODEL_FILE.is_file():
-            return None
-        stat = MODEL_FILE.stat()
-        return stat.st_size, stat.st_mtime_ns
+    def fingerprint_inputs(cls, architecture: str | None = UNET) -> Any:
+        """Load again when a weights file has changed."""
+        return [(file.stat().st_size, file.stat().st_mtime_ns) for file in files(architecture) if file.is_file()]
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load())
+    def execute(cls, architecture: str = UNET) -> io.NodeOutput:
+        *_, file = files(architecture)
+        if architecture != UNET and not file.is_file():
+            raise ValueError(
+                f'Load Demo Model: architecture is "{architecture}", whose weights {file.name} are missing from '
+                f"{file.parent}; set it to {UNET}, or make them with `make train-demo`"
+            )
+        return io.NodeOutput(*load(architecture=architecture))
+
+
+def files(architecture: str | None) -> list[Path]:
+    """What an architecture is loaded from, its own weights last."""
+    return [MODEL_FILE] if architecture in (None, UNET) else [MODEL_FILE, transformer_file(str(architecture))]
 
 
 class DemoReference(io.ComfyNode):

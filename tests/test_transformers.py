@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from nodes import EmptyLatentImage, common_ksampler
+from safetensors.torch import save_file
 from torch import nn
 
 from conceptguard.demo import load, model, train_flow, training, transformers, world
 from conceptguard.demo.train_unet import TextEncoder
+from conceptguard.nodes.concept import ConceptGuardConcept
+from conceptguard.nodes.cre import ConceptGuardCRE
+from conceptguard.nodes.demo import LoadDemo
 
 
 def net(architecture: str) -> nn.Module:
@@ -108,24 +114,60 @@ def test_the_loss_is_of_the_flow_from_picture_to_noise(monkeypatch: pytest.Monke
     assert ((seen["t"] > 0) & (seen["t"] < 1)).all()
 
 
-@pytest.mark.parametrize("architecture", transformers.CONFIGS)
-def test_the_host_samples_a_transformer(architecture: str) -> None:
-    """Euler from noise along a flow, with the demo's text encoder and autoencoder, and the schedule it trained with."""
-    import comfy.sample
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty one, where the weights of transformers are looked for."""
+    monkeypatch.setattr(load, "WEIGHTS", tmp_path)
+    return tmp_path
 
-    tensors = load.read(load.MODEL_FILE)
-    weights = {k: v.detach() for k, v in net(architecture).state_dict().items()}
-    unet = load.load_transformer(architecture, weights, tensors, Path("demo-flux.safetensors"))
+
+def loaded(architecture: str) -> Any:
+    """The node's MODEL, CLIP and VAE, of random weights."""
+    weights = {f"unet.{k}": v.detach().half() for k, v in net(architecture).state_dict().items()}
+    save_file(weights, load.transformer_file(architecture))
+    return LoadDemo.execute(architecture).args
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_the_host_samples_a_transformer(architecture: str, folder: Path) -> None:
+    """Euler from noise along a flow, with the demo's text encoder and autoencoder, and the schedule it trained with."""
+    unet, clip, vae = loaded(architecture)
+    assert type(unet.model.diffusion_model).__name__ == {"flux": "Flux", "lumina": "NextDiT"}[architecture]
     sampling = unet.get_model_object("model_sampling")
     assert sampling.sigma_max == pytest.approx(1) and sampling.sigma(torch.tensor(0.5)) == pytest.approx(
         1.8 * 0.5 / (1 + 0.8 * 0.5), abs=1e-3
     )
-    clip = load.load_clip(tensors)
     positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a cat", ""))
-    latent = torch.zeros(2, 4, 16, 16)
-    noise = comfy.sample.prepare_noise(latent, 1)
-    z = comfy.sample.sample(unet, noise, 2, 4.0, "euler", "simple", positive, negative, latent, disable_pbar=True)
-    assert z.shape == latent.shape and torch.isfinite(z).all() and z.std() > 0.1
+    latent = EmptyLatentImage().generate(128, 128, 2)[0]
+    (made,) = common_ksampler(unet, 1, 2, 4.0, "euler", "simple", positive, negative, latent)
+    z = made["samples"]
+    assert z.shape == (2, 4, 16, 16) and torch.isfinite(z).all() and z.std() > 0.1
+    assert vae.decode(z).shape == (2, 128, 128, 3)
+    known = load.load_unet(load.read(load.MODEL_FILE)).get_model_object("latent_format")
+    assert unet.get_model_object("latent_format").latent_rgb_factors == known.latent_rgb_factors
+
+
+@pytest.mark.parametrize("architecture", transformers.CONFIGS)
+def test_an_edit_acts_in_a_transformer(architecture: str, folder: Path) -> None:
+    """Of a concept made with its own CLIP, in all blocks, as the account says."""
+    unet, clip, _ = loaded(architecture)
+    (concept,) = ConceptGuardConcept.execute(clip, "a cat", "").args
+    edited = ConceptGuardCRE.execute(unet, concept, 1.0, 0.0, 1.0, "all", floor=0.0, evidence="position").args[0]
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a cat", ""))
+    latent = EmptyLatentImage().generate(128, 128, 1)[0]
+    plain, made = (
+        common_ksampler(each, 1, 2, 4.0, "euler", "simple", positive, negative, latent)[0]["samples"]
+        for each in (unet, edited)
+    )
+    assert not torch.allclose(made, plain, atol=1e-3)
+
+
+def test_an_architecture_without_weights_says_what_to_do(folder: Path) -> None:
+    assert LoadDemo.fingerprint_inputs("flux") == LoadDemo.fingerprint_inputs()
+    with pytest.raises(ValueError, match=r'Load Demo Model: architecture is "flux", .*demo-flux.* set it to unet'):
+        LoadDemo.execute("flux")
+    loaded("flux")
+    assert LoadDemo.fingerprint_inputs("flux") != LoadDemo.fingerprint_inputs()
 
 
 def test_transformer_weights_that_do_not_fit_name_the_file() -> None:
