@@ -81,6 +81,16 @@ def new_transformer_options(model: Any) -> Any:
     return model
 
 
+def several_devices(model: Any) -> Any:
+    """MultiGPU CFG Split of newer hosts: a copy of the model for each further device, beside it under a key of its
+    own; their prompts are sampled in threads, through other networks than the MODEL's."""
+    model = model.clone()
+    copied = model.clone()
+    copied.set_additional_models("multigpu", [])
+    model.set_additional_models("multigpu", [copied])
+    return model
+
+
 def new_wrappers(model: Any) -> Any:
     """The same of the MODEL's wrappers."""
     model = model.clone()

@@ -64,7 +64,17 @@ def test_an_edit_that_is_left_out_is_an_error(model: Any, edit: Any, pack: Any, 
         tiny.sample(pack(edit(model)))
 
 
-@pytest.mark.parametrize("pack", [packs.DeepCache().apply, packs.known_options_only, packs.own_forward])
+@pytest.mark.parametrize("edit", EDITS)
+def test_several_devices_are_refused_before_the_first_step(model: Any, edit: Any) -> None:
+    seen: list[int] = []
+    with pytest.raises(ValueError, match=f"{NOT_APPLIED}.*MultiGPU CFG Split.*take that node out"):
+        tiny.sample(packs.several_devices(edit(model)), callback=lambda i, *_: seen.append(i))
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "pack", [packs.DeepCache().apply, packs.known_options_only, packs.own_forward, packs.several_devices]
+)
 def test_without_an_edit_nobody_complains(model: Any, pack: Any) -> None:
     plain = tiny.sample(pack(model), steps=4)
     assert torch.equal(tiny.sample(pack(cre(model, strength=0.0)), steps=4), plain)

@@ -184,6 +184,17 @@ def can_act(guider: Any, network: torch.nn.Module, specs: Sequence[EditSpec]) ->
             f"the edit was not applied: {type(guider).__name__} puts a forward of its own into the model ({nag}), and "
             "gives its attentions more rows than it has pictures. Use core's or sd-perturbed-attention's NAG"
         )
+    on_one_device(guider.model_patcher, specs)
+
+
+def on_one_device(patcher: ModelPatcher, specs: Sequence[EditSpec]) -> None:
+    """Raise if newer hosts' MultiGPU CFG Split samples the MODEL: its prompts run through copies on other devices."""
+    live = [spec for spec in specs if not spec.idle]
+    if live and patcher.get_additional_models_with_key("multigpu"):
+        raise live[0].error(
+            "the edit was not applied: MultiGPU CFG Split runs copies of the model on several devices at once, and an "
+            "edit follows one of them; take that node out"
+        )
 
 
 @contextmanager
