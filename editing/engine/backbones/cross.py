@@ -1,14 +1,17 @@
-"""Diffusion transformers that read the text in a cross-attention of their own: Wan.
+"""Diffusion transformers that read the text in a cross-attention of their own: a row of FAMILIES each.
 
 Weights alone tell a concept's keys and values there, so all edits act as in a UNet. The blocks are reached by the
 host's `optimized_attention_override`, around whatever another pack has put there; their cross-attentions are told from
-the others by their keys, as many as the text has tokens, and are counted.
+the others by their keys, as many as the text has tokens, and are counted. PixArt's never ask for an override: there
+the projections around them are watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from ...edits.digest import Shared, digest
 from ..backbone import Backbone, register_backbone
 from ..run import CALL, Call, Run
 from ..streams import ModelCall
-from .joint import OVERRIDE, through
+from .joint import OVERRIDE, attribute, through
 
 
 @dataclass
@@ -31,51 +34,122 @@ class CrossAttention(Shared):
     to_v: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Family:
+    """One class of the host's. name: for people, and for presets; of: its name; kind: of a block's cross-attention.
+
+    width: of the text that it is called with; dim: of a token of the picture; heads: of an attention; patch: of height
+    and width; to_k, to_v: of a network, one of its attentions and a text; overridden: whether the attentions ask for
+    an override.
+    """
+
+    name: str
+    of: str
+    kind: str
+    width: Callable[[Any], int]
+    dim: Callable[[Any], int]
+    heads: Callable[[Any], int]
+    patch: Callable[[Any], int]
+    to_k: Callable[[Any, Any, Tensor], Tensor]
+    to_v: Callable[[Any, Any, Tensor], Tensor]
+    overridden: bool = True
+
+
+def captioned(network: Any, attn: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+    """PixArt's keys and values."""
+    return attn.kv_linear(network.y_embedder(tokens[:, None], False)[:, 0]).chunk(2, -1)
+
+
+FAMILIES = (
+    Family(
+        "Wan",
+        "WanModel",
+        "WanT2VCrossAttention",
+        attribute("text_embedding.0.in_features"),
+        attribute("dim"),
+        attribute("num_heads"),
+        attribute("patch_size.2"),
+        lambda network, attn, tokens: attn.norm_k(attn.k(network.text_embedding(tokens))),
+        lambda network, attn, tokens: attn.v(network.text_embedding(tokens)),
+    ),
+    Family(
+        "Cosmos-Predict2",
+        "MiniTrainDIT",
+        "Attention",
+        attribute("blocks.0.cross_attn.context_dim"),
+        attribute("model_channels"),
+        attribute("num_heads"),
+        attribute("patch_spatial"),
+        lambda network, attn, tokens: attn.k_norm(attn.k_proj(tokens).unflatten(-1, (attn.n_heads, -1))).flatten(-2),
+        lambda network, attn, tokens: attn.v_proj(tokens),
+    ),
+    Family(
+        "PixArt",
+        "PixArtMS",
+        "MultiHeadCrossAttention",
+        attribute("y_embedder.y_proj.fc1.in_features"),
+        attribute("hidden_size"),
+        attribute("num_heads"),
+        attribute("patch_size"),
+        lambda network, attn, tokens: captioned(network, attn, tokens)[0],
+        lambda network, attn, tokens: captioned(network, attn, tokens)[1],
+        overridden=False,
+    ),
+)
+
+
 @dataclass
 class Place(Shared):
-    """text: tokens of the model call; count: cross-attentions that have been called."""
+    """text: tokens of the model call; width: of the picture; calls, count: attentions that have been called, and
+    cross-attentions among them."""
 
     text: int
+    width: int
+    calls: int = 0
     count: int = 0
 
 
 @register_backbone
-class Wan(Backbone):
-    supports = "Wan (text to video)"
+class Cross(Backbone):
+    supports = ", ".join(f"{family.name}{' (text to video)' * (family.of == 'WanModel')}" for family in FAMILIES)
     sides = ("block",)
+    kind: Family
+    network: Any
 
     @classmethod
-    def of(cls, network: torch.nn.Module, name: str) -> Wan | None:
+    def of(cls, network: torch.nn.Module, name: str) -> Cross | None:
         model: Any = network
-        if type(model).__name__ != "WanModel" or type(model.blocks[0].cross_attn).__name__ != "WanT2VCrossAttention":
+        kind = next((each for each in FAMILIES if each.of == type(network).__name__), None)
+        if kind is None or type(model.blocks[0].cross_attn).__name__ != kind.kind:
             return None
-
-        def attention(attn: Any) -> CrossAttention:
-            def to_k(tokens: Tensor) -> Tensor:
-                return attn.norm_k(attn.k(model.text_embedding(tokens)))
-
-            def to_v(tokens: Tensor) -> Tensor:
-                return attn.v(model.text_embedding(tokens))
-
-            return CrossAttention(attn.num_heads, to_k, to_v)
-
         blocks: dict[BlockKey, Any] = {
-            ("block", i, 0): attention(block.cross_attn) for i, block in enumerate(model.blocks)
+            ("block", i, 0): CrossAttention(
+                kind.heads(model),
+                partial(kind.to_k, model, block.cross_attn),
+                partial(kind.to_v, model, block.cross_attn),
+            )
+            for i, block in enumerate(model.blocks)
         }
-        width = model.text_embedding[0].in_features
-        return cls(name, width, blocks, f"Wan {digest((width, model.dim, list(blocks)))[:12]}", "Wan")
+        width = kind.width(model)
+        found = cls(
+            name, width, blocks, f"{kind.name} {digest((width, kind.dim(model), list(blocks)))[:12]}", kind.name
+        )
+        found.kind, found.network = kind, network
+        return found
 
     def hooks(self, run: Run) -> CrossHooks:
         return CrossHooks(run, self)
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         """The text as edits of the text make it, for all blocks alike: `admit` has seen to that."""
-        call.place = Place(made.context.shape[1])
+        call.place = Place(made.context.shape[1], -(-made.x.shape[-1] // self.kind.patch(self.network)))
         if call.plan.texts:
             text, options = made.context, made.more["transformer_options"]
             made.more["c_crossattn"], _ = run.text(next(iter(self.blocks)), text, text, options)
             call.read.update(dict.fromkeys(self.blocks))
-        return made
+        if self.kind.overridden:
+            return made
+        return Projected(made.x, made.t, made.more, made.given, CrossHooks(run, self), self.network.blocks)
 
     def admit(self, spec: Any) -> None:
         super().admit(spec)
@@ -90,20 +164,67 @@ class CrossHooks:
     """One override for all attentions."""
 
     run: Run
-    backbone: Wan
+    backbone: Cross
 
     def install(self, options: dict[str, Any], call: Call) -> dict[str, Any]:
         call.previous = {OVERRIDE: options[OVERRIDE]} if options.get(OVERRIDE) else {}
-        return {**options, OVERRIDE: self.attention}
+        return {**options, OVERRIDE: self.attention} if self.backbone.kind.overridden else options
 
     def attention(self, plain: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
-        """q: [B, N, C]; k, v: [B, L, C]."""
+        """q: [B, N, C]; k, v: [B, L, C]; or [B, H, N, d] and [B, H, L, d]; returns [B, N, C]."""
         extra = more["transformer_options"]
         call: Call = extra[CALL]
         A = through(call.previous.get(OVERRIDE), plain, q, k, v, heads, *args, **more)
-        if k.shape[1] != call.place.text or q.shape[1] == k.shape[1]:
+        if more.get("skip_reshape"):
+            q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        if not self.reads(call.place, q, k):
             return A
         key = tuple(self.backbone.blocks)[call.place.count % len(self.backbone.blocks)]
         call.place.count += 1
-        shape = (len(q), 1, 1, q.shape[1])
-        return self.run.attended(key, A, q, k, v, {**extra, "activations_shape": shape}) if call.reaches(key) else A
+        return self.attended(key, A, q, k, v, extra)
+
+    def reads(self, place: Place, q: Tensor, k: Tensor) -> bool:
+        """Whether an attention reads the text: where it has as many tokens as the picture, every second one does."""
+        place.calls += 1
+        return k.shape[1] == place.text and (q.shape[1] != k.shape[1] or place.calls % 2 == 0)
+
+    def attended(self, key: BlockKey, A: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+        call: Call = extra[CALL]
+        if not call.reaches(key):
+            return A
+        width = call.place.width
+        shape = (len(q), 1, q.shape[1] // width, width)  # of a video, its pictures below each other
+        return self.run.attended(key, A, q, k, v, {**extra, "activations_shape": shape})
+
+
+@dataclass
+class Projected(ModelCall):
+    """A model call whose cross-attentions are edited between their projections."""
+
+    edits: CrossHooks | None = None
+    blocks: Iterable[Any] = ()
+
+    def through(self, executor: Callable[..., Tensor]) -> Tensor:
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                for hook in self.hooked(("block", i, 0), block.cross_attn):
+                    stack.callback(hook.remove)
+            return super().through(executor)
+
+    def hooked(self, key: BlockKey, attn: Any) -> Iterator[Any]:
+        """Hooks that see a block's q and its keys and values, and change what goes into its output's projection."""
+        assert self.edits is not None
+        edits, seen, extra = self.edits, {}, self.more["transformer_options"]
+
+        def projected(module: Any, _: Any, out: Tensor) -> None:
+            seen[module] = out
+
+        def output(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            (A,) = inputs
+            q, kv = seen.pop(attn.q_linear), seen.pop(attn.kv_linear)
+            k, v = kv.reshape(len(A), -1, 2, A.shape[-1]).unbind(2)
+            return (edits.attended(key, A, q, k, v, extra),)
+
+        yield attn.q_linear.register_forward_hook(projected)
+        yield attn.kv_linear.register_forward_hook(projected)
+        yield attn.proj.register_forward_pre_hook(output)
