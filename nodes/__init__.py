@@ -21,6 +21,7 @@ from .protore import NODES as protore_nodes
 from .safe_guidance import NODES as safe_guidance_nodes
 from .safree import NODES as safree_nodes
 from .train_direction import NODES as train_direction_nodes
+from .train_erasure import NODES as train_erasure_nodes
 from .train_kpop import NODES as train_kpop_nodes
 
 NODES = [
@@ -36,6 +37,7 @@ NODES = [
         *safree_nodes,
         *direction_nodes,
         *train_direction_nodes,
+        *train_erasure_nodes,
         *train_kpop_nodes,
         *kpop_nodes,
         *learn_concept_nodes,

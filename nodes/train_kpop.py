@@ -10,7 +10,8 @@ from comfy_api.latest import io
 from ..editing.methods.kpop import MECHANISMS
 from ..editing.pictures.chart import curve
 from ..editing.training.changes import WEIGHTS
-from ..editing.training.kpop import KEYS_AND_VALUES, PATHS, STARTS
+from ..editing.training.kpop import KEYS_AND_VALUES, STARTS
+from ..editing.training.path import PATHS
 from ..jobs.train_kpop import BLOCKS, DEFAULTS, Recipe, train_kpop
 from .inputs import CATEGORY, choice_input, named
 from .show import id_of

@@ -60,6 +60,11 @@ INPUTS = {
         *("overshoot", "path_steps", "batch_size", "seed", "precision", "checkpointing", "checkpoint_every", "resume"),
         *("path", "keys_and_values", "prompt_start"),
     ],
+    "ConceptGuardTrainErasure": [
+        *("model", "clip", "concept", "method", "neutral", "width", "height", "steps", "learning_rate", "rank", "eta"),
+        *("guidance", "path_steps", "pictures", "batch_size", "seed", "precision", "checkpointing"),
+        *("checkpoint_every", "resume", "path"),
+    ],
     "ConceptGuardSaveWeights": ["weights", "filename_prefix"],
     "ConceptGuardSavePrompt": ["prompt", "filename_prefix"],
     "ConceptGuardLoadPrompt": ["file"],

@@ -95,6 +95,7 @@ CONCEPT, DIRECTION, JUDGE = (
 )
 KPOP = {**MODEL, **CLIP, **TRAINED, "text": "mug", "width": 64, "height": 64, "path_steps": 2, "prompt_size": 2}
 KPOP |= {"prompt_learning_rate": 0.001}
+ERASURE = {**MODEL, **CLIP, **CONCEPT, **TRAINED, "width": 64, "height": 64, "path_steps": 2, "pictures": 1}
 SEARCH = {**MODEL, **CONCEPT, **JUDGE, **VAE, "positive": ("words", 0), "negative": ("none", 0), "latent": ("size", 0)}
 SEARCH |= {"steps": 2, "cfg": 1.0}
 LOOK = {**MODEL, **CONCEPT, "positive": ("words", 0), "latent": ("size", 0), "steps": 1}
@@ -160,6 +161,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
          "precision": "bf16", "checkpointing": False, "path": "fresh", "keys_and_values": "two",
          "prompt_start": "concept"},
         {**KPOP, "blocks": "all", "weights": "all", "keys_and_values": "two", "precision": "auto"},
+    ],
+    "TrainErasure": [
+        ERASURE,
+        {**ERASURE, "method": "ESD-u", "path": "fresh", "rank": 0},
+        {**ERASURE, "method": "CA", "neutral": "a cup", "precision": "bf16", "checkpointing": False},
+        {**ERASURE, "method": "SDD", "precision": "auto", "resume": False},
+        {**ERASURE, "method": "FMN"},
     ],
     "SaveWeights": [],  # where a LoRA goes
     "SavePrompt": [{"prompt": ("prompt", 0)}],

@@ -102,6 +102,26 @@ def kpop(**inputs: Any) -> dict[str, Any]:
     return training("ConceptGuardTrainKPOP", **{**settings, **inputs})
 
 
+def erasure(**inputs: Any) -> dict[str, Any]:
+    settings = {
+        "concept": ["concept", 0],
+        "method": "ESD-x",
+        "neutral": "",
+        "width": 128,
+        "height": 128,
+        "learning_rate": 1e-3,
+        "rank": 2,
+        "eta": 1.0,
+        "guidance": 3.0,
+        "path_steps": 4,
+        "pictures": 1,
+        "batch_size": 1,
+        "checkpoint_every": 1,
+        "resume": True,
+    }
+    return training("ConceptGuardTrainErasure", **{**settings, **inputs})
+
+
 def direction(**inputs: Any) -> dict[str, Any]:
     settings = {
         "concept": ["concept", 0],
@@ -142,6 +162,11 @@ def learned(**inputs: Any) -> dict[str, Any]:
         (kpop(rank=2, weights="others", path="fresh", keys_and_values="two", prompt_start="concept"), 3),
         (kpop(weights="all", mechanism="additive", precision="bf16", checkpointing=False), 3),
         (kpop(model=["demo", 0], precision="fp32", overshoot=1.0, lam=0.0), 3),
+        (erasure(), 2),
+        (erasure(method="ESD-u", path="fresh", rank=0, precision="bf16"), 2),
+        (erasure(method="CA", neutral="a coffee cup", checkpointing=False), 2),
+        (erasure(method="SDD", model=["demo", 0], precision="fp32"), 2),
+        (erasure(method="FMN"), 2),
         (direction(), 2),
         (direction(goal="towards", precision="bf16", checkpointing=False, model=["demo", 0]), 2),
         (learned(), 1),
@@ -152,6 +177,11 @@ def learned(**inputs: Any) -> dict[str, Any]:
         "kpop, low rank",
         "kpop, additive",
         "kpop, plain",
+        "esd-x",
+        "esd-u",
+        "ca",
+        "sdd",
+        "fmn",
         "direction",
         "towards",
         "concept",

@@ -95,6 +95,7 @@ KINDS: dict[str, Kind] = {
         }
         | {"z?": ("Z",), "position?": (1,), "losses": ("steps",)},
         limit=2**35,
+        features={"an average over the steps": Feature(2, {"average?": ("weights",)})},
     ),
     "kpop-checkpoint": Kind(  # before there was one kind for all
         {

@@ -18,13 +18,14 @@ import comfy.lora
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.model_patcher import ModelPatcher, string_to_seed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..edits.digest import digest
 from ..engine.host import edits_of
+from ..methods.attention import logits, split_heads
 from .changes import Changes, chosen
 from .loop import Patch, Text
 from .mode import copied, gradients
@@ -74,8 +75,26 @@ class Predictor:
             out = [all_.index_copy(0, rows, e) for all_, e in zip(out, found, strict=True)]
         return out
 
+    def attentions(self, z: Tensor, sigma: Tensor, text: Text) -> list[Tensor]:
+        """What the picture reads of a positive text's tokens in each cross-attention: probabilities [B, H, N, T]."""
+        q: dict[Any, Tensor] = {}
+        k: dict[Any, Tensor] = {}
+
+        def keys(attn: Any, out: Tensor) -> None:  # the first behind the queries: the others are an edit's own tokens
+            if attn in q:
+                k.setdefault(attn, out)
+
+        with ExitStack() as stack:
+            for attn in (module for path, module in self.unet.named_modules() if path.endswith(".attn2")):
+                stack.callback(attn.to_q.register_forward_hook(lambda _, __, out, at=attn: q.update({at: out})).remove)
+                stack.callback(attn.to_k.register_forward_hook(lambda _, __, out, at=attn: keys(at, out)).remove)
+            self(z, sigma, text)
+        return [logits(*(split_heads(x[attn], attn.heads) for x in (q, k))).softmax(-1) for attn in q]
+
     def changes(self, weights: str, rank: int, seed: int) -> Changes:
         """Changes of the model's weights, which it has until the training ends."""
+        if not isinstance(self.unet, UNetModel):
+            raise ValueError(f"cannot train {type(self.unet).__name__}: connect an SD1.x, SD2.x or SDXL model")
         self.trained, modules = True, chosen(self.unet, weights)
         for module in modules.values():  # a concept of an edit, say, was encoded in inference mode
             self.until_end.callback(module.register_forward_pre_hook(lambda _, inputs: copied(inputs)).remove)

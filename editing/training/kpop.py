@@ -24,10 +24,10 @@ from ..edits.spec import Prompt
 from ..files.artefacts import Artefact
 from ..methods.kpop import prompt_of
 from .changes import Changes
-from .loop import Predict, Sampling, Text, draws, learned_state, restore_learned, sigma_at, slope
+from .loop import Predict, Sampling, Text, draws, learned_state, restore_learned, slope
+from .path import Path
 
 METHOD = "KPOP"
-PATHS = ("chain", "fresh")
 STARTS = ("noise", "concept")
 KEYS_AND_VALUES = ("one", "two")  # one p for both, as the paper writes it, or one each, as the code has it
 
@@ -114,36 +114,6 @@ def prompt_start(start: str, mechanism: str, size: int, concept: Tensor, seed: i
     return noise * concept.std() * (0.01 if mechanism == "additive" else 1)
 
 
-class Path:
-    """Where z_t comes from: DDIM from noise towards a concept, with theta' and guidance."""
-
-    def __init__(self, predict: Predict, sampling: Sampling, empty: Text, shape: Sequence[int], o: KPOPOptions) -> None:
-        self.predict, self.sampling, self.empty, self.o = predict, sampling, empty.rows(o.batch), o
-        self.shape = (o.batch, *shape)
-        self.z = torch.zeros(self.shape, device=empty.c.device)
-        self.clean = self.z
-
-    def levels(self, generator: torch.Generator) -> list[float]:
-        """One noise level from each of n equal intervals of the timesteps, falling, and 0."""
-        n = self.o.path_steps
-        percents = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-        return [*(sigma_at(self.sampling, p) for p in percents.tolist()), 0.0]
-
-    def begin(self, sigma: float, generator: torch.Generator) -> None:
-        noise = torch.randn(self.shape, generator=generator).to(self.z)
-        s = torch.full((self.o.batch,), sigma, device=noise.device)
-        self.z = self.sampling.noise_scaling(s, noise, torch.zeros_like(noise))
-
-    @torch.no_grad()
-    def onward(self, z: Tensor, e_c: Tensor, sigma: float, towards: float) -> Tensor:
-        """z after one DDIM step. e_c: eps of theta' for c_e at z."""
-        s = torch.full((self.o.batch,), sigma, device=z.device)
-        (e_0,) = self.predict(z, s, self.empty)
-        e = e_0 + self.o.guidance * (e_c - e_0)
-        self.clean = z - sigma * e
-        return z + (towards - sigma) * e
-
-
 class KPOP:
     """The alternating training. concepts: the set E, each a text of one row; all have the same number of tokens.
 
@@ -165,13 +135,14 @@ class KPOP:
     ) -> None:
         self.predict, self.changes, self.prompt, self.options = predict, changes, prompt, options
         self.concepts, self.neutral = concepts, neutral
-        self.path = Path(predict, sampling, empty, shape, options)
+        self.path = Path(predict, sampling, concepts, empty, shape, options)
         self.adam = torch.optim.Adam(changes.tensors.values(), lr=options.lr)
         self.prompt_adam = torch.optim.Adam(prompt.tensors.values(), lr=options.prompt_lr)
 
     def step(self, i: int) -> float:
         """One iteration; returns L_R."""
-        z, sigma, c, c_n = self.noisy(i)
+        z, sigma, which = self.path.noisy(i)
+        c, c_n = (Text.stack([texts[w] for w in which]) for texts in (self.concepts, self.neutral))
         s = torch.full((len(z),), sigma, device=z.device)
         with torch.no_grad(), self.changes.off():
             (e_e,), (e_n,) = self.predict(z, s, c), self.predict(z, s, c_n)
@@ -192,34 +163,13 @@ class KPOP:
             loss = slope(self.adam, *losses)  # eq. 7
             onward = z
             if self.options.path == "chain":
-                onward = self.path.onward(z, outputs[0].detach(), sigma, self.towards)
+                onward = self.path.onward(z, outputs[0].detach(), sigma, self.path.towards)
         except BaseException:  # the host interrupts in the middle of a network's call
             restore_learned("prompt", self.prompt_adam, kept)
             raise
         self.adam.step()
         self.path.z = onward
         return loss
-
-    def noisy(self, i: int) -> tuple[Tensor, float, Text, Text]:
-        """z_t, its noise level, the concepts that it is drawn towards and their neutral texts, for iteration i."""
-        n = self.options.path_steps
-        start, j = (i // n * n, i % n) if self.options.path == "chain" else (i, 0)
-        generator = draws(self.options.seed, start)
-        levels = self.path.levels(generator)
-        which = torch.randint(len(self.concepts), (self.options.batch,), generator=generator).tolist()
-        c, c_n = (Text.stack([texts[w] for w in which]) for texts in (self.concepts, self.neutral))
-        if self.options.path == "fresh":
-            j = int(torch.randint(n, (), generator=generator))
-            self.path.begin(levels[0], generator)
-            for k in range(j):
-                s = torch.full((self.options.batch,), levels[k], device=self.path.z.device)
-                with torch.no_grad():
-                    (e_c,) = self.predict(self.path.z, s, c)
-                self.path.z = self.path.onward(self.path.z, e_c, levels[k], levels[k + 1])
-        elif j == 0:
-            self.path.begin(levels[0], generator)
-        self.towards = levels[j + 1]
-        return self.path.z, levels[j], c, c_n
 
     def state(self) -> dict[str, Tensor]:
         learned = learned_state("weights", self.adam) | learned_state("prompt", self.prompt_adam)
