@@ -232,6 +232,72 @@ def test_guidance_that_follows_the_negative_is_an_error(model: Any, cfg: float) 
         tiny.sample(cre(model), cfg=cfg)
 
 
+def taking(which: str) -> Any:
+    """A node that changes the guidance so that the prediction of one prompt alone is left of it."""
+
+    def take(model: Any) -> Any:
+        model = model.clone()
+        if which == "pre":
+            model.set_model_sampler_pre_cfg_function(lambda args: [args["conds_out"][1]] * 2)
+        elif which == "post":
+            model.set_model_sampler_post_cfg_function(lambda args: args["uncond_denoised"])
+        else:
+            model.set_model_sampler_cfg_function(lambda args: args["uncond"])
+        return model
+
+    return take
+
+
+def perp(cfg: float) -> Any:
+    def run(model: Any) -> Tensor:
+        guider = Guider_PerpNeg(model)
+        guider.set_conds(tiny.cond(1), tiny.cond(2), tiny.cond(3))
+        guider.set_cfg(cfg, 1.0)
+        return guided(guider, steps=3)
+
+    return run
+
+
+LEFT_OUT = {
+    "cfg 0 of a guider of its own": (perp(0.0), "empty_negative_prompt"),
+    "both cfgs 0": (dual("nested", (0.0, 0.0)), "negative"),
+    **{
+        name: (lambda m, name=name: tiny.sample(taking(name)(m), steps=3), "negative")
+        for name in ("pre", "post", "own")
+    },
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_guidance_that_leaves_the_edited_prompts_out_is_an_error(model: Any, name: str) -> None:
+    run, prompt = LEFT_OUT[name]
+    assert torch.equal(run(cre(model, strength=0.0)), run(model))
+    with pytest.raises(ValueError, match=f"Test: .*not applied: it acted, .* the prompt {prompt} alone.*cfg above 0"):
+        run(cre(model))
+    run(cre(model, rows="all"))
+
+
+def test_guidance_may_leave_them_out_for_a_while(model: Any) -> None:
+    """Only an edit whose own steps are all without them is lost."""
+
+    def run(model: Any) -> Tensor:
+        model, high = model.clone(), model.get_model_object("model_sampling").percent_to_sigma(0.5)
+        model.set_model_sampler_post_cfg_function(
+            lambda args: args["uncond_denoised" if args["sigma"] > high else "denoised"]
+        )
+        return tiny.sample(model, steps=4)
+
+    assert not torch.equal(run(cre(model)), run(model))
+    with pytest.raises(ValueError, match="the prompt negative alone"):
+        run(cre(model, end_percent=0.4))
+
+
+def test_one_prompt_for_both_is_followed(model: Any) -> None:
+    same = tiny.cond(1)
+    assert not torch.equal(tiny.sample(cre(model), same, same), tiny.sample(model, same, same))
+    tiny.sample(cre(model, blocks="middle"), same, same, cfg=1.0)
+
+
 def test_all_rows_can_be_edited(model: Any) -> None:
     def run(model: Any) -> Tensor:
         return tiny.sample(model, cfg=0.0, steps=1)

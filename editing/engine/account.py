@@ -18,6 +18,7 @@ from ..edits.blocks import BlockKey
 from ..edits.digest import Shared
 from ..edits.spec import EditSpec
 from .backbone import Backbone
+from .conds import positive
 from .rows import Rows, Served
 
 ACCOUNTS = "concept_guard_accounts"  # in transformer_options: an Accounts, of the runs of one MODEL
@@ -41,6 +42,8 @@ class Entry:
     open: int = 0  # those in which its gate lets it act on a row
     edited: int = 0
     seen: int = 0
+    followed: bool = False  # whether a picture was led by the prompts that it edits
+    other: str = ""  # the prompt that one followed instead, at a step at which it was due
     everywhere: bool = True  # whether it never looked where to act
     sums: dict[Size, Tensor] = field(default_factory=dict)  # [images, N], how often it acted there
     counts: dict[Size, Tensor] = field(default_factory=dict)  # [images], how often it might have
@@ -64,6 +67,11 @@ class Entry:
     @property
     def missed(self) -> list[BlockKey]:
         return [key for key in self.named if key not in self.reached]
+
+    @property
+    def ignored(self) -> bool:
+        """Whether it acted, and no picture can show it."""
+        return bool(self.acted and self.other and not self.followed)
 
     def heat(self, images: int, height: int, width: int) -> Tensor:
         """How often it acted where, from 0 to 1: [images, height, width]."""
@@ -144,6 +152,7 @@ class Account(Shared):
         self.entries = {spec: Entry(spec, self._named(spec)) for spec in self.specs}
         self.prompts: dict[str, int] = {}  # rows of each, by the guider's names
         self.edited: set[str] = set()  # those that were taken for conditional
+        self.made: list[tuple[str | None, Tensor]] = []  # what each prompt predicts, in one guided prediction
         self.calls = 0
 
     def _named(self, spec: EditSpec) -> Sequence[BlockKey]:
@@ -221,6 +230,25 @@ class Account(Shared):
             entry.acted.add(step)
             entry.reached.update(dict.fromkeys(entry.named))
 
+    def predicted(self, names: Sequence[str | None], out: Sequence[Tensor]) -> None:
+        """What the prompts of one call of the host's batching predict, as the edits leave it."""
+        if not all(entry.followed for entry in self.entries.values()):
+            self.made += zip(names, out, strict=True)
+
+    def guided_to(self, denoised: Tensor, sigma: float) -> None:
+        """What guidance made of it: look, until an edit's pictures are seen to follow its prompts, whether they follow
+        another one alone."""
+        made, self.made = self.made, []
+        step = self.step(sigma)
+        here = [e for e in self.entries.values() if step in e.due and not e.followed and e.spec.rows != "all"]
+        if not here or not made:
+            return
+        alike = [name for name, out in made if same(out, denoised)]
+        alone = bool(alike) and not any(map(positive, alike))
+        for entry in here:
+            entry.followed = not alone
+            entry.other = (alike[0] or UNNAMED) if alone else entry.other
+
     def absorb(self, other: Account) -> None:
         """Count what a run within this one did with the same edits."""
         for spec, entry in self.entries.items():
@@ -240,6 +268,7 @@ class Account(Shared):
 
     def close(self) -> None:
         """Takes the sums off the device."""
+        self.made = []
         for entry in self.entries.values():
             entry.sums = {size: x.cpu() for size, x in entry.sums.items()}
             entry.counts = {size: n.cpu() for size, n in entry.counts.items()}
@@ -264,6 +293,8 @@ class Account(Shared):
         if entry.missed:
             missed = ", ".join(dict.fromkeys(f"{key[0]}.{key[1]}" for key in entry.missed))
             return f"reached {len(entry.reached)} of {len(entry.named)} blocks, and never {missed}"
+        if entry.ignored:
+            return f"acted, and the picture does not follow it: the guidance goes by the prompt {entry.other} alone"
         return None
 
     def lines(self) -> list[tuple[Entry, str]]:
@@ -298,6 +329,10 @@ class Accounts(Shared):
 
 Listener = Callable[[Account], None]
 LISTENERS: list[Listener] = []  # told of every run's account at its end
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 def percent(share: float) -> str:

@@ -28,7 +28,7 @@ from .account import ACCOUNTS, LISTENERS, Account, Accounts
 from .backbone import Backbone, backbone_of
 from .conds import CONDS, Named, positive
 from .guidance import batched
-from .obstacles import cause, nag_in
+from .obstacles import OTHERS, cause, nag_in
 from .rows import Served, images_of, patches_of, tiles_of, window_of
 from .run import CALL, EDITS, OBSERVER, WATCH, Run
 from .streams import ModelCall
@@ -255,6 +255,7 @@ def complain(run: Run, guider: Any) -> None:
         if (complaint := run.account.complaint(entry)) is not None:
             missed = bool(entry.installed)
             why = cause(missed, run.account.calls, guider.model_options, run.backbone.foreign())
+            why = OTHERS if entry.ignored else why
             raise spec.error(f"the edit was not applied: it {complaint}. {why}")
 
 
@@ -352,10 +353,14 @@ def calc_cond_batch(
         below = {**model_options, "transformer_options": {**options, CONDS: named}}
         return executor(model, lists, x, timestep, below)
 
+    run, named = options[RUN], options[RUN].guiders.named(conds, len(x))
     guides = [spec for spec in options.get(EDITS, ()) if spec.how.stage == "guidance" and not spec.idle]
     if not guides:
-        return call(conds, options[RUN].guiders.named(conds, len(x)))
-    return batched(options[RUN], guides, x, float(timestep.max()), conds, window_of(options), call)
+        out = call(conds, named)
+    else:
+        out = batched(run, guides, x, float(timestep.max()), conds, window_of(options), call)
+    run.account.predicted(named.names, out)
+    return out
 
 
 class Restart(Exception):
@@ -398,6 +403,7 @@ def predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args:
     denoised = executor(x, timestep, *args, **kwargs)
     first = not any(entry.due for entry in run.account.entries.values())
     run.due(specs, sigma)
+    run.account.guided_to(denoised, sigma)
     if first and not run.account.calls:
         complain(run, guider)
     if all(spec.gate.inflight is None or spec.gate.inflight.id in run.verdicts for spec in specs):

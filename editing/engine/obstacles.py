@@ -11,6 +11,10 @@ from torch import nn
 from .rows import said
 
 HOST = "comfy."  # the modules of the host's own classes
+OTHERS = (
+    "The guider's cfg, or a node that changes the guidance, leaves the edited prompts out; set cfg above 0, take that "
+    "node out, or set the edit's rows to all"
+)
 
 
 def own_forward(module: nn.Module) -> str:
