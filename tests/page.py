@@ -39,16 +39,23 @@ AT_REST = """selector => new Promise(done => {
 })"""
 
 
-# Where each node stands in the graph, its title included: as the canvas draws it, or as its element is.
+# Where each node of the graph that is shown stands, its title included, once all are at rest: as the canvas draws it,
+# or as its element is.
 NODES = """async () => {
-    app.canvas.ds.scale = 0.4; app.canvas.setDirty(true, true);
-    for (let frame = 0; frame < 20; frame++) await new Promise(requestAnimationFrame);
-    return app.graph._nodes.map(node => {
+    const where = () => app.canvas.graph._nodes.map(node => {
         const element = document.querySelector(`[data-node-id="${node.id}"]`), title = LiteGraph.NODE_TITLE_HEIGHT;
+        if (LiteGraph.vueNodesMode && !element) return null;
         const size = element ? [element.offsetWidth, element.offsetHeight] : [node.size[0], node.size[1] + title];
         const [x, y] = node.pos;
         return { id: node.id, type: node.type, x, y: y - title, width: size[0], height: size[1] };
     });
+    for (let last = '', frames = 0; frames < 10;) {
+        await new Promise(requestAnimationFrame);
+        const found = where(), now = JSON.stringify([app.canvas.ds.scale, found]);
+        frames = now === last && !found.includes(null) ? frames + 1 : 0;
+        last = now;
+    }
+    return where();
 }"""
 
 
@@ -126,7 +133,7 @@ class Browser:
         self.page.mouse.up()
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Where each node of the graph stands, in the graph's own units."""
+        """Where each node of the graph that is shown stands, in the graph's own units."""
         found: list[dict[str, Any]] = self.js(NODES)
         return found
 

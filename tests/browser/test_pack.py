@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from page import ROOT, Browser, workflow
 from conceptguard.tools.workflow import to_api
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 pytestmark = [pytest.mark.server, pytest.mark.browser]
 
 
@@ -38,6 +40,35 @@ def test_every_template_becomes_the_prompt_that_the_tests_run(browser: Browser) 
         }, path.stem
         for id, node in expected.items():
             assert found[id]["inputs"] == node["inputs"], f"{path.stem}: node {id}, {node['class_type']}"
+
+
+def overlapping(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    def along(a: dict[str, Any], b: dict[str, Any], start: str, size: str) -> bool:
+        return bool(a[start] < b[start] + b[size] and b[start] < a[start] + a[size])
+
+    pairs = combinations(nodes, 2)
+    return [(a["type"], b["type"]) for a, b in pairs if along(a, b, "x", "width") and along(a, b, "y", "height")]
+
+
+def test_no_two_nodes_of_a_template_overlap(browser: Browser) -> None:
+    found = {}
+    for path in EXAMPLES:
+        browser.load(workflow(path.stem))
+        nodes = browser.nodes()
+        assert len(nodes) == len(workflow(path.stem)["nodes"]), path.stem
+        found[path.stem] = overlapping(nodes)
+    assert not {stem: pairs for stem, pairs in found.items() if pairs}
+
+
+def test_no_two_nodes_of_a_blueprint_overlap(browser: Browser) -> None:
+    for path in BLUEPRINTS:
+        blueprint = json.loads(path.read_text(encoding="utf-8"))
+        browser.load(blueprint)
+        browser.js("() => app.canvas.setGraph([...app.graph.subgraphs.values()][0])")
+        nodes = browser.nodes()
+        browser.js("() => app.canvas.setGraph(app.graph)")
+        assert len(nodes) == len(blueprint["definitions"]["subgraphs"][0]["nodes"]), path.stem
+        assert not overlapping(nodes), path.stem
 
 
 def test_a_concept_map_is_shown_on_its_node(browser: Browser) -> None:
