@@ -5,7 +5,6 @@ The host looks at the bounds of typed numbers alone, not at linked ones, nor at 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from numbers import Real
@@ -34,16 +33,16 @@ def shown(value: Any) -> str:
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` refuses numbers beyond its schema's bounds."""
+    """The node, whose `execute` takes inputs in its schema's order or by name, and refuses numbers out of bounds."""
     inner: Callable[..., io.NodeOutput] = node.execute.__func__
-    signature = inspect.signature(inner)
 
     @wraps(inner)
     def execute(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
-        given = dict(zip(list(signature.parameters)[1:], args, strict=False))
-        if problem := outside(node, {**given, **inputs}):
-            raise ValueError(f"{schema_of(node).node_id}: {problem}")
-        return inner(cls, *args, **inputs)
+        schema = schema_of(node)
+        given = {**dict(zip((each.id for each in schema.inputs), args, strict=False)), **inputs}
+        if problem := outside(node, given):
+            raise ValueError(f"{schema.node_id}: {problem}")
+        return inner(cls, **given)
 
     node.execute = classmethod(execute)
     return node

@@ -7,28 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import ROWS, Concept, EditSpec, Gate
-from ..editing.engine.host import add_edit
-from ..editing.methods.cre import CHOICES, DEFAULTS
-from .inputs import (
-    CATEGORY,
-    UNLINKED,
-    blocks_input,
-    check,
-    choice_input,
-    expect,
-    folded,
-    link_inputs,
-    named,
-    rows_input,
-    strength_input,
-    where,
-    window_inputs,
-)
-from .show import telling
+from ..editing.edits.spec import Concept
+from ..editing.methods.cre import CHOICES, DEFAULTS, CREOptions
+from .edit import EditNode
+from .inputs import CATEGORY, choice_input, edit_inputs, folded, model_input, number, rows_input
 from .types import ConceptType
 
-NODE = "ConceptGuardCRE"
 READINGS = ("width", "tokens", "baseline", "negative", "solve")  # the first released; later ones follow the floor
 TOOLTIPS = {
     "width": "One coefficient for each position of the picture (full), or one for each attention head there (head).",
@@ -48,32 +32,23 @@ TOOLTIPS = {
 }
 
 
-def floor_input() -> io.Float.Input:
-    return folded(
-        io.Float.Input(
-            "floor", default=DEFAULTS.floor, min=0.0, max=1.0, step=0.05, optional=True, tooltip=TOOLTIPS["floor"]
-        )
-    )
+class ConceptGuardCRE(EditNode):
+    METHOD = "projection"
 
-
-class ConceptGuardCRE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=NODE,
+            node_id="ConceptGuardCRE",
             display_name="Erase Concept (CRE)",
             category=f"{CATEGORY}/edits",
             description="Removes a concept while sampling: what cross-attention finds of it is projected out. "
             "May stand anywhere between the model loader and the sampler. SD1.x, SD2.x, SDXL.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                model_input(),
                 ConceptType.Input("concept", tooltip="What to erase."),
-                strength_input("How much of the concept is removed: 1 all of it, 0 nothing (the edit is off)."),
-                *window_inputs(),
-                blocks_input(),
-                *link_inputs(),
+                *edit_inputs("How much of the concept is removed: 1 all of it, 0 nothing (the edit is off)."),
                 *(choice_input(name, CHOICES[name], getattr(DEFAULTS, name), TOOLTIPS[name]) for name in READINGS),
-                floor_input(),
+                folded(number("floor", DEFAULTS.floor, 0.0, 1.0, 0.05, TOOLTIPS["floor"], optional=True)),
                 choice_input("evidence", CHOICES["evidence"], DEFAULTS.evidence, TOOLTIPS["evidence"]),
                 rows_input(),
             ],
@@ -82,36 +57,8 @@ class ConceptGuardCRE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        strength: float | None = 1.0,
-        start_percent: float | None = 0.0,
-        end_percent: float | None = 1.0,
-        blocks: str | None = "all",
-        range: Any = UNLINKED,
-    ) -> bool | str:
-        return check(cls, strength, start_percent, end_percent, blocks, range)
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        concept: Concept,
-        strength: float = 1.0,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        blocks: str = "all",
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-        rows: str = ROWS[0],
-        **options: Any,
-    ) -> io.NodeOutput:
-        with named(NODE):
-            expect(concept, Concept)
-            place = where(start_percent, end_percent, blocks, range, gate, rows)
-            readings = replace(DEFAULTS, **options)
-        spec = EditSpec("projection", concept, strength, **place, options=readings, node=NODE, report=telling(cls))
-        return io.NodeOutput(add_edit(model, spec))
+    def options(cls, source: Concept, **readings: Any) -> CREOptions:
+        return replace(DEFAULTS, **readings)
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardCRE]

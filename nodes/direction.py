@@ -8,28 +8,28 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..editing.edits.spec import ROWS, Direction, EditSpec, Gate
+from ..editing.edits.spec import Direction
 from ..editing.engine.host import add_edit
 from ..editing.files.artefacts import Artefact
 from ..editing.methods.safe_region import direction_of, drawn, offset
+from .edit import EditNode, defaults, place_of
 from .inputs import (
     CATEGORY,
-    UNLINKED,
     blocks_input,
-    check,
     expect,
     link_inputs,
+    model_input,
     named,
     rows_input,
+    seed_input,
     strength_input,
-    where,
     window_inputs,
 )
 from .learned import load_node, save_node
 from .show import telling
 from .types import DirectionType
 
-DIRECTIONS = 8  # that ConceptGuardFairDirection draws from
+NAMES = [f"direction_{i}" for i in range(1, 9)]  # of what ConceptGuardFairDirection draws from
 
 
 def learned(direction: Any) -> Artefact:
@@ -64,7 +64,9 @@ ConceptGuardSaveDirection = save_node(
 )
 
 
-class ConceptGuardSafeDirection(io.ComfyNode):
+class ConceptGuardSafeDirection(EditNode):
+    METHOD, SOURCE = "direction", Direction
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -75,7 +77,7 @@ class ConceptGuardSafeDirection(io.ComfyNode):
             "picture within the safe region (or draws it towards an attribute). May stand anywhere between the model "
             "loader and the sampler. SD1.x, SD2.x, SDXL.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                model_input(),
                 DirectionType.Input("direction", tooltip="The learned direction."),
                 strength_input("How much of the direction is added: 1 as learned, 0 nothing (the edit is off)."),
                 *window_inputs(start=0.18),
@@ -86,37 +88,6 @@ class ConceptGuardSafeDirection(io.ComfyNode):
             outputs=[io.Model.Output(tooltip="The model whose prompts are moved.")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        strength: float | None = 1.0,
-        start_percent: float | None = 0.18,
-        end_percent: float | None = 1.0,
-        blocks: str | None = "all",
-        range: Any = UNLINKED,
-    ) -> bool | str:
-        return check(cls, strength, start_percent, end_percent, blocks, range)
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        direction: Direction,
-        strength: float = 1.0,
-        start_percent: float = 0.18,
-        end_percent: float = 1.0,
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-        blocks: str = "all",
-        rows: str = ROWS[0],
-    ) -> io.NodeOutput:
-        node = "ConceptGuardSafeDirection"
-        with named(node):
-            place = where(start_percent, end_percent, blocks, range, gate, rows)
-            expect(direction, Direction)
-        spec = EditSpec("direction", direction, strength, **place, node=node, report=telling(cls))
-        return io.NodeOutput(add_edit(model, spec))
 
 
 class ConceptGuardOffsetConditioning(io.ComfyNode):
@@ -158,7 +129,7 @@ def pooled(conditioning: list | None) -> Tensor | None:
     return found
 
 
-class ConceptGuardFairDirection(io.ComfyNode):
+class ConceptGuardFairDirection(EditNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -169,25 +140,16 @@ class ConceptGuardFairDirection(io.ComfyNode):
             "likely: one direction towards each value of an attribute makes the attribute fair. Put one node behind "
             "another for more attributes. SD1.x, SD2.x, SDXL.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
-                DirectionType.Input("direction_1", tooltip="Towards one value of the attribute."),
-                DirectionType.Input("direction_2", tooltip="Towards another."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Which direction each image draws; 0 is a seed like any other. Change it with the "
-                    "sampler's.",
+                model_input(),
+                DirectionType.Input(NAMES[0], tooltip="Towards one value of the attribute."),
+                DirectionType.Input(NAMES[1], tooltip="Towards another."),
+                seed_input(
+                    "Which direction each image draws; 0 is a seed like any other. Change it with the sampler's."
                 ),
                 strength_input("How much of the direction is added: 1 as learned, 0 nothing (the edit is off)."),
                 *window_inputs(start=0.18),
                 *link_inputs(),
-                *(
-                    DirectionType.Input(f"direction_{i}", optional=True, tooltip="One more to draw from.")
-                    for i in range(3, DIRECTIONS + 1)
-                ),
+                *(DirectionType.Input(name, optional=True, tooltip="One more to draw from.") for name in NAMES[2:]),
                 rows_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model whose images draw a direction each.")],
@@ -195,37 +157,12 @@ class ConceptGuardFairDirection(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        strength: float | None = 1.0,
-        start_percent: float | None = 0.18,
-        end_percent: float | None = 1.0,
-        range: Any = UNLINKED,
-    ) -> bool | str:
-        return check(cls, strength, start_percent, end_percent, None, range)
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        direction_1: Direction,
-        direction_2: Direction,
-        seed: int = 0,
-        strength: float = 1.0,
-        start_percent: float = 0.18,
-        end_percent: float = 1.0,
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-        rows: str = ROWS[0],
-        **more: Direction,
-    ) -> io.NodeOutput:
-        node = "ConceptGuardFairDirection"
-        with named(node):
-            place = where(start_percent, end_percent, "all", range, gate, rows)
-            given = {"direction_1": direction_1, "direction_2": direction_2, **more}
-            directions = [expect(d, Direction, name) for name, d in sorted(given.items()) if d is not None]
-        place_of = {**place, "strength": strength, "node": node, "report": telling(cls)}
-        for spec in drawn(directions, seed, place["gate"], place_of):
+    def execute(cls, model: Any, seed: int = 0, **inputs: Any) -> io.NodeOutput:
+        with named(node := "ConceptGuardFairDirection"):
+            given = {**defaults(cls), **inputs}
+            place: dict[str, Any] = {**place_of(given), "strength": given.pop("strength")}
+            towards = [expect(given[name], Direction, name) for name in NAMES if given.get(name) is not None]
+        for spec in drawn(towards, seed, place["gate"], {**place, "node": node, "report": telling(cls)}):
             model = add_edit(model, spec)
         return io.NodeOutput(model)
 

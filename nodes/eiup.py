@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..editing.edits.encode import lines_of
-from ..editing.edits.spec import ROWS, Concept, EditSpec, Gate
-from ..editing.engine.host import add_edit
+from ..editing.edits.spec import Concept
 from ..editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions
 from ..editing.methods.eiup_weight import load
 from .bounds import outside
+from .edit import EditNode
 from .files import OFF, changed, choices, file_of
 from .inputs import (
     CATEGORY,
@@ -19,14 +19,12 @@ from .inputs import (
     blocks_input,
     check,
     choice_input,
-    expect,
     link_inputs,
+    model_input,
     named,
     rows_input,
-    where,
     window_inputs,
 )
-from .show import telling
 from .types import ConceptType
 
 NODE = "ConceptGuardEIUP"
@@ -65,7 +63,9 @@ def bounded(node: type[io.ComfyNode], weights: tuple[float, ...]) -> tuple[float
     return weights
 
 
-class ConceptGuardEIUP(io.ComfyNode):
+class ConceptGuardEIUP(EditNode):
+    METHOD = "erasure"
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -76,7 +76,7 @@ class ConceptGuardEIUP(io.ComfyNode):
             "attend to them, also where the prompt never names the concept. May stand anywhere between the model "
             "loader and the sampler. SD1.x, SD2.x, SDXL.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
+                model_input(),
                 ConceptType.Input("concept", tooltip="What to erase."),
                 io.Float.Input(
                     "weight",
@@ -123,30 +123,10 @@ class ConceptGuardEIUP(io.ComfyNode):
         return changed(auto, "eiup-weight")
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        concept: Concept,
-        weight: float = -1.0,
-        start_percent: float = 0.0,
-        end_percent: float = 0.8,
-        blocks: str = "all",
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-        form: str = DEFAULTS.form,
-        weights: str = "",
-        evidence: str = DEFAULTS.evidence,
-        auto: str = OFF,
-        rows: str = ROWS[0],
-    ) -> io.NodeOutput:
-        with named(NODE):
-            expect(concept, Concept)
-            place = where(start_percent, end_percent, blocks, range, gate, rows)
-            adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
-            evidence = evidence if adapter is None else adapter.evidence
-            options = EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, adapter)
-        spec = EditSpec("erasure", concept, **place, options=options, node=NODE, report=telling(cls))
-        return io.NodeOutput(add_edit(model, spec))
+    def options(cls, source: Concept, weight: float, form: str, weights: str, evidence: str, auto: str) -> EIUPOptions:
+        adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
+        evidence = evidence if adapter is None else adapter.evidence
+        return EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, adapter)
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardEIUP]

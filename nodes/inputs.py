@@ -27,6 +27,15 @@ class Where(TypedDict):
     rows: str
 
 
+def model_input() -> io.Model.Input:
+    return io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is.")
+
+
+def edit_inputs(strength: str) -> list[io.Input]:
+    """How much, when, where and whether. strength: its tooltip."""
+    return [strength_input(strength), *window_inputs(), blocks_input(), *link_inputs()]
+
+
 def strength_input(tooltip: str) -> io.Float.Input:
     return io.Float.Input("strength", default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
 
@@ -107,6 +116,19 @@ def choice_input(name: str, options: tuple[str, ...], default: str, tooltip: str
     return folded(io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip))
 
 
+def number(name: str, default: float, low: float, high: float, step: float, tooltip: str, **more: Any) -> Any:
+    """more: optional, or round, which is False where a number may be finer than its steps."""
+    return io.Float.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip, **more)
+
+
+def count(name: str, default: int, low: int, high: int, tooltip: str, **more: Any) -> Any:
+    return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, **more)
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    return count("seed", 0, 0, 0xFFFFFFFFFFFFFFFF, tooltip, control_after_generate=True)
+
+
 def folded(each: Any) -> Any:
     """An input that newer frontends fold away."""
     each.extra_dict["advanced"] = True
@@ -147,7 +169,7 @@ def named(node: str) -> Iterator[None]:
 def where(
     start_percent: float,
     end_percent: float,
-    blocks: str,
+    blocks: str = "all",
     range: Any = None,
     gate: Gate | None = None,
     rows: str = ROWS[0],

@@ -9,24 +9,22 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..editing.edits.spec import ROWS, EditSpec, Gate, Prompt
+from ..editing.edits.spec import EditSpec, Prompt
 from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.files.header import packed
 from ..editing.methods.kpop import edit_of, prompt_of
 from ..editing.training.changes import LoRA
+from .edit import EditNode, defaults, place_of
 from .files import saved_in
 from .inputs import (
     CATEGORY,
-    UNLINKED,
-    check,
     expect,
     link_inputs,
     named,
     prefix_input,
     rows_input,
     strength_input,
-    where,
     window_inputs,
 )
 from .learned import load_node, save_node
@@ -99,7 +97,7 @@ ConceptGuardLoadPrompt = load_node(
 )
 
 
-class ConceptGuardKPOP(io.ComfyNode):
+class ConceptGuardKPOP(EditNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -126,30 +124,10 @@ class ConceptGuardKPOP(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        strength: float | None = 1.0,
-        start_percent: float | None = 0.0,
-        end_percent: float | None = 1.0,
-        range: Any = UNLINKED,
-    ) -> bool | str:
-        return check(cls, strength, start_percent, end_percent, None, range)
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        prompt: Prompt,
-        strength: float = 1.0,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-        rows: str = ROWS[0],
-    ) -> io.NodeOutput:
-        node = "ConceptGuardKPOP"
-        with named(node):
-            place = where(start_percent, end_percent, expect(prompt, Prompt).blocks, range, gate, rows)
+    def execute(cls, model: Any, prompt: Prompt, **inputs: Any) -> io.NodeOutput:
+        with named(node := "ConceptGuardKPOP"):
+            given = {**defaults(cls), "blocks": expect(prompt, Prompt).blocks, **inputs}
+            place, strength = place_of(given), given.pop("strength")
         method, source = edit_of(prompt)
         edited = add_edit(model, EditSpec(method, source, strength, **place, node=node, report=telling(cls)))
         compare(prompt.artefact, model, node)

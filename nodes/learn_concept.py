@@ -13,7 +13,7 @@ from ..editing.files.artefacts import Artefact
 from ..editing.pictures.chart import curve
 from ..editing.training.textual_inversion import ConceptOptions
 from ..jobs.learn_concept import learn_concept
-from .inputs import CATEGORY, named
+from .inputs import CATEGORY, count, named, number
 from .learned import load_node, save_node
 from .show import id_of
 from .training import course, train_inputs
@@ -45,12 +45,12 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                     default="from pictures",
                     tooltip="What to call the concept in reports and errors; it changes no picture.",
                 ),
-                io.Int.Input(
+                count(
                     "tokens",
-                    default=DEFAULTS.tokens,
-                    min=1,
-                    max=32,
-                    tooltip="How many tokens stand for it; at least 1, not 0. More say more of these very pictures.",
+                    DEFAULTS.tokens,
+                    1,
+                    32,
+                    "How many tokens stand for it; at least 1, not 0. More say more of these very pictures.",
                 ),
                 io.String.Input(
                     "captions",
@@ -65,28 +65,22 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                     default="",
                     tooltip="Words to start from, such as 'a drawing'. Empty: nothing in particular.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=300,
-                    min=1,
-                    max=100_000,
-                    tooltip="How many times the tokens are updated; at least 1, not 0.",
-                ),
-                io.Float.Input(
+                count("steps", 300, 1, 100_000, "How many times the tokens are updated; at least 1, not 0."),
+                number(
                     "learning_rate",
-                    default=DEFAULTS.lr,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-5,
+                    DEFAULTS.lr,
+                    0.0,
+                    1.0,
+                    1e-5,
+                    "How far each step moves the tokens; 0 leaves them as they start.",
                     round=False,
-                    tooltip="How far each step moves the tokens; 0 leaves them as they start.",
                 ),
-                io.Int.Input(
+                count(
                     "batch_size",
-                    default=DEFAULTS.batch,
-                    min=1,
-                    max=64,
-                    tooltip="Noisy pictures a step, each of one of the images; at least 1, not 0.",
+                    DEFAULTS.batch,
+                    1,
+                    64,
+                    "Noisy pictures a step, each of one of the images; at least 1, not 0.",
                 ),
                 *train_inputs(checkpointing=True),
             ],

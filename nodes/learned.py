@@ -72,8 +72,7 @@ def save_node(
             )
 
         @classmethod
-        def execute(cls, *inputs: Any, **by_name: Any) -> io.NodeOutput:
-            given = {**dict(zip((kind, "filename_prefix"), inputs, strict=False)), **by_name}
+        def execute(cls, **given: Any) -> io.NodeOutput:
             with named(node_id):
                 name = saved(held(given[kind]), given.get("filename_prefix", kind))
             return io.NodeOutput(name, ui=said(name))

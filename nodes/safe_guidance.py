@@ -6,26 +6,23 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import Concept, EditSpec, Gate
-from ..editing.engine.host import add_edit
+from ..editing.edits.spec import Concept
 from ..editing.methods.sld import SETTINGS, SLDOptions
-from .inputs import CATEGORY, UNLINKED, check, expect, link_inputs, named, strength_input, where, window_inputs
+from .edit import EditNode
+from .inputs import CATEGORY, count, link_inputs, number, strength_input, window_inputs
 from .types import ConceptType
 
-NODE = "ConceptGuardSafeGuidance"
 OWN = "own"
 MEDIUM = SETTINGS["medium"]
 
 
-def number(name: str, default: float, high: float, step: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=high, step=step, tooltip=f"Setting own: {tooltip}")
+class ConceptGuardSafeGuidance(EditNode):
+    METHOD = "guidance"
 
-
-class ConceptGuardSafeGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=NODE,
+            node_id="ConceptGuardSafeGuidance",
             display_name="Safe Guidance (SLD)",
             category=f"{CATEGORY}/edits",
             description="Safe latent diffusion: a third prediction, of the concept, and guidance away from it where "
@@ -40,29 +37,45 @@ class ConceptGuardSafeGuidance(io.ComfyNode):
                     default="medium",
                     tooltip="The published settings, for 50 steps, from weak to max; or the five numbers below (own).",
                 ),
-                number("scale", MEDIUM.scale, 1e5, 10.0, "how soon a difference counts in full; below 1, as 0, off."),
+                number(
+                    "scale",
+                    MEDIUM.scale,
+                    0.0,
+                    1e5,
+                    10.0,
+                    "Setting own: how soon a difference counts in full; below 1, as 0, off.",
+                ),
                 number(
                     "threshold",
                     MEDIUM.threshold,
+                    0.0,
                     10.0,
                     0.005,
-                    "how far the prompt's prediction may lie above the concept's to be led away; 0 is not at all.",
+                    "Setting own: how far the prompt's prediction may lie above the concept's to be led away; 0 is "
+                    "not at all.",
                 ),
-                io.Int.Input(
+                count(
                     "warmup",
-                    default=MEDIUM.warmup,
-                    min=0,
-                    max=1000,
-                    tooltip="Setting own: for how many steps it only gathers momentum; 0 guides from the first on.",
+                    MEDIUM.warmup,
+                    0,
+                    1000,
+                    "Setting own: for how many steps it only gathers momentum; 0 guides from the first on.",
                 ),
-                number("momentum", MEDIUM.momentum, 4.0, 0.05, "how much of the momentum is added; 0 is none."),
-                io.Float.Input(
+                number(
+                    "momentum",
+                    MEDIUM.momentum,
+                    0.0,
+                    4.0,
+                    0.05,
+                    "Setting own: how much of the momentum is added; 0 is none.",
+                ),
+                number(
                     "beta",
-                    default=MEDIUM.beta,
-                    min=0.0,
-                    max=0.99,
-                    step=0.05,
-                    tooltip="Setting own: how much of the momentum lasts from step to step; 0 is the last step alone.",
+                    MEDIUM.beta,
+                    0.0,
+                    0.99,
+                    0.05,
+                    "Setting own: how much of the momentum lasts from step to step; 0 is the last step alone.",
                 ),
                 strength_input("Times the whole of it: 1 as the formula says, 0 nothing (the edit is off)."),
                 *window_inputs(),
@@ -72,42 +85,11 @@ class ConceptGuardSafeGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        strength: float | None = 1.0,
-        start_percent: float | None = 0.0,
-        end_percent: float | None = 1.0,
-        range: Any = UNLINKED,
-    ) -> bool | str:
-        return check(cls, strength, start_percent, end_percent, "all", range)
-
-    @classmethod
-    def execute(
-        cls,
-        model: Any,
-        concept: Concept,
-        setting: str = "medium",
-        scale: float = MEDIUM.scale,
-        threshold: float = MEDIUM.threshold,
-        warmup: int = MEDIUM.warmup,
-        momentum: float = MEDIUM.momentum,
-        beta: float = MEDIUM.beta,
-        strength: float = 1.0,
-        start_percent: float = 0.0,
-        end_percent: float = 1.0,
-        range: tuple[float, float] | None = None,
-        gate: Gate | None = None,
-    ) -> io.NodeOutput:
-        with named(NODE):
-            expect(concept, Concept)
-            if setting not in (*SETTINGS, OWN):
-                raise ValueError(f"setting is {setting!r}; choose one of {', '.join((*SETTINGS, OWN))}")
-            own = SLDOptions(scale, threshold, warmup, momentum, beta)
-            place = where(start_percent, end_percent, "all", range, gate)
-        options = own if setting == OWN else SETTINGS[setting]
-        return io.NodeOutput(
-            add_edit(model, EditSpec("guidance", concept, strength, **place, options=options, node=NODE))
-        )
+    def options(cls, source: Concept, setting: str, **numbers: Any) -> SLDOptions:
+        if setting not in (*SETTINGS, OWN):
+            raise ValueError(f"setting is {setting!r}; choose one of {', '.join((*SETTINGS, OWN))}")
+        own = SLDOptions(**numbers)
+        return own if setting == OWN else SETTINGS[setting]
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardSafeGuidance]

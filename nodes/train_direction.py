@@ -14,7 +14,7 @@ from ..editing.pictures.chart import curve
 from ..editing.training.direction import GOALS, Settings
 from ..editing.training.harness import DTYPES
 from ..jobs.train_direction import train_direction
-from .inputs import CATEGORY, check, choice_input, expect, named
+from .inputs import CATEGORY, check, choice_input, count, expect, named, number, seed_input
 from .show import id_of
 from .training import course
 from .types import ConceptType, DirectionType
@@ -57,66 +57,57 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                     default=DEFAULTS.goal,
                     tooltip="Lead away from the concept, or towards it.",
                 ),
-                io.Int.Input(
-                    "steps", default=400, min=1, max=100_000, tooltip="How many updates; at least 1, 0 is refused."
-                ),
-                io.Float.Input(
+                count("steps", 400, 1, 100_000, "How many updates; at least 1, 0 is refused."),
+                number(
                     "learning_rate",
-                    default=DEFAULTS.learning_rate,
-                    min=0.0001,
-                    max=10.0,
-                    step=0.001,
+                    DEFAULTS.learning_rate,
+                    0.0001,
+                    10.0,
+                    0.001,
+                    "How far each update goes; 0 would learn nothing and is refused.",
                     round=False,
-                    tooltip="How far each update goes; 0 would learn nothing and is refused.",
                 ),
-                io.Float.Input(
+                number(
                     "guidance",
-                    default=DEFAULTS.guidance,
-                    min=0.0,
-                    max=50.0,
-                    step=0.5,
-                    tooltip="How far away from (or towards) the concept the target lies. At 0 the target "
+                    DEFAULTS.guidance,
+                    0.0,
+                    50.0,
+                    0.5,
+                    "How far away from (or towards) the concept the target lies. At 0 the target "
                     "is the concept's own prediction (away) or the empty prompt's (towards).",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the start and the training pictures; 0 is a seed like any other.",
-                ),
-                io.Int.Input(
+                seed_input("Of the start and the training pictures; 0 is a seed like any other."),
+                count(
                     "sampling_steps",
-                    default=DEFAULTS.sampling_steps,
-                    min=1,
-                    max=1000,
-                    tooltip="Denoising steps of a training picture, one update each; at least 1, not 0.",
+                    DEFAULTS.sampling_steps,
+                    1,
+                    1000,
+                    "Denoising steps of a training picture, one update each; at least 1, not 0.",
                 ),
-                io.Float.Input(
+                number(
                     "cfg",
-                    default=DEFAULTS.cfg,
-                    min=0.0,
-                    max=50.0,
-                    step=0.5,
-                    tooltip="Guidance with which the training pictures are drawn; 0 ignores the prompts.",
+                    DEFAULTS.cfg,
+                    0.0,
+                    50.0,
+                    0.5,
+                    "Guidance with which the training pictures are drawn; 0 ignores the prompts.",
                 ),
-                io.Float.Input(
+                number(
                     "start_percent",
-                    default=DEFAULTS.start_percent,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="From when on the direction takes part in the training pictures, as a fraction "
+                    DEFAULTS.start_percent,
+                    0.0,
+                    1.0,
+                    0.001,
+                    "From when on the direction takes part in the training pictures, as a fraction "
                     "of the timesteps; 0 is the start of sampling.",
                 ),
-                io.Float.Input(
+                number(
                     "end_percent",
-                    default=DEFAULTS.end_percent,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Until when; 1 includes the last step, 0 leaves nothing to learn from.",
+                    DEFAULTS.end_percent,
+                    0.0,
+                    1.0,
+                    0.001,
+                    "Until when; 1 includes the last step, 0 leaves nothing to learn from.",
                 ),
                 DirectionType.Input(
                     "resume",

@@ -12,7 +12,7 @@ from ..editing.pictures.chart import curve
 from ..editing.training.erasure import METHODS
 from ..editing.training.path import PATHS
 from ..jobs.train_erasure import DEFAULTS, RANK, STEPS, ErasureRecipe, train_erasure
-from .inputs import CATEGORY, choice_input, expect, named
+from .inputs import CATEGORY, choice_input, count, expect, named, number
 from .show import id_of
 from .training import RUN, course, train_inputs
 from .types import ConceptType, LoRAType
@@ -62,12 +62,6 @@ class ConceptGuardTrainErasure(io.ComfyNode):
 
 
 def erasure_inputs() -> list[io.Input]:
-    def number(name: str, default: float, high: float, step: float, tooltip: str) -> io.Float.Input:
-        return io.Float.Input(name, default=default, min=0.0, max=high, step=step, round=False, tooltip=tooltip)
-
-    def count(name: str, default: int, low: int, high: int, tooltip: str, step: int = 1) -> io.Int.Input:
-        return io.Int.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip)
-
     return [
         io.Model.Input("model", tooltip="The model to erase from; it stays as it is."),
         io.Clip.Input("clip", tooltip="The text encoder that the concept was made with."),
@@ -89,17 +83,24 @@ def erasure_inputs() -> list[io.Input]:
             "FMN takes none.",
         ),
         count(
-            "width", 512, 16, 4096, "Of the pictures it learns from, in pixels: the model's own size. 0 is refused.", 8
+            "width",
+            512,
+            16,
+            4096,
+            "Of the pictures it learns from, in pixels: the model's own size. 0 is refused.",
+            step=8,
         ),
-        count("height", 512, 16, 4096, "As width. 0 is refused.", 8),
+        count("height", 512, 16, 4096, "As width. 0 is refused.", step=8),
         count("steps", STEPS, 1, 100_000, "How many times the weights are updated; at least 1, not 0."),
         number(
             "learning_rate",
             DEFAULTS.lr,
+            0.0,
             1.0,
             1e-6,
             "How far each step moves the weights; 0 leaves them. With rank 0 the papers have 1e-5 (ESD, SDD) and "
             "2e-6 (CA, FMN).",
+            round=False,
         ),
         count(
             "rank",
@@ -109,13 +110,23 @@ def erasure_inputs() -> list[io.Input]:
             "Of the LoRA that is learned; 0 changes every number of the weights, as the papers do, and needs far more "
             "memory and disk.",
         ),
-        number("eta", DEFAULTS.eta, 10.0, 0.1, "ESD: how far past `neutral` the concept is pushed; 0 just to it."),
+        number(
+            "eta",
+            DEFAULTS.eta,
+            0.0,
+            10.0,
+            0.1,
+            "ESD: how far past `neutral` the concept is pushed; 0 just to it.",
+            round=False,
+        ),
         number(
             "guidance",
             DEFAULTS.guidance,
+            0.0,
             30.0,
             0.1,
             "With how much guidance the pictures it learns from are drawn; 0 draws them without text.",
+            round=False,
         ),
         count(
             "path_steps", DEFAULTS.path_steps, 2, 1000, "Denoising steps of each of those pictures; at least 2, not 0."

@@ -13,7 +13,7 @@ from ..editing.training.changes import WEIGHTS
 from ..editing.training.kpop import KEYS_AND_VALUES, STARTS
 from ..editing.training.path import PATHS
 from ..jobs.train_kpop import BLOCKS, DEFAULTS, Recipe, train_kpop
-from .inputs import CATEGORY, choice_input, named
+from .inputs import CATEGORY, choice_input, count, named
 from .show import id_of
 from .training import RUN, course, train_inputs
 from .types import LoRAType, PromptType
@@ -96,22 +96,16 @@ def kpop_inputs() -> list[io.Input]:
             "kept). Empty: what no prompt gives.",
         ),
         io.String.Input("name", default="", tooltip="What to call the result. Empty: the first concept."),
-        io.Int.Input(
+        count(
             "width",
-            default=512,
-            min=16,
-            max=4096,
+            512,
+            16,
+            4096,
+            "Of the pictures it learns from, in pixels: the model's own size. 0 is refused.",
             step=8,
-            tooltip="Of the pictures it learns from, in pixels: the model's own size. 0 is refused.",
         ),
-        io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="As width. 0 is refused."),
-        io.Int.Input(
-            "steps",
-            default=1000,
-            min=1,
-            max=100_000,
-            tooltip="How many times prompt and weights are updated; at least 1, not 0.",
-        ),
+        count("height", 512, 16, 4096, "As width. 0 is refused.", step=8),
+        count("steps", 1000, 1, 100_000, "How many times prompt and weights are updated; at least 1, not 0."),
         number("learning_rate", "How far each step moves the weights; 0 leaves them."),
         number("prompt_learning_rate", "How far each step moves the prompt; 0 leaves it as it starts."),
         number(
@@ -123,12 +117,12 @@ def kpop_inputs() -> list[io.Input]:
             100.0,
             0.01,
         ),
-        io.Int.Input(
+        count(
             "prompt_size",
-            default=10,
-            min=1,
-            max=1000,
-            tooltip="Tokens of a concatenated prompt; at least 1, not 0. An additive one has the text's length.",
+            10,
+            1,
+            1000,
+            "Tokens of a concatenated prompt; at least 1, not 0. An additive one has the text's length.",
         ),
         io.Combo.Input(
             "mechanism",
@@ -149,12 +143,12 @@ def kpop_inputs() -> list[io.Input]:
             tooltip="Which weights are changed: those of the cross-attentions, for what words name; the "
             "others, for what pictures show without being asked; or all.",
         ),
-        io.Int.Input(
+        count(
             "rank",
-            default=0,
-            min=0,
-            max=512,
-            tooltip="0 changes every number of the weights, as the paper does; above 0 a LoRA of this rank is "
+            0,
+            0,
+            512,
+            "0 changes every number of the weights, as the paper does; above 0 a LoRA of this rank is "
             "learned, which needs far less memory and disk.",
         ),
         number(
@@ -172,20 +166,10 @@ def kpop_inputs() -> list[io.Input]:
             10.0,
             0.1,
         ),
-        io.Int.Input(
-            "path_steps",
-            default=DEFAULTS.path_steps,
-            min=2,
-            max=1000,
-            tooltip="Denoising steps of each of those pictures; at least 2, not 0.",
+        count(
+            "path_steps", DEFAULTS.path_steps, 2, 1000, "Denoising steps of each of those pictures; at least 2, not 0."
         ),
-        io.Int.Input(
-            "batch_size",
-            default=1,
-            min=1,
-            max=64,
-            tooltip="Pictures a step, each of one concept drawn at random; at least 1, not 0.",
-        ),
+        count("batch_size", 1, 1, 64, "Pictures a step, each of one concept drawn at random; at least 1, not 0."),
     ]
 
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..editing.training.harness import DTYPES
 from ..jobs.train import Course
 from .files import FOLDER
+from .inputs import seed_input
 from .progress import Shown
 
 UNFINISHED = "unfinished"  # inside the models folder
@@ -20,14 +21,8 @@ RUN = ("steps", "precision", "checkpointing", "checkpoint_every", "resume")  # i
 def train_inputs(checkpointing: bool) -> list[io.Input]:
     """What every training asks for, last."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="Of everything that is drawn at random; the same seed gives the same file. 0 is a seed "
-            "like any other.",
+        seed_input(
+            "Of everything that is drawn at random; the same seed gives the same file. 0 is a seed like any other."
         ),
         io.Combo.Input(
             "precision",

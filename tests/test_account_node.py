@@ -15,7 +15,7 @@ from test_server import erase
 
 from conceptguard.editing.edits.spec import Direction, EditSpec
 from conceptguard.editing.engine.host import add_edit, edits_of
-from conceptguard.nodes import cre as cre_node
+from conceptguard.nodes import edit as edit_node
 from conceptguard.nodes import metadata
 from conceptguard.nodes.account import ConceptGuardAccount
 from conceptguard.nodes.cre import ConceptGuardCRE
@@ -77,7 +77,7 @@ def test_rows_reach_the_edit(model: Any) -> None:
 
 def test_edits_of_one_node_are_told_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(cre_node, "telling", lambda node: told.append)
+    monkeypatch.setattr(edit_node, "telling", lambda node: told.append)
     tiny.sample(ConceptGuardCRE.execute(model, tiny.concept(), floor=0.0).args[0])
     assert told == ["acted in 2 of 2 steps, 7 of 7 blocks"]
     told.clear()
