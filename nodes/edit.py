@@ -34,8 +34,8 @@ class EditNode(io.ComfyNode):
         return check(cls, strength, start_percent, end_percent, blocks, range)
 
     @classmethod
-    def options(cls, source: Any, **inputs: Any) -> Any:
-        """The method's options, of the inputs that are this node's own. Raises ValueError."""
+    def options(cls, *source: Any, **inputs: Any) -> Any:
+        """The method's options, of the source and of the inputs that are this node's own. Raises ValueError."""
         return None
 
     @classmethod
@@ -43,7 +43,7 @@ class EditNode(io.ComfyNode):
         with named(node := schema_of(cls).node_id):
             given = {**defaults(cls), **inputs}
             name = cls.SOURCE.__name__.lower()
-            source = expect(given.pop(name), cls.SOURCE, name)
+            source: Any = expect(given.pop(name), cls.SOURCE, name)
             place, strength = place_of(given), given.pop("strength", 1.0)
             options = cls.options(source, **given)
         spec = EditSpec(cls.METHOD, source, strength, **place, options=options, node=node, report=telling(cls))

@@ -124,9 +124,11 @@ class ConceptGuardKPOP(EditNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, prompt: Prompt, **inputs: Any) -> io.NodeOutput:
+    def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         with named(node := "ConceptGuardKPOP"):
-            given = {**defaults(cls), "blocks": expect(prompt, Prompt).blocks, **inputs}
+            given = {**defaults(cls), **inputs}
+            prompt = expect(given.pop("prompt"), Prompt)
+            given["blocks"] = prompt.blocks
             place, strength = place_of(given), given.pop("strength")
         method, source = edit_of(prompt)
         edited = add_edit(model, EditSpec(method, source, strength, **place, node=node, report=telling(cls)))
