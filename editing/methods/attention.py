@@ -31,6 +31,25 @@ def attend(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
     return out.transpose(1, 2).unflatten(1, q.shape[:-2])
 
 
+def found_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """softmax(q k^T / sqrt d) v, [R, N, H, d], and log sum_j exp(q k_j / sqrt d), fp32 [R, N, H], by a kernel that
+    never holds all of q k^T; None where torch has none, or gradients are asked for. q: [R, N, H, d]; k, v: [R, L, H,
+    d]."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return None
+    aten, half = torch.ops.aten, q.dtype in (torch.float16, torch.bfloat16)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu" and (half or q.dtype == torch.float32):
+        A, Z = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        A, Z, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    elif q.device.type == "cuda" and q.shape[-1] % 8 == 0:
+        A, Z, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    else:
+        return None
+    return A.transpose(1, 2), Z[..., : q.shape[2]].transpose(1, 2).float()
+
+
 def logits(q: Tensor, K: Tensor) -> Tensor:
     """q K^T / sqrt d in fp32. q: [R, N, H, d]; K: [R or 1, T, H, d]; returns [R, H, N, T]."""
     q, K = q.transpose(1, 2).float(), K.transpose(1, 2).float()

@@ -6,14 +6,24 @@ For the picture's queries, and per head, such an attention is a mean of what the
 
 and the edits change A_t as they change the cross-attention's output of a UNet: O_I <- O_I + m (A_t' - A_t). The text's
 own queries are left alone, and so are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
-A concept's keys and values are those of its stream (streams.py). All of it happens in the host's
+A concept's keys and values are those of its stream (streams.py), in one of two forms:
+
+    beside    the concept in the prompt's place, in a model call of its own, with a copy of the picture that goes its
+              way with it: as many calls again as there are prompts
+    appended  behind the prompt, in the host's own call, which is as much longer as these texts are: each text reads
+              itself and the picture, the prompt and the picture read nothing of it, and all stand where they would
+              alone. The picture that a concept reads is then the run's own, drawn with the prompt and edited
+
+They agree in the first block, whose text has read nothing yet. All of it happens in the host's
 `optimized_attention_override`, around whatever another pack has put there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +33,9 @@ from torch import Tensor
 from ...edits.blocks import BlockKey
 from ...edits.digest import Shared, digest
 from ...edits.spec import EditSpec
-from ...methods.attention import logits
+from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
 from ..plan import PIECE
-from ..rows import put
 from ..run import CALL, Call, Run
 from ..streams import ModelCall, Streams
 
@@ -44,14 +53,54 @@ def attribute(path: str) -> Callable[[Any], Any]:
     return found
 
 
-def context_tokens(network: Any, made: ModelCall) -> int:
-    return made.context.shape[1]
+@dataclass(frozen=True)
+class Segment:
+    """A concept's text behind the prompt's: at which tokens; front: how many of them are before its own."""
+
+    name: str
+    at: slice
+    front: int
 
 
-def padded_tokens(network: Any, made: ModelCall) -> int:
-    """Z-Image fills its text up to a multiple."""
-    n, multiple = made.context.shape[1], getattr(network, "pad_tokens_multiple", None) or 1
-    return -(-n // multiple) * multiple
+@dataclass
+class Place(Shared):
+    """What one model call's attentions consist of. text, image: tokens; height, width: the picture's; segments: texts
+    behind the prompt's; rows: which of the batch have any use for them; calls, count: attentions that have been
+    called, and joint ones among them."""
+
+    text: int
+    height: int
+    width: int
+    segments: list[Segment] = field(default_factory=list)
+    rows: Tensor | None = None
+    calls: int = 0
+    count: int = 0
+
+    @property
+    def image(self) -> int:
+        return self.height * self.width
+
+    @property
+    def behind(self) -> int:
+        """Where the texts end."""
+        return self.segments[-1].at.stop if self.segments else self.text
+
+
+def from_the_first(ids: Tensor, place: Place) -> Tensor:
+    """Every text begins where the prompt does. ids: [B, L, axes]."""
+    placed = ids.clone()
+    for each in place.segments:
+        placed[:, each.at] = ids[:, : each.at.stop - each.at.start]
+    return placed
+
+
+def to_the_picture(ids: Tensor, place: Place) -> Tensor:
+    """The picture begins behind the prompt, and there every text ends: in Lumina they count on along an axis."""
+    placed = from_the_first(ids, place)
+    placed[:, place.behind : place.behind + place.image, 0] -= place.behind - place.text
+    for each in place.segments:
+        placed[:, each.at, 0] += place.text - (each.at.stop - each.at.start)
+    return placed
 
 
 @dataclass(frozen=True)
@@ -59,9 +108,11 @@ class Family:
     """One class of the host's. name: for people, and for presets; of: its name; blocks: the side of the keys and the
     attribute of its lists of blocks, in the order of their attentions.
 
-    width: of the text that it is called with; text: how many tokens stand for it in an attention; text_first: before
-    the picture's; least: what the host fills it up to, with zeros in front; indexed: whether the host says in
-    transformer_options which block is at work, or they are counted.
+    width: of the text that it is called with; multiple: its tokens are filled up to one behind it, with a token of the
+    model's; least: what the host fills it up to, with zeros in front; text_first: before the picture's; indexed:
+    whether the host says in transformer_options which block is at work, or they are counted.
+    appended: whether concepts' texts go behind the prompt's; positions: the module that makes them of ids, and ids of
+    tokens as `placed` has them; refiners: how many attentions, the first of a call, are over the text alone.
     """
 
     name: str
@@ -69,10 +120,14 @@ class Family:
     blocks: tuple[tuple[str, str], ...]
     width: Callable[[Any], int]
     heads: Callable[[Any], int]
-    text: Callable[[Any, ModelCall], int] = context_tokens
+    multiple: Callable[[Any], int] = lambda network: 1
     text_first: bool = True
     least: Callable[[Any], int] = lambda network: 0
     indexed: bool = False
+    appended: bool = True
+    positions: str = "pe_embedder"
+    placed: Callable[[Tensor, Place], Tensor] = from_the_first
+    refiners: Callable[[Any], int] = lambda network: 0
 
 
 def flux_2_least(network: Any) -> int:
@@ -105,7 +160,10 @@ FAMILIES = (
         (("layer", "layers"),),
         attribute("cap_embedder.1.in_features"),
         attribute("n_heads"),
-        padded_tokens,
+        multiple=lambda network: network.pad_tokens_multiple or 1,
+        positions="rope_embedder",
+        placed=to_the_picture,
+        refiners=lambda network: len(network.context_refiner),
     ),
     Family(
         "SD3",
@@ -113,23 +171,9 @@ FAMILIES = (
         (("joint", "joint_blocks"),),
         attribute("context_embedder.in_features"),
         attribute("joint_blocks.0.x_block.attn.num_heads"),
+        positions="",
     ),
 )
-
-
-@dataclass
-class Place(Shared):
-    """What one model call's attentions consist of. text, image: tokens; height, width: the picture's; count: joint
-    attentions that have been called."""
-
-    text: int
-    height: int
-    width: int
-    count: int = 0
-
-    @property
-    def image(self) -> int:
-        return self.height * self.width
 
 
 @dataclass
@@ -178,10 +222,15 @@ class Joint(Backbone):
                 f'blocks is "{spec.blocks}", but {self.name} reads its text once, before the first block; set it to all'
             )
 
+    def tokens(self, text: Tensor) -> int:
+        """How many stand for a text [.., T, W] in an attention."""
+        multiple = self.kind.multiple(self.network)
+        return -(-max(text.shape[-2], self.kind.least(self.network)) // multiple) * multiple
+
     def place(self, made: ModelCall) -> Place:
         patch = self.network.patch_size
         height, width = (-(-side // patch) for side in made.x.shape[-2:])
-        return Place(self.kind.text(self.network, made), height, width)
+        return Place(self.tokens(made.context), height, width)
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         """The text as edits of the text make it, and the concepts' streams."""
@@ -193,12 +242,37 @@ class Joint(Backbone):
             return made
         if call.plan.texts:
             made.more["c_crossattn"] = self.changed(run, call, made)
-        if call.plan.prompts:
-            index = rows.index
-            if isinstance(index, slice):
-                index = torch.arange(index.start, index.stop, device=made.x.device)
-            call.streams = self.streams(call, made, index, executor)
+        if not call.plan.prompts:
+            return made
+        index = rows.index
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=made.x.device)
+        if self.appends(made):
+            return self.appended(call, made, index)
+        call.streams = self.streams(call, made, index, executor)
         return made
+
+    def appends(self, made: ModelCall) -> bool:
+        """Whether the concepts' texts can go behind the prompt's: masks and other packs' blocks know its length."""
+        replaced = made.more["transformer_options"].get("patches_replace", {}).get("dit")
+        return self.kind.appended and made.more.get("attention_mask") is None and not replaced
+
+    def appended(self, call: Call, made: ModelCall, index: Tensor) -> ModelCall:
+        place, texts = call.place, [self.filled(made.context)]
+        for names, tokens in call.plan.prompts:
+            front = max(0, self.kind.least(self.network) - tokens.shape[1])
+            for name, row in zip(names, tokens, strict=True):
+                text = self.filled(F.pad(row[None], (0, 0, front, 0)).to(made.context))
+                start = place.behind
+                place.segments.append(Segment(name, slice(start, start + text.shape[1]), front))
+                texts.append(text.expand(len(made.x), -1, -1))
+        place.rows, call.streams = index, Streams()
+        longer = made.reading(torch.cat(texts, 1))
+        return Appended(longer.x, longer.t, longer.more, longer.given, self, place, made.context.shape[1], call.plan)
+
+    def filled(self, text: Tensor) -> Tensor:
+        """With room behind it for the model's own token. text: [B, T, W]."""
+        return F.pad(text, (0, 0, 0, self.tokens(text) - text.shape[1]))
 
     def changed(self, run: Run, call: Call, made: ModelCall) -> Tensor:
         """The text that the model reads instead; what fills it up in front stays."""
@@ -224,11 +298,15 @@ class Joint(Backbone):
             own = {OVERRIDE: recorder.attention, CALL: None, "cond_or_uncond": mine * len(names), "uuids": names}
             beside.with_options({**options, **own}).through(executor)
         if not streams.found:
-            raise call.plan.specs[0].error(
-                f"{self.name} has attention of its own (of GGUF, Nunchaku or another loader), which no edit reaches; "
-                f"load the model with the host's own loader. ConceptGuard edits {self.supports} there"
-            )
+            raise call.plan.specs[0].error(self.unreached)
         return streams
+
+    @property
+    def unreached(self) -> str:
+        return (
+            f"{self.name} has attention of its own (of GGUF, Nunchaku or another loader), which no edit reaches; "
+            f"load the model with the host's own loader. ConceptGuard edits {self.supports} there"
+        )
 
     def key(self, place: Place, extra: dict[str, Any]) -> BlockKey | None:
         """The block whose joint attention is called; None for one that is not known."""
@@ -239,6 +317,44 @@ class Joint(Backbone):
             key = tuple(self.blocks)[place.count % len(self.blocks)]
         place.count += 1
         return key if key in self.blocks else None
+
+
+@dataclass
+class Appended(ModelCall):
+    """A model call with texts behind the prompt's, all of them where they would stand alone. prompt: its own tokens."""
+
+    backbone: Joint | None = None
+    place: Place | None = None
+    prompt: int = 0
+    plan: Any = None
+
+    def through(self, executor: Callable[..., Tensor]) -> Tensor:
+        assert self.backbone is not None and self.place is not None
+        kind, network, place = self.backbone.kind, self.backbone.network, self.place
+
+        def moved(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return kind.placed(inputs[0], place), *inputs[1:]
+
+        with ExitStack() as stack:
+            if kind.positions:
+                module = getattr(network, kind.positions)
+                stack.callback(module.register_forward_pre_hook(moved).remove)
+            if kind.multiple(network) > 1:
+                stack.callback(network.cap_embedder.register_forward_hook(self.fill).remove)
+            out = super().through(executor)
+        if not place.count:
+            raise self.plan.specs[0].error(self.backbone.unreached)
+        return out
+
+    def fill(self, network: Any, _: Any, out: Tensor) -> Tensor:
+        """Z-Image's own token in the room behind each text. out: [B, L, C]."""
+        assert self.backbone is not None and self.place is not None
+        lengths = {name: tokens.shape[1] for names, tokens in self.plan.prompts for name in names}
+        ends = [(self.prompt, self.place.text)]
+        ends += [(each.at.start + each.front + lengths[each.name], each.at.stop) for each in self.place.segments]
+        for end, stop in ends:
+            out[:, end:stop] = self.backbone.network.cap_pad_token.to(out)
+        return out
 
 
 @dataclass
@@ -277,29 +393,128 @@ class JointHooks:
         return {**options, OVERRIDE: self.attention}
 
     def attention(self, plain: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
-        extra = more["transformer_options"]
-        call: Call = extra[CALL]
-        O = through(call.previous.get(OVERRIDE), plain, q, k, v, heads, *args, **more)
+        call: Call = more["transformer_options"][CALL]
+        asked = partial(through, call.previous.get(OVERRIDE), plain)
+        apart = Apart.of(self.backbone, call, q, heads, more) if call.place.segments else None
+        if apart is None:
+            return self.edited(call, asked, [q, k, v], heads, args, more)
+        prompt, texts = apart.prompt(q, k, v), apart.texts(q, k, v)
+        beside = [asked(*each, heads, *args, **more) for each in texts]
+        if apart.joint:
+            O = self.edited(call, asked, prompt, heads, args, more, apart.keys_values(k, v, heads))
+        else:
+            O = asked(*prompt, heads, *args, **more)
+        return apart.together(O, beside)
+
+    def edited(
+        self,
+        call: Call,
+        asked: Callable[..., Tensor],
+        qkv: list[Tensor],
+        heads: int,
+        args: tuple[Any, ...],
+        more: dict[str, Any],
+        found: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """An attention's output as the edits leave it. asked: the host's; found: keys and values of the concepts there,
+        if they stand behind the prompt."""
+        (q, k, v), extra = qkv, more["transformer_options"]
         shapes = shaped(call.place, q, k, v, heads, more)
-        if shapes is None:
-            return O
-        key = self.backbone.key(call.place, extra)
-        if key is None or not call.reaches(key) or call.streams is None:
-            return O
-        rows = call.plan.rows(call.served, len(q))
-        if rows is None:
-            return O
+        key = None if shapes is None else self.backbone.key(call.place, extra)
+        rows = None if key is None or call.streams is None else call.plan.rows(call.served, len(q))
+        if shapes is None or key is None or rows is None or not call.reaches(key):
+            return asked(q, k, v, heads, *args, **more)
+        assert call.streams is not None
+        for name, keys_values in (found or {}).items():
+            call.streams.found[key, name] = keys_values
         text, image = sections(self.backbone.kind, call.place, shapes[0].shape[1])
         q_i, k_i, v_i = (x[rows.index] for x in shapes)
         q_i, mask = q_i[:, image], mask_of(args, more, rows.index, image)
-        A, m = split(q_i, k_i, v_i, text, mask)
         read = readable(mask, text)
         k_P, v_P = k_i[:, text][:, read], v_i[:, text][:, read]
-        flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
-        shape = (len(q), 1, call.place.height, call.place.width)
-        edited = self.run.edited(key, rows, flat, queries, keys, values, {**extra, "activations_shape": shape})
-        change = m * (edited.float() - flat.float()).unflatten(-1, (heads, -1))
-        return added(O, change, rows.index, image, more.get("skip_output_reshape", False))
+
+        def changed(A: Tensor) -> Tensor:
+            """A_t as the edits leave it. A: [R, N, H, d]."""
+            flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
+            shape = (len(q), 1, call.place.height, call.place.width)
+            out = self.run.edited(key, rows, flat, queries, keys, values, {**extra, "activations_shape": shape})
+            return out.unflatten(-1, (heads, -1))
+
+        by_head = more.get("skip_output_reshape", False)
+        if mask is None and not call.previous and (parts := halves(q_i, k_i, v_i, text)) is not None:
+            O = besides(asked, q, k, v, rows.index, image, heads, args, more)
+            A, A_i, m = parts
+            return placed(O, m * changed(A) + (1 - m) * A_i, rows.index, image, by_head)
+        O = asked(q, k, v, heads, *args, **more)
+        A, m = split(q_i, k_i, v_i, text, mask)
+        O_i = picture_of(O, rows.index, image, by_head, heads)
+        return placed(O, O_i + m * (changed(A).float() - A.to(q.dtype).float()), rows.index, image, by_head)
+
+
+@dataclass
+class Apart:
+    """An attention over several texts behind each other, and the picture if it is joint: each text reads itself and
+    the picture. along: of q, k, v; out: of what it returns; by_head: whether q, k, v are [B, H, L, d]."""
+
+    place: Place
+    length: int
+    joint: bool
+    along: int
+    out: int
+
+    @classmethod
+    def of(cls, backbone: Joint, call: Call, q: Tensor, heads: int, more: dict[str, Any]) -> Apart | None:
+        """None for one over the picture alone."""
+        place, along = call.place, 2 if more.get("skip_reshape") else 1
+        place.calls += 1
+        joint = q.shape[along] >= place.behind + place.image
+        if not joint and place.calls > backbone.kind.refiners(backbone.network):
+            return None
+        return cls(place, q.shape[along], joint, along, 2 if more.get("skip_output_reshape") else 1)
+
+    def prompt(self, *parts: Tensor) -> list[Tensor]:
+        """q, k, v of the prompt and the picture."""
+        return [self.join(self.cut(x, 0, self.place.text), self.picture(x)) for x in parts]
+
+    def texts(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[list[Tensor]]:
+        """q, k, v of each text; of the rows that have any use for it."""
+        q, k, v = (x[self.place.rows] for x in (q, k, v))
+        image = [self.picture(x) for x in (k, v)]
+        for each in self.place.segments:
+            own = [self.cut(x, each.at.start, each.at.stop) for x in (q, k, v)]
+            yield [own[0], *(self.join(x, picture) for x, picture in zip(own[1:], image, strict=True))]
+
+    def keys_values(self, k: Tensor, v: Tensor, heads: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """[R, T, H, d] of each text, what fills it in front moved behind it."""
+        found = {}
+        for each in self.place.segments:
+            own = (self.cut(x[self.place.rows], each.at.start, each.at.stop) for x in (k, v))
+            shapes = [x.transpose(1, 2) if self.along == 2 else x.reshape(*x.shape[:2], heads, -1) for x in own]
+            K, V = (x.roll(-each.front, 1) for x in shapes)
+            found[each.name] = K, V
+        return found
+
+    def together(self, O: Tensor, texts: Sequence[Tensor]) -> Tensor:
+        """What was attended apart, in its place."""
+        shape = list(O.shape)
+        shape[self.out] = self.length
+        out, place = O.new_zeros(shape), self.place
+        out.narrow(self.out, 0, place.text).copy_(O.narrow(self.out, 0, place.text))
+        rest = self.length - place.behind
+        out.narrow(self.out, place.behind, rest).copy_(O.narrow(self.out, place.text, rest))
+        for each, found in zip(place.segments, texts, strict=True):
+            out.narrow(self.out, each.at.start, each.at.stop - each.at.start)[place.rows] = found
+        return out
+
+    def picture(self, x: Tensor) -> Tensor:
+        """And what else there is behind the texts."""
+        return self.cut(x, self.place.behind, self.length)
+
+    def cut(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x.narrow(self.along, start, stop - start)
+
+    def join(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, self.along)
 
 
 def through(before: Any, plain: Any, *args: Any, **more: Any) -> Tensor:
@@ -367,9 +582,62 @@ def split(q: Tensor, k: Tensor, v: Tensor, text: slice, mask: Tensor | None) -> 
     return torch.cat(A, 2).transpose(1, 2), torch.cat(m, 2).transpose(1, 2)
 
 
-def added(O: Tensor, change: Tensor, rows: slice | Tensor, image: slice, by_head: bool) -> Tensor:
-    """O with what changes in the picture of some rows. O: [B, L, H d], or [B, H, L, d]; change: [R, N, H, d]."""
-    out = O[rows].clone()
+def halves(q: Tensor, k: Tensor, v: Tensor, text: slice) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A_t, A_i [R, N, H, d] and m [R, N, H, 1] where a kernel tells them. q: [R, N, H, d]; k, v: [R, L, H, d]."""
+    at_start, rest = text.start == 0, k.shape[1] - text.stop + text.start
+    others = slice(text.stop, None) if at_start else slice(0, rest)
+    of_text, of_picture = (found_and_weight(q, k[:, part], v[:, part]) for part in (text, others))
+    if of_text is None or of_picture is None:
+        return None
+    (A_t, Z_t), (A_i, Z_i) = of_text, of_picture
+    return A_t, A_i.float(), torch.sigmoid(Z_t - Z_i)[..., None]
+
+
+def besides(
+    asked: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: slice | Tensor,
+    image: slice,
+    heads: int,
+    args: tuple[Any, ...],
+    more: dict[str, Any],
+) -> Tensor:
+    """An attention's output without what the picture of some rows finds, which is left empty."""
+    along, out = (2 if more.get(name) else 1 for name in ("skip_reshape", "skip_output_reshape"))
+    before, after = (0, image.start), (image.stop, q.shape[along])
+    index = torch.arange(len(q), device=q.device)[rows]
+    others = torch.ones(len(q), dtype=torch.bool, device=q.device)
+    others[rows] = False
+    O = None
+    if len(index) < len(q):
+        left = [x[others] for x in (q, k, v)]
+        found = asked(*left, heads, *args, **more)
+        O = found.new_empty(len(q), *found.shape[1:])
+        O[others] = found
+    for start, stop in (before, after):
+        if stop > start:
+            found = asked(q[rows].narrow(along, start, stop - start), k[rows], v[rows], heads, *args, **more)
+            if O is None:
+                shape = list(found.shape)
+                shape[0], shape[out] = len(q), q.shape[along]
+                O = found.new_empty(shape)
+            view = O.narrow(out, start, stop - start)
+            view[rows] = found
+    assert O is not None, "a text has tokens"
+    return O
+
+
+def picture_of(O: Tensor, rows: slice | Tensor, image: slice, by_head: bool, heads: int) -> Tensor:
+    """O_I of some rows, fp32 [R, N, H, d]. O: [B, L, H d], or [B, H, L, d]."""
+    O = O[rows].float()
+    return O[:, :, image].transpose(1, 2) if by_head else O[:, image].unflatten(-1, (heads, -1))
+
+
+def placed(O: Tensor, O_i: Tensor, rows: slice | Tensor, image: slice, by_head: bool) -> Tensor:
+    """O with another O_I [R, N, H, d] in some rows."""
+    out = O.clone()
     view = out[:, :, image] if by_head else out[:, image]
-    view.copy_(view.float() + (change.transpose(1, 2) if by_head else change.flatten(-2)))
-    return put(O, rows, out)
+    view[rows] = (O_i.transpose(1, 2) if by_head else O_i.flatten(-2)).to(O.dtype)
+    return out
