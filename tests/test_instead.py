@@ -244,9 +244,9 @@ class Unpadded:
         words = [(word, 1.0, i) for i, word in enumerate(text.split(), 1)]
         return {"l": [[("<", 1.0, 0), *words, (">", 1.0, 0)]]}
 
-    def encode_from_tokens(self, tokens: dict[str, Any]) -> Tensor:
+    def encode_from_tokens(self, tokens: dict[str, Any], return_pooled: bool = False) -> tuple[Tensor, None]:
         rows = [tiny.tokens(sum(map(ord, str(word))), 1)[0] for word, *_ in tokens["l"][0]]
-        return torch.cat(rows)[None]
+        return torch.cat(rows)[None], None
 
 
 def test_neutral_prompts_of_an_encoder_that_does_not_pad() -> None:

@@ -35,19 +35,22 @@ def concept_from_text(
     if not phrases:
         raise ValueError("text is empty; write what to erase, one phrasing a line")
     lines = apart(lines_of(neutral), lines_of(text))
-    ordinary = [encode(clip, line) for line in lines]
-    replacement = [encode(clip, line) for line in lines_of(instead)]
+    ordinary, of_ordinary = encodings(clip, lines)
+    replacement, of_replacement = encodings(clip, lines_of(instead))
+    empty, of_empty = encoded(clip, "")
     said = [replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases]
     return Concept(
         name.strip() or phrases[0].text,
         tuple(said) if ordinary else phrases,
-        encode(clip, ""),
+        empty,
         mean(of_one_length(ordinary), "neutral") if ordinary else None,
         neutral,
         kept,
         instead=mean(replacement, "instead") if replacement else None,
         instead_text=instead.strip(),
         ordinary=tuple(rows_of(x, own_tokens(clip, line)) for x, line in zip(ordinary, lines, strict=True)),
+        pooled=mean_pooled(of_ordinary or [of_empty]),
+        pooled_instead=mean_pooled(of_replacement),
     )
 
 
@@ -88,7 +91,8 @@ def encode_lines(clip: Any, text: str, name: str) -> tuple[Phrase, ...]:
         own = own_tokens(clip, line)
         if not own:
             raise ValueError(f'{name}: the text encoder finds no word in "{line}"; write a word, or drop the line')
-        phrases.append(Phrase(line, encode(clip, line), own))
+        tokens, pooled = encoded(clip, line)
+        phrases.append(Phrase(line, tokens, own, pooled=pooled))
     return tuple(phrases)
 
 
@@ -105,8 +109,8 @@ def concept_from_conditioning(
     The mean of `neutral`'s entries is the neutral encoding, that of `instead`'s what is drawn in its place.
     """
     name = name.strip() or "concept"
-    phrases = phrases_of(checked(conditioning, "conditioning"), name)
-    kept = phrases_of(checked(keep, "keep"), f"{name}, kept") if keep is not None else ()
+    phrases = phrases_of(conditioning, "conditioning", name)
+    kept = phrases_of(keep, "keep", f"{name}, kept") if keep is not None else ()
     given = {"empty": empty, "neutral": neutral, "instead": instead}
     means = {what: mean(checked(entries, what), what) for what, entries in given.items() if entries is not None}
     width = phrases[0].tokens.shape[-1]
@@ -116,12 +120,32 @@ def concept_from_conditioning(
                 f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
                 f"{width}; make both with the same CLIP"
             )
-    return Concept(name, phrases, means.get("empty"), means.get("neutral"), keep=kept, instead=means.get("instead"))
+    return Concept(
+        name,
+        phrases,
+        means.get("empty"),
+        means.get("neutral"),
+        keep=kept,
+        instead=means.get("instead"),
+        pooled=mean_pooled(pooled_in(neutral or empty or ())),
+        pooled_instead=mean_pooled(pooled_in(instead or ())),
+    )
 
 
-def phrases_of(encodings: Sequence[Tensor], name: str) -> tuple[Phrase, ...]:
-    rows = [row for encoding in encodings for row in encoding.split(1)]
-    return tuple(Phrase(f"{name} {i}", row, tuple(range(row.shape[1]))) for i, row in enumerate(rows, 1))
+def phrases_of(conditioning: Sequence[Any], what: str, name: str) -> tuple[Phrase, ...]:
+    """A phrase for each row of an input's entries."""
+    rows = []
+    for tokens, pooled in zip(checked(conditioning, what), pooled_in(conditioning), strict=True):
+        of_rows = pooled.split(1) if pooled is not None and len(pooled) == len(tokens) else [None] * len(tokens)
+        rows += list(zip(tokens.split(1), of_rows, strict=True))
+    return tuple(
+        Phrase(f"{name} {i}", row, tuple(range(row.shape[1])), pooled=pooled) for i, (row, pooled) in enumerate(rows, 1)
+    )
+
+
+def pooled_in(conditioning: Sequence[Any]) -> list[Tensor | None]:
+    """The pooled text of each entry."""
+    return [pooled_of(entry[1].get("pooled_output")) if len(entry) > 1 else None for entry in conditioning]
 
 
 def of_one_length(encodings: Sequence[Tensor]) -> list[Tensor]:
@@ -142,10 +166,37 @@ def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
 
 def encode(clip: Any, text: str) -> Tensor:
     """[1, T, W] fp32 on the CPU."""
-    tokens = undoubled(stored(clip.encode_from_tokens(clip.tokenize(text))))
-    if not torch.isfinite(tokens).all():
+    return encoded(clip, text)[0]
+
+
+def encoded(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
+    """And the pooled text [1, P], if the encoder makes one; both fp32 on the CPU."""
+    tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+    tokens, pooled = undoubled(stored(tokens)), pooled_of(pooled)
+    if not all(torch.isfinite(x).all() for x in (tokens, pooled) if x is not None):
         raise ValueError(f'clip encodes "{text}" to NaN or infinity; run the text encoder in fp32')
-    return tokens
+    return tokens, pooled
+
+
+def encodings(clip: Any, lines: Sequence[str]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The same of some lines."""
+    found = [encoded(clip, line) for line in lines]
+    return [tokens for tokens, _ in found], [pooled for _, pooled in found]
+
+
+def pooled_of(pooled: Any) -> Tensor | None:
+    """The pooled text of a prompt, [b, P]; none where the text encoder says nothing of the kind."""
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+        return None
+    return stored(pooled)
+
+
+def mean_pooled(pooled: Sequence[Tensor | None]) -> Tensor | None:
+    """[1, P]; none unless all are known and of one width."""
+    known = [x for x in pooled if x is not None]
+    if not known or len(known) < len(pooled) or len({x.shape[-1] for x in known}) > 1:
+        return None
+    return torch.cat(known).mean(0, keepdim=True)
 
 
 def own_tokens(clip: Any, text: str) -> tuple[int, ...]:

@@ -59,6 +59,10 @@ class Method:
         """What is done to the text that keys and values are made of."""
         return None
 
+    def on_pooled(self, spec: EditSpec, device: torch.device) -> OnText | None:
+        """What is done to the pooled text, of a model that is told one: from (p [R, P], s [R]) to [R, P]."""
+        return None
+
     def on_values(
         self, edits: Sequence[tuple[int, EditSpec]], project: Callable[[Tensor], Tensor], device: torch.device
     ) -> tuple[OnValues | None, set[int]]:

@@ -25,13 +25,15 @@ from .method import Method, method
 class Phrase(Shared):
     """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU.
 
-    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py.
+    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py; pooled: of the whole
+    phrase, [1, P] fp32 on the CPU, if its text encoder makes one.
     """
 
     text: str
     tokens: Tensor
     own: tuple[int, ...]  # the positions of the phrase's own tokens: no start, end or padding
     like: tuple[Tensor, ...] = ()
+    pooled: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or len(self.tokens) != 1:
@@ -41,7 +43,7 @@ class Phrase(Shared):
 
     @cached_property
     def key(self) -> str:
-        return digest((self.tokens, self.own, *self.like))
+        return digest((self.tokens, self.own, *self.like, *([] if self.pooled is None else [self.pooled])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Concept(Shared):
     keep: neighbours that must survive: an edit leaves alone what is more like one of them.
     instead: what is drawn in its place, [1, T, W], and its text; None: what it is compared with.
     ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py.
+    pooled, pooled_instead: as the phrases', [1, P], of what it is compared with, and of what is drawn in its place.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Concept(Shared):
     instead: Tensor | None = None
     instead_text: str = ""
     ordinary: tuple[Tensor, ...] = ()
+    pooled: Tensor | None = None
+    pooled_instead: Tensor | None = None
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
@@ -85,7 +90,7 @@ class Concept(Shared):
 
     @cached_property
     def key(self) -> str:
-        later = [*self.ordinary, *([] if self.instead is None else [self.instead])]
+        later = [x for x in (*self.ordinary, self.instead, self.pooled, self.pooled_instead) if x is not None]
         phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))
         return digest((self.baseline_key, *phrases, *later))
 

@@ -48,6 +48,7 @@ class Backbone:
     supports = ""  # for people: the models that this kind is for
     adds_noise = False  # whether a latent at noise level sigma is the clean one plus sigma times noise
     values_apart = False  # whether its attentions make values of a text of their own (hooks hand both to Run.text)
+    pooled = 0  # how many of the numbers `y` that it is called with are the pooled text; they stand in front
     sides: tuple[str, ...] = ()  # of its blocks' keys, in their order
     streamed = False  # whether a prompt's keys and values are those of one model call (streams.py)
 

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from .conds import CONDS, Named, positive
 from .guidance import batched
 from .obstacles import OTHERS, cause, nag_in
 from .rows import Served, images_of, patches_of, tiles_of, window_of
-from .run import CALL, EDITS, OBSERVER, WATCH, Run
+from .run import CALL, EDITS, OBSERVER, WATCH, Call, Run
 from .streams import ModelCall
 from .watch import Watch
 
@@ -472,11 +473,21 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         if not active and not watch:
             return executor(x, t, *arguments, **kwargs)
         call = holder[key][CALL]
-        made = run.backbone.prepare(run, call, ModelCall.of(x, t, arguments, kwargs), executor)
+        made = repooled(call, ModelCall.of(x, t, arguments, kwargs))
+        made = run.backbone.prepare(run, call, made, executor)
         out = made.through(executor)
         if active:
             run.account.acted(call, run.origin, sigma)
         return out
+
+
+def repooled(call: Call, made: ModelCall) -> ModelCall:
+    """A model call with the pooled text as the edits make it, of a model that is told one."""
+    y = made.more.get("y")
+    rows = call.plan.rows(call.served, len(made.x)) if call.plan.pooled and y is not None else None
+    if y is None or rows is None:
+        return made
+    return replace(made, more={**made.more, "y": call.plan.repooled(y, rows)})
 
 
 def not_of_guidance(options: dict[str, Any]) -> list[EditSpec]:

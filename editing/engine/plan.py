@@ -176,6 +176,9 @@ class Plan:
         self.chosen = [select_blocks(spec.blocks, backbone.blocks) for spec in specs]
         on_text = {i: spec.how.on_text(spec, device) for i, spec in enumerate(specs)}
         self.texts: dict[int, OnText | None] = {i: c for i, c in on_text.items() if c is not None}
+        pooled = {i: spec.how.on_pooled(spec, device) for i, spec in enumerate(specs)} if backbone.pooled else {}
+        everywhere = set(backbone.blocks)
+        self.pooled = {i: c for i, c in pooled.items() if c is not None and set(self.chosen[i]) == everywhere}
         self.sets: dict[BlockKey, TokenSets] = {}
         self.values: dict[BlockKey, list[OnValues]] = {}
         self._find_values(backbone, device, dtype)
@@ -252,6 +255,13 @@ class Plan:
         for i, change in here:
             c = change(c, rows.s[i])
         return put(context, rows.index, c)
+
+    def repooled(self, y: Tensor, rows: Rows) -> Tensor:
+        """What a model is told beside the time, y [B, ..], as the edits of the pooled text in front of it make it."""
+        p = y[rows.index, : self.backbone.pooled]
+        for i, change in self.pooled.items():
+            p = change(p, rows.s[i])
+        return put(y, rows.index, torch.cat([p, y[rows.index, self.backbone.pooled :]], -1))
 
     def revalued(self, value: Tensor, key: BlockKey, rows: Rows) -> Tensor:
         """The text [B, L, W] that this attention makes values of, as the edits of values make it."""

@@ -21,6 +21,7 @@ from ..presets.parts import ConceptEdit
 from ..presets.texts import Percent
 from ..presets.versions import since
 from .found import Found, Kept
+from .pooled import OnPooled, pooled_edit
 from .said import floors
 from .solve import solve
 from .tokens import TokenSets, solved_together
@@ -171,6 +172,9 @@ class CRE(Method):
 
     def token_sets(self, edits: Sequence[tuple[int, EditSpec]], device: torch.device) -> TokenSets:
         return TokenSets(solved=solved_together(self, edits, device, chosen, tested=lambda o: o.evidence == "tokens"))
+
+    def on_pooled(self, spec: EditSpec, device: torch.device) -> OnPooled | None:
+        return pooled_edit(spec, device)
 
     def taken(self, found: Found, s: Tensor, options: Any, note: Any = None) -> Tensor:
         return projection(found, s, options, note)

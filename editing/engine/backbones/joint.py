@@ -113,6 +113,7 @@ class Family:
     whether the host says in transformer_options which block is at work, or they are counted.
     appended: whether concepts' texts go behind the prompt's; positions: the module that makes them of ids, and ids of
     tokens as `placed` has them; refiners: how many attentions, the first of a call, are over the text alone.
+    pooled: as a Backbone's.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Family:
     positions: str = "pe_embedder"
     placed: Callable[[Tensor, Place], Tensor] = from_the_first
     refiners: Callable[[Any], int] = lambda network: 0
+    pooled: Callable[[Any], int] = lambda network: 0
 
 
 def flux_2_least(network: Any) -> int:
@@ -144,6 +146,7 @@ FAMILIES = (
         attribute("num_heads"),
         least=flux_2_least,
         indexed=True,
+        pooled=lambda network: network.params.vec_in_dim or 0,
     ),
     Family("Chroma", "Chroma", FLUX, attribute("params.context_in_dim"), attribute("num_heads"), indexed=True),
     Family(
@@ -172,6 +175,7 @@ FAMILIES = (
         attribute("context_embedder.in_features"),
         attribute("joint_blocks.0.x_block.attn.num_heads"),
         positions="",
+        pooled=lambda network: network.y_embedder.mlp[0].in_features,
     ),
 )
 
@@ -201,7 +205,7 @@ class Joint(Backbone):
         keys = [(side, i, 0) for side, blocks in kind.blocks for i in range(len(getattr(network, blocks)))]
         label = f"{kind.name} {digest((width, attention.heads, keys))[:12]}"
         found = cls(name, width, dict.fromkeys(keys, attention), label, kind.name)
-        found.kind, found.network = kind, network
+        found.kind, found.network, found.pooled = kind, network, kind.pooled(network)
         return found
 
     def hooks(self, run: Run) -> JointHooks:

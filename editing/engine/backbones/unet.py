@@ -20,6 +20,7 @@ from ..run import CALL, Call, Run
 
 # The replacement of attention-couple-ComfyUI and ComfyCouple: attends to the regions' texts, whatever text it is given.
 OWN_TEXTS = "AttentionCouple.make_patch."
+POOLED = 1280  # of the numbers that SDXL and its refiner are told: CLIP-G's pooled text, before the picture's sizes
 FAMILIES = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}  # by the width of the text
 
 
@@ -41,6 +42,7 @@ class UNet(Backbone):
         attentions = {key: block.attn2 for key, block in blocks.items()}
         unet = cls(name, width, attentions, fingerprint(family, blocks), family)
         unet.transformers = tuple(blocks.values())
+        unet.pooled = POOLED if network.num_classes == "sequential" and width in (2048, 1280) else 0
         return unet
 
     def foreign(self) -> str:
