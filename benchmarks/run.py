@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
@@ -53,11 +54,13 @@ def chosen(names: Sequence[str], tables: Sequence[Table] = TABLES) -> list[Table
     return picked
 
 
-def measure(table: Table, quick: bool) -> Record:
-    """Run a table, written anew after each row: whatever stops it leaves what was measured."""
-    file = KEPT / f"{table.name}.json"
+def measure(table: Table, quick: bool, part: Mapping[str, Any]) -> Record:
+    """Run a table, written anew after each row: whatever stops it leaves what was measured. Of a part of it, beside the
+    other rows of the last run, or of the record that is kept."""
+    file, last = KEPT / f"{table.name}.json", OUTPUT / f"{table.name}.json"
+    before = next((Record.read(each).rows for each in (last, file) if each.exists()), ()) if part else ()
     record = None
-    for record in run(table, quick, Record.read(file).notes if file.exists() else ()):
+    for record in run(table, quick, Record.read(file).notes if file.exists() else (), part, before):
         record.write(OUTPUT)
         put(section(table.title, record).encode(), OUTPUT / f"{table.name}.md")
         if not record.finished:
@@ -70,15 +73,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TABLE", help="one table, or those of one beginning (again)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
+    parser.add_argument("--methods", metavar="A;B", help="of `peers`: these rows alone; the others stay as they were")
+    parser.add_argument("--architectures", metavar="A;B", help="of `peers`: the same, of these demo models")
+    parser.add_argument("--count", type=int, metavar="N", help="of `peers`: pictures of each kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
     parser.add_argument("--page", action="store_true", help="measure nothing: write docs/measured.md from its records")
     args = parser.parse_args()
     if args.quick and args.keep:
         parser.error("--quick measures nothing worth keeping")
+    part = {name: each.split(";") for name in ("methods", "architectures") if (each := getattr(args, name))}
+    part |= {"count": args.count} if args.count else {}
+    tables = () if args.page else chosen(args.only) if args.only else TABLES
+    if part and not (tables and all(table.key for table in tables)):
+        parser.error("--methods, --architectures and --count are of --only peers")
     start = time.time()
-    for table in () if args.page else chosen(args.only) if args.only else TABLES:
+    for table in tables:
         print(f"\n{table.name}: {table.about}", flush=True)
-        record = measure(table, args.quick)
+        record = measure(table, args.quick, part)
         if args.keep:
             record.write(KEPT)
             print(f"kept in {KEPT.relative_to(ROOT)}/; its notes are of the run before: read them again")

@@ -34,8 +34,8 @@ class Demo:
     _concepts: dict[tuple[str, str, str], Concept] = field(default_factory=dict)
 
     @classmethod
-    def ready(cls) -> Demo:
-        return cls(*load())
+    def ready(cls, architecture: str = "unet") -> Demo:
+        return cls(*load(architecture=architecture))
 
     def encode(self, text: str) -> Any:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))

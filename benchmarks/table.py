@@ -21,18 +21,22 @@ from ..jobs.measure import Rate
 from ..tools.environment import ROOT
 
 Row = dict[str, Any]
-Rows = Callable[[], Iterable[Row]]
+Rows = Callable[..., Iterable[Row]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of figures: `full` yields the rows that are kept, `quick` a few of few samples, to see that it runs."""
+    """A table of figures: `full` yields the rows that are kept, `quick` a few of few samples, to see that it runs.
+
+    key: the columns that name a row, of a table whose `full` can yield a part of its rows.
+    """
 
     name: str  # of its files, and what `--only` asks for
     title: str
     about: str  # what a figure says
     full: Rows
     quick: Rows
+    key: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -74,16 +78,23 @@ def found(value: Any) -> Any:
     return Rate(value["hits"], value["n"]) if isinstance(value, Mapping) else value
 
 
-def run(table: Table, quick: bool, notes: Sequence[str] = ()) -> Iterator[Record]:
-    """The record after each row, and at last the finished one."""
+def run(
+    table: Table,
+    quick: bool,
+    notes: Sequence[str] = (),
+    part: Mapping[str, Any] | None = None,
+    held: Sequence[Row] = (),
+) -> Iterator[Record]:
+    """The record after each row, and at last the finished one. part: which of its rows, as `full` takes it; of those of
+    before, `held`, the ones stay whose key no new one has."""
     settings, commit = machine(), head()
-    done: list[Row] = []
+    done: list[Row] = list(held)
 
     def record(finished: bool) -> Record:
         return Record(table.name, table.command, table.about, settings, commit, finished, tuple(notes), tuple(done))
 
-    for row in (table.quick if quick else table.full)():
-        done.append(row)
+    for row in table.quick() if quick else table.full(**part or {}):
+        done = [other for other in done if not table.key or any(other[k] != row[k] for k in table.key)] + [row]
         yield record(False)
     yield record(True)
 

@@ -397,6 +397,7 @@ def test_a_network_without_cross_attentions_is_refused(clip: Any) -> None:
 # --- the demo model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_short_training_goes_the_right_way(method: str) -> None:
     """On other noise than it has seen, the demo model's prediction for the concept nears what the method wants of it,
