@@ -97,8 +97,8 @@ def filtered(demo: Demo, model: Any, concept: Concept) -> Any:
 
 # Of a model this small, where the papers' learning rates would take thousands of steps. Steps, learning rate, eta.
 TRAINED = {
-    "ESD-x": (50, 3e-4, 1.0),
-    "ESD-u": (50, 1e-3, 1.0),
+    "ESD-x": (50, 1e-3, 1.0),
+    "ESD-u": (50, 4e-4, 1.0),
     "CA": (50, 1e-3, 1.0),
     "SDD": (50, 2e-3, 1.0),
     "FMN": (50, 2e-3, 1.0),

@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import pytest
+import tiny
 import torch
 
 from conceptguard.editing.converters.directions import convert, main, weights
@@ -69,3 +71,33 @@ def test_tensors_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], monkey
         main()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("editing.converters.directions: ") and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_spms_files_need_no_converter() -> None:
+    """Rank 1, names as in their repository: lora_unet, diffusers' path with underscores, and alpha. The host's own
+    loader patches every one of them."""
+    paths = [
+        "down_blocks_0_attentions_0_proj_in",
+        "down_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj",
+        "mid_block_attentions_0_transformer_blocks_0_attn2_to_v",
+        "up_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0",
+    ]
+    of = {
+        paths[0]: "input_blocks.1.1.proj_in",
+        paths[1]: "input_blocks.3.1.transformer_blocks.0.ff.net.0.proj",
+        paths[2]: "middle_block.1.transformer_blocks.0.attn2.to_v",
+        paths[3]: "output_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+    }
+    model, tensors = tiny.sd1(), {}
+    held = model.model.diffusion_model.state_dict()
+    for path in paths:
+        out, rank_in, *rest = held[f"{of[path]}.weight"].shape
+        tensors |= {
+            f"lora_unet_{path}.lora_up.weight": torch.ones(out, 1, *(1 for _ in rest)),
+            f"lora_unet_{path}.lora_down.weight": torch.ones(1, rank_in, *rest),
+            f"lora_unet_{path}.alpha": torch.tensor(1.0),
+        }
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    assert {name.removeprefix("diffusion_model.") for name in loaded.patches} == {
+        f"{of[path]}.weight" for path in paths
+    }
