@@ -126,7 +126,8 @@ class Prefixes:
 def edges(sigmas: Sequence[float], percent_to_sigma: Callable[[float], float]) -> list[float]:
     """The percents that lie between the steps of a schedule: [steps + 1], from 0 before the first to 1 after the last.
 
-    A window from edge a to edge b holds the steps a..b-1, by the engine's rule sigma(end) < sigma <= sigma(start).
+    sigmas: the schedule's noise levels, in units of the clean latent, 0 last. A window from edge a to edge b holds the
+    steps a..b-1, by the engine's rule sigma(end) < sigma <= sigma(start).
     """
     inner = [between(*pair, percent_to_sigma) for pair in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
     return [0.0, *inner, 1.0]

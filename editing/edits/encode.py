@@ -233,4 +233,5 @@ def undoubled(tokens: Tensor) -> Tensor:
 
 
 def stored(tokens: Tensor) -> Tensor:
+    """A copy of an encoding, [1, T, W], that no model call and no other device holds."""
     return tokens.detach().to("cpu", torch.float32, copy=True)

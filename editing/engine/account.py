@@ -1,6 +1,9 @@
 """The account of one sampling run: what each edit reached and found, who was taken for conditional, when gates decided.
 
 It counts while the model is called, and looks at the device only when the run has ended. Pure torch.
+
+Noise levels (sigma, schedule) are in units of the clean latent (of a model of flows, from 0 to 1),
+predictions [B, C, h, w].
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Edits that change what a guider makes of its prompts' predictions: one more prediction, in the host's own batch."""
+"""Edits that change what a guider makes of its prompts' predictions: one more prediction, in the host's own batch.
+
+x: [B, C, h, w], noisy latents; the noise level of a call (sigma) is in units of the clean latent (of a model of flows,
+from 0 to 1).
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 The edits travel as data. While sampling, a wrapper around each model call turns the active ones into patches, after
 every other pack has placed its own; so neither the order of nodes nor the packs in the graph decide who comes last.
+
+In these wrappers x: [B, C, h, w], noisy latents; timestep, t: [B], their noise levels in units of the clean latent (of
+a model of flows, from 0 to 1).
 """
 
 from __future__ import annotations

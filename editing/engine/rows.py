@@ -156,7 +156,7 @@ def said(patch: Callable[..., Any] | Any) -> str:
 
 
 def put(x: Tensor, index: slice | Tensor, rows: Tensor) -> Tensor:
-    """A copy of x with some rows replaced."""
+    """A copy of x, [B, ...], with some rows replaced. index: [R], or a slice; rows: [R, ...]."""
     rows = rows.to(x.dtype)
     if isinstance(index, slice) and len(rows) == len(x):
         return rows

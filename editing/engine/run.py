@@ -1,6 +1,8 @@
 """One sampling run's edits: which are active at a model call, and the patches that apply them.
 
 Pure torch: what it needs of the host comes in as functions and modules (binding.py).
+
+Noise levels (sigma) are in units of the clean latent (of a model of flows, from 0 to 1).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Call(Shared):
     noted: list[Noted] = field(default_factory=list)
 
     def note(self, rows: Rows, shape: Sequence[int], owner: Sequence[int], found: Tensor) -> None:
+        """Put down what was found, [K, R, N]. shape: the picture's at that attention, [B, C, h, w]."""
         self.noted.append(Noted((shape[-2], shape[-1], self.served.tiles), rows, owner, found))
 
     def reaches(self, key: BlockKey) -> bool:

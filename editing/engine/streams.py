@@ -6,6 +6,9 @@ noisy picture, time and guidance. What the blocks make of its tokens is kept unt
 
 A call of its own, and not further rows of the host's: a concept is as long as it is, and where the picture's positions
 begin behind the text (Lumina, Z-Image), or no mask reaches the attention, padding would change the prompt's own rows.
+
+x: [B, C, h, w], noisy latents; t: [B], their noise levels in units of the clean latent (of a model of flows, from 0 to
+1); index: [R], rows of x.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The parametrisation, target and recipe are those of the authors' code (ptuner/train_ptuner.py): d = b a with b = 0 at
 the start, L = 10 MSE(eps(z_t, c + d), psi(z_t, c_o)), Adam, one update at each denoising step of sampling chains that
 are steered by d themselves. Theirs advance with LMS, ours with Euler steps, so that a chain's whole state is z.
+
+eps: [B, 4, h, w]; noise levels (sigma) are in units of the clean latent.
 """
 
 from __future__ import annotations

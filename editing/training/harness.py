@@ -2,6 +2,8 @@
 
 A training runs where a sampler would: the MODEL's LoRAs, edits and offloading apply, what a graph has loaded in
 inference mode may take part, and every weight and module is afterwards as it was.
+
+Noisy latents z: [B, 4, h, w]; their noise levels sigma: [B], in units of the clean latent.
 """
 
 from __future__ import annotations
@@ -242,10 +244,11 @@ def forgetful(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
 
 
 def unchanged(weight: Tensor) -> Tensor:
-    """A weight function: the host gives those a copy."""
+    """A weight function, of [out, in]: the host gives those a copy."""
     return weight
 
 
 def set_grad(p: Tensor, value: bool) -> None:
+    """Of a parameter of any shape, [...], also one that was made in inference mode."""
     with torch.inference_mode(p.is_inference()):
         p.requires_grad_(value)

@@ -46,12 +46,12 @@ class KPOPOptions:
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """|| a - b ||^2, as a mean over the numbers."""
+    """|| a - b ||^2, as a mean over the numbers. a, b: [B, 4, h, w]."""
     return (a - b).square().mean()
 
 
 def neutral_target(e_n: Tensor, e_e: Tensor, overshoot: float) -> Tensor:
-    """What theta' is to answer to c_e. e_n, e_e: theta's outputs for c_n and c_e."""
+    """What theta' is to answer to c_e. e_n, e_e: theta's outputs for c_n and c_e, [B, 4, h, w]."""
     return e_n - overshoot * (e_e - e_n)
 
 

@@ -54,7 +54,7 @@ class Predict(Protocol):
 
 
 class Sampling(Protocol):
-    """What is needed of the host's model_sampling."""
+    """What is needed of the host's model_sampling. sigma: [B], in units of the clean latent; latents [B, 4, h, w]."""
 
     def percent_to_sigma(self, percent: float) -> float: ...
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor, max_denoise: bool = False) -> Tensor: ...

@@ -30,7 +30,10 @@ class Walk(Protocol):
 
 
 class Path:
-    """z_t of pictures of `texts`, one drawn at random for each, as the network draws them inside `drawing`."""
+    """z_t of pictures of `texts`, one drawn at random for each, as the network draws them inside `drawing`.
+
+    z, e_c: [B, 4, h, w]; noise levels (sigma, towards) are in units of the clean latent.
+    """
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class Family:
 
 
 def captioned(network: Any, attn: Any, tokens: Tensor) -> tuple[Tensor, ...]:
-    """PixArt's keys and values."""
+    """PixArt's keys and values, [R, T, C] each, of tokens [R, T, W]."""
     return attn.kv_linear(network.y_embedder(tokens[:, None], False)[:, 0]).chunk(2, -1)
 
 
@@ -161,7 +161,7 @@ class Cross(Backbone):
 
 @dataclass
 class CrossHooks:
-    """One override for all attentions."""
+    """One override for all attentions. q, A: [B, N, C]; k, v: [B, T, C], the heads side by side in C."""
 
     run: Run
     backbone: Cross

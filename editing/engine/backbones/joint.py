@@ -212,6 +212,7 @@ class Joint(Backbone):
         return JointHooks(run, self)
 
     def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Of texts, [R, T, W]: there are none without the picture."""
         return None
 
     def admit(self, spec: EditSpec) -> None:
@@ -289,7 +290,7 @@ class Joint(Backbone):
         return torch.cat([context[:, :front], changed], 1) if front else changed
 
     def streams(self, call: Call, made: ModelCall, index: Tensor, executor: Callable[..., Tensor]) -> Streams:
-        """What every block makes of the prompts that the plan needs, in copies of the rows."""
+        """What every block makes of the prompts that the plan needs, in copies of the rows. index: [R]."""
         streams = Streams()
         for names, tokens in call.plan.prompts:
             front = max(0, self.kind.least(self.network) - tokens.shape[1])
@@ -364,7 +365,7 @@ class Appended(ModelCall):
 @dataclass
 class Recorder:
     """Keeps the text's keys and values of one model call, of prompts `names`, each with all edited rows. front: tokens
-    before the prompts' own, which are kept behind them."""
+    before the prompts' own, which are kept behind them. q, k, v: as the host has them, [B, S, C] or [B, H, S, d]."""
 
     backbone: Joint
     place: Place
@@ -387,7 +388,7 @@ class Recorder:
 
 @dataclass
 class JointHooks:
-    """One override for all attentions."""
+    """One override for all attentions. q, k, v: as the host has them, [B, S, C] or [B, H, S, d]."""
 
     run: Run
     backbone: Joint
@@ -564,7 +565,7 @@ def mask_of(args: tuple[Any, ...], more: dict[str, Any], rows: slice | Tensor, i
 
 
 def readable(mask: Tensor | None, text: slice) -> Tensor | slice:
-    """Which tokens of the text the mask lets the picture see."""
+    """Which tokens of the text the mask, [B, H, N, S], lets the picture see: [T]."""
     if mask is None:
         return slice(None)
     seen = mask[..., text]

@@ -99,7 +99,10 @@ class UNetHooks:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-    """The host's own attention, as a block without a replacement calls it; Sage and Flash overrides still apply."""
+    """The host's own attention, as a block without a replacement calls it; Sage and Flash overrides still apply.
+
+    q: [B, N, C]; k, v: [B, T, C], the heads side by side in C.
+    """
     return optimized_attention(
         q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
     )

@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class Drawing:
-    """Of a picture of the concept that is being drawn."""
+    """Of a picture of the concept that is being drawn, z: [B, 4, h, w]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +111,10 @@ class Drawn:
 
 
 class Average:
-    """Of the changes over the training's steps, m of it the past; in the first steps less, as is usual (INF)."""
+    """Of the changes over the training's steps, m of it the past; in the first steps less, as is usual (INF).
+
+    flat: all of them, [numbers].
+    """
 
     def __init__(self, changes: Changes, m: float) -> None:
         self.m, self.learned = m, list(changes.tensors.values())

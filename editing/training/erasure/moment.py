@@ -1,4 +1,7 @@
-"""What a training step sees: noisy pictures, the texts, and what the networks answer. And what a method is."""
+"""What a training step sees: noisy pictures, the texts, and what the networks answer. And what a method is.
+
+Noise levels (sigma) are in units of the clean latent.
+"""
 
 from __future__ import annotations
 
