@@ -95,7 +95,10 @@ def from_the_first(ids: Tensor, place: Place) -> Tensor:
 
 
 def to_the_picture(ids: Tensor, place: Place) -> Tensor:
-    """The picture begins behind the prompt, and there every text ends: in Lumina they count on along an axis."""
+    """The picture begins behind the prompt, and there every text ends: in Lumina they count on along an axis.
+
+    ids: [B, L, axes].
+    """
     placed = from_the_first(ids, place)
     placed[:, place.behind : place.behind + place.image, 0] -= place.behind - place.text
     for each in place.segments:
@@ -263,6 +266,7 @@ class Joint(Backbone):
         return self.kind.appended and made.more.get("attention_mask") is None and not replaced
 
     def appended(self, call: Call, made: ModelCall, index: Tensor) -> ModelCall:
+        """The call with the plan's texts behind the prompt's. index: [R], the edited rows."""
         place, texts = call.place, [self.filled(made.context)]
         for names, tokens in call.plan.prompts:
             front = max(0, self.kind.least(self.network) - tokens.shape[1])
@@ -609,7 +613,10 @@ def besides(
     args: tuple[Any, ...],
     more: dict[str, Any],
 ) -> Tensor:
-    """An attention's output without what the picture of some rows finds, which is left empty."""
+    """An attention's output without what the picture of some rows finds, which is left empty.
+
+    q, k, v: as the host has them, [B, L, H d] or [B, H, L, d]; rows: [R], or a slice.
+    """
     along, out = (2 if more.get(name) else 1 for name in ("skip_reshape", "skip_output_reshape"))
     before, after = (0, image.start), (image.stop, q.shape[along])
     index = torch.arange(len(q), device=q.device)[rows]
