@@ -67,8 +67,8 @@ class AttentionCouple:
     """Regional prompts (ComfyUI-ppm's and cgem156's Attention Couple): enlarges the batch inside attn2 to one part per
     region, and blends them after."""
 
-    def __init__(self, regions: int = 2) -> None:
-        self.regions = regions
+    def __init__(self, regions: int = 2, key: str = "cond_or_uncond_couple") -> None:
+        self.regions, self.key = regions, key
 
     def patch(self, n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         ns, contexts, chunks = [], [], []
@@ -81,12 +81,12 @@ class AttentionCouple:
             ns += [part] * len(regions)
             contexts += regions
             chunks += [int(cond == 1)] * len(regions)
-        extra["cond_or_uncond_couple"] = chunks
+        extra[self.key] = chunks
         enlarged = torch.cat(contexts)
         return torch.cat(ns), enlarged, enlarged
 
     def output(self, n: Tensor, extra: dict[str, Any]) -> Tensor:
-        out, parts, i = [], n.chunk(len(extra["cond_or_uncond_couple"])), 0
+        out, parts, i = [], n.chunk(len(extra[self.key])), 0
         for cond in extra["cond_or_uncond"]:
             count = 1 if cond == 1 else self.regions
             out.append(sum(parts[i : i + count]) / count)
@@ -99,6 +99,14 @@ def couple(model: Any) -> Any:
     model.set_model_attn2_patch(patches.patch)
     model.set_model_attn2_output_patch(patches.output)
     return model
+
+
+def hooked_couple() -> comfy.hooks.HookGroup:
+    """comfyui-prompt-control's: the same patches, with a key of its own, as a hook of one conditioning alone."""
+    patches, group = AttentionCouple(key="cond_or_uncond_hook_couple"), comfy.hooks.HookGroup()
+    both = {"attn2_patch": [patches.patch], "attn2_output_patch": [patches.output]}
+    group.add(comfy.hooks.TransformerOptionsHook({"patches": both}, comfy.hooks.EnumHookScope.HookedOnly))
+    return group
 
 
 def nag(model: Any, scale: float = 3.0, tau: float = 2.5, alpha: float = 0.5) -> Any:

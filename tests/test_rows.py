@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.hooks
 import pytest
 import tiny
 import torch
-from foreign import couple
+from foreign import couple, hooked_couple
 from foreign_rows import AttentionCouple, one_after_the_other, tiled, windows_of_attention
 from torch import Tensor
 
@@ -67,6 +68,21 @@ def test_a_gate_finds_its_image_in_every_region(model: Any) -> None:
 
 def test_the_order_of_couple_and_edit_changes_no_bit(model: Any) -> None:
     assert torch.equal(tiny.sample(cre(cgem(2)(model)), batch=2), tiny.sample(cgem(2)(cre(model)), batch=2))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_regions_that_a_conditioning_brings(model: Any, batch: int) -> None:
+    """comfyui-prompt-control's couple: the host calls the model for its prompt apart from the others."""
+    regional = comfy.hooks.set_hooks_for_conditioning(tiny.cond(1), hooked_couple())
+
+    def calls(m: Any) -> list[Tensor]:
+        with tiny.Recorder(model) as seen:
+            tiny.sample(m, regional, batch=batch, steps=1)
+        return sorted((call["out"] for call in seen.calls[FIRST]), key=len)
+
+    pairs = zip(calls(model), calls(cre(model)), strict=True)
+    changed = [[not torch.equal(*rows) for rows in zip(*pair, strict=True)] for pair in pairs]
+    assert changed == [[False] * batch, [True] * 2 * batch]
 
 
 @pytest.mark.parametrize("make", [couple, cgem(2)])
