@@ -48,7 +48,7 @@ def concept_from_text(
         kept,
         instead=mean(replacement, "instead") if replacement else None,
         instead_text=instead.strip(),
-        ordinary=tuple(rows_of(x, own_tokens(clip, line)) for x, line in zip(ordinary, lines, strict=True)),
+        ordinary=tuple(rows_of(x, own_tokens(clip, line, x.shape[1])) for x, line in zip(ordinary, lines, strict=True)),
         pooled=mean_pooled(of_ordinary or [of_empty]),
         pooled_instead=mean_pooled(of_replacement),
     )
@@ -69,7 +69,8 @@ def sayings(clip: Any, phrase: str) -> Iterator[Tensor]:
     """The rows of the prompts that say a phrase: each [n, W]."""
     for saying in SAYINGS:
         text = saying.format(phrase)
-        yield rows_of(encode(clip, text), own_tokens(clip, text))
+        tokens = encode(clip, text)
+        yield rows_of(tokens, own_tokens(clip, text, tokens.shape[1]))
 
 
 TAIL = (0, 1, 8)  # positions behind a prompt's own tokens that may say it as well: its end and padding
@@ -88,10 +89,10 @@ def lines_of(text: str) -> list[str]:
 def encode_lines(clip: Any, text: str, name: str) -> tuple[Phrase, ...]:
     phrases = []
     for line in lines_of(text):
-        own = own_tokens(clip, line)
+        tokens, pooled = encoded(clip, line)
+        own = own_tokens(clip, line, tokens.shape[1])
         if not own:
             raise ValueError(f'{name}: the text encoder finds no word in "{line}"; write a word, or drop the line')
-        tokens, pooled = encoded(clip, line)
         phrases.append(Phrase(line, tokens, own, pooled=pooled))
     return tuple(phrases)
 
@@ -199,12 +200,37 @@ def mean_pooled(pooled: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(known).mean(0, keepdim=True)
 
 
-def own_tokens(clip: Any, text: str) -> tuple[int, ...]:
-    """The positions of the text's own tokens: the host's tokenizers give start, end and padding the word id 0."""
-    tokens = clip.tokenize(text, return_word_ids=True)
-    pieces = tokens.get("l") or next(iter(tokens.values()))  # SDXL's two encoders place the same words alike
-    flat = [token for piece in pieces for token in piece]
-    return tuple(i for i, token in enumerate(flat) if token[2] != 0)
+def own_tokens(clip: Any, text: str, rows: int | None = None) -> tuple[int, ...]:
+    """The positions of the text's own tokens among its encoding's rows: without start, end, padding, and what an
+    encoder's template says around every text. rows: of the encoding, where several encoders or a template take part."""
+    tokens, empty = (clip.tokenize(each, return_word_ids=True) for each in (text, ""))
+    own = {name: words_in(flat(tokens[name]), flat(empty[name])) for name in tokens}
+    lengths = {name: len(flat(tokens[name])) for name in tokens}
+    first = "l" if lengths.get("l") else next(iter(tokens))  # SDXL's two encoders place the same words alike
+    if rows is None or lengths[first] == rows:
+        return own[first]
+    if alone := [name for name, length in lengths.items() if length == rows]:  # Flux reads T5's rows, not CLIP's
+        return own[alone[0]]
+    if "t5xxl" in own and lengths[first] + lengths["t5xxl"] == rows:  # SD3 reads both, one behind the other
+        return (*own[first], *(lengths[first] + i for i in own["t5xxl"]))
+    dropped = max(0, lengths[first] - rows)  # Qwen-Image's encoder leaves its template's first rows out
+    return tuple(i - dropped for i in own[first] if i >= dropped)
+
+
+def flat(pieces: Sequence[Any]) -> list[Any]:
+    return [token for piece in pieces for token in piece]
+
+
+def words_in(tokens: Sequence[Any], empty: Sequence[Any]) -> tuple[int, ...]:
+    """Where a text's tokens are: the host's tokenizers give start, end and padding the word id 0. Where the empty text
+    has words, they are a template's, of which the text's own are in the middle."""
+    words = [i for i, token in enumerate(tokens) if token[2] != 0]
+    template = [repr(token[0]) for token in empty if token[2] != 0]
+    if not template:
+        return tuple(words)
+    said = [repr(tokens[i][0]) for i in words]
+    front = next((n for n, (a, b) in enumerate(zip(said, template, strict=False)) if a != b), len(template))
+    return tuple(words[front : len(words) - (len(template) - front)])
 
 
 def checked(conditioning: Sequence[Any], name: str) -> list[Tensor]:

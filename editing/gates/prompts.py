@@ -32,8 +32,8 @@ class Text(Shared):
         self.clip = clip
 
     def of(self, text: str) -> Tensor:
-        own = list(own_tokens(self.clip, text)) or [0]
-        tokens = encode(self.clip, text)[0, own]
+        found = encode(self.clip, text)[0]
+        tokens = found[list(own_tokens(self.clip, text, len(found))) or [0]]
         return torch.cat([tokens.mean(0), tokens.amax(0)])
 
     @cached_property
@@ -100,10 +100,10 @@ def likeness(clip: Any, text: str, concept: Concept) -> float:
     Of each of the phrase's own tokens the cosine to the prompt's token that is most like it, both without what all
     tokens of an empty prompt share; the mean over the phrase, the most over the phrases.
     """
-    own = list(own_tokens(clip, text))
+    prompt = encode(clip, text)[0]
+    own = list(own_tokens(clip, text, len(prompt)))
     if not own:
         return 0.0
-    prompt = encode(clip, text)[0]
     if prompt.shape[-1] != concept.width:
         raise ValueError(
             f'concept "{concept.name}" was made with a text encoder of width {concept.width}, and clip has '
