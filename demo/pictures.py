@@ -41,6 +41,9 @@ ABOUT = {
     "train-a-direction": "ConceptGuardSafeDirection",
 }
 
+# Templates for models that are not here, by the same graph that the demo model draws.
+LIKE = {f"erase-a-concept-{name}": "erase-a-concept-checkpoint" for name in ("flux", "z-image", "qwen-image")}
+
 
 def on_demo_model(prompt: dict[str, Any]) -> dict[str, Any]:
     """A template for a checkpoint, with the demo model in the checkpoint's place."""
@@ -90,7 +93,7 @@ def main() -> None:
         for name in TEMPLATES:
             if names and name not in names:
                 continue
-            picture = result(host, name)
+            picture = result(host, LIKE.get(name, name))
             keep(picture, TEMPLATES[name].with_suffix(".jpg"))
             if name in ABOUT:
                 keep(picture, HELP / f"{ABOUT[name]}-result.webp")
