@@ -31,6 +31,7 @@ from ..editing.methods.sld import SETTINGS
 from ..editing.weights.edit import erasure, lora_of
 from ..jobs.train import Course
 from ..jobs.train_erasure import ErasureRecipe, train_erasure
+from . import casteer
 from .sampling import Demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
@@ -100,8 +101,8 @@ TRAINED = {
     "ESD-x": (50, 1e-3, 1.0),
     "ESD-u": (50, 4e-4, 1.0),
     "CA": (50, 1e-3, 1.0),
-    "SDD": (50, 2e-3, 1.0),
-    "FMN": (50, 2e-3, 1.0),
+    "SDD": (50, 1e-2, 1.0),
+    "FMN": (50, 2e-2, 1.0),
 }
 ANCHOR = "a picture of something"
 
@@ -146,6 +147,7 @@ METHODS: dict[str, Eraser] = {
     "AdaVD, published": edited("values", AdaVDOptions("published")),
     "ProtoRe": edited("prototype", PROTORE),
     "SAFREE": Eraser(filtered, each=False),
+    "CASteer": Eraser(casteer.steered),
     **{f"SLD, {name}": edited("guidance", SETTINGS[name], each=False) for name in ("medium", "max")},
     **{method: trained(method) for method in TRAINED},
 }
@@ -204,7 +206,7 @@ def carried(model: Any, plain: Any, concepts: Sequence[Concept]) -> int:
     patches = {key: each for key, each in model.patches.items() if key not in plain.patches}
     tensors = [t for each in patches.values() for patch in each for t in patch[1].weights if hasattr(t, "numel")]
     held = [phrase.tokens for spec in edits_of(model) for phrase in spec.source.phrases]
-    return sum(t.numel() * 4 for t in (*tensors, *held))
+    return sum(t.numel() * 4 for t in (*tensors, *held)) + casteer.carried(model)
 
 
 def of_names(work: Pictures, names: Sequence[str], count: int) -> Row:
