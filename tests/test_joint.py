@@ -17,7 +17,7 @@ import torch
 from dits import FAMILIES, cond, tokens
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Phrase, Prompt
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, Prompt
 from conceptguard.editing.engine.backbones.joint import Joint
 from conceptguard.editing.engine.host import add_edit, add_watch
 from conceptguard.editing.engine.watch import Watch
@@ -232,6 +232,22 @@ def test_prompts_of_other_lengths_have_calls_of_their_own(name: str) -> None:
     positive = dits.sample(name, cre(model), cfg=1.0)
     negative = dits.sample(name, model, cond(tokens(2, 6)), cfg=1.0)
     torch.testing.assert_close(both, negative + 5.0 * (positive - negative), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image", "Z-Image", "SD3"])
+def test_a_gate_in_flight_sees_the_clean_picture_that_the_flow_predicts(name: str) -> None:
+    """After the first step of two: what a run of one step would end with."""
+    model, seen = dits.build(name), []
+
+    def look(latents: Tensor, _: Any) -> list[float]:
+        seen.append(latents.clone())
+        return [0.0, 1.0]
+
+    gate = Gate(inflight=InFlight("told", look, 0.0))
+    made, plain = (dits.sample(name, each, batch=2, steps=2) for each in (cre(model, gate=gate), model))
+    torch.testing.assert_close(seen[0], dits.sample(name, model, batch=2, steps=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made[0], plain[0], rtol=0, atol=1e-4)
+    assert len(seen) == 1 and not torch.allclose(made[1], plain[1], atol=1e-3)
 
 
 def test_blocks_are_chosen_by_their_names() -> None:
