@@ -47,7 +47,7 @@ def written(record: Record) -> str:
         return (Path(folder) / f"{record.table}.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/limits.md", "docs/methods.md", "docs/recipes.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/limits.md", "docs/methods.md", "docs/recipes.md", "docs/which.md"])
 def test_every_figure_was_measured(name: str) -> None:
     told = FIGURE.findall(text(name))
     missing = [figure for figure in told if not re.search(rf"(?<![\d.]){re.escape(figure)}", text("docs/measured.md"))]
