@@ -119,7 +119,7 @@ class Painter:
 
     def paint(self, layers, background: str) -> torch.Tensor:
         """Layers over a background: [3, SIZE, SIZE]."""
-        out = torch.tensor(world.BACKGROUNDS[background]).float().div(255).view(3, 1, 1)
+        out = torch.tensor(world.BACKGROUNDS[background], device="cpu").float().div(255).view(3, 1, 1)
         out = out.expand(3, world.SIZE, world.SIZE).clone()
         for a in layers:
             s = self.sprite(a.glyph, a.style, a.size)

@@ -50,7 +50,9 @@ def build_unet(dtype: torch.dtype = torch.float32) -> nn.Module:
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    return UNetModel(**UNET_CONFIG, **HEADS, dtype=dtype, device="cpu", operations=comfy.ops.disable_weight_init)
+    return UNetModel(
+        **UNET_CONFIG, **HEADS, dtype=dtype, device=torch.get_default_device(), operations=comfy.ops.disable_weight_init
+    )
 
 
 class ReferenceEncoder(nn.Sequential):

@@ -15,7 +15,7 @@ from . import model, world
 from .train_flow import readers
 from .train_unet import IMAGE, cosine_alphas
 
-EARLIEST, LATEST = 0.1, 0.7  # of the schedule: where the latents are noised to
+EARLIEST, LATEST = 0.05, 0.4  # of the schedule: where the latents are noised to; later ones are means of drawings
 GUIDANCE = 4.0  # at most
 
 
@@ -41,7 +41,8 @@ class Redraw:
         n, t = len(z), torch.randint(int(1000 * EARLIEST), int(1000 * LATEST), (len(z),))
         a = self.alphas[t].view(-1, 1, 1, 1)
         noised = a.sqrt() * z + (1 - a).sqrt() * torch.randn_like(z)
-        context = self.context([p.caption for p in pictures] + [""] * n).bfloat16()
+        captions = [p.caption.replace(world.REFERENCE, " ".join(p.objects)) for p in pictures]
+        context = self.context(captions + [""] * n).bfloat16()
         both = self.unet(
             noised.bfloat16().repeat(2, 1, 1, 1), t.float().repeat(2), context=context, transformer_options={}
         )

@@ -19,12 +19,13 @@ from . import world
 from .autoencoder import CALM, FINE, SD_SCALE, blocks_of, halves, reconstruction_loss
 from .glyphs import Painter
 from .measures import psnr, ssim
-from .training import cosine, dice, step_with, throw
+from .training import cosine, device, dice, step_with, throw
 
 NEAR = 0.02  # the weight of the squared distance to the written encoder's latents
 NOISE = 0.2  # the most that is added to latents, so that the decoder forgives a sampler's errors
-LEARN, LEARN_ON = 1e-3, 6e-4  # peak learning rates: of a fresh decoder, of a trained one
-REDRAWN = 0.7  # the share of steps whose latents a UNet gives back, where there is one
+LEARN, LEARN_ON = 1e-3, 4e-4  # peak learning rates: of a fresh decoder, of a trained one
+REDRAWN = 0.5  # the share of steps whose latents a UNet gives back, where there is one
+ANY_GROUND = 0.15  # the share of steps whose backgrounds are of any colour, so that every flat colour keeps its own
 SQUARE, BATCH = 80, 6  # pixels of the crops that most steps see, and how many
 WHOLE = 0.8  # from this share of the steps on, whole pictures
 
@@ -71,8 +72,10 @@ class AutoencoderTrainer:
         lr: float = LEARN_ON,
         encoder_learns: bool = False,
         redraw: Callable[[list[world.Picture], Tensor], Tensor] | None = None,
+        batch: int = BATCH,
     ) -> None:
         torch.manual_seed(seed)
+        self.batch = batch
         self.lr, self.redraw = lr, redraw
         self.vae, self.painter, self.steps, self.step, self.rng = vae, painter, steps, 0, random.Random(seed)
         self.written = written(vae)
@@ -85,9 +88,14 @@ class AutoencoderTrainer:
 
     def drawings(self) -> tuple[list[world.Picture], Tensor]:
         """Whole pictures in [0, 1]; fewer in the last steps, which learn from the whole."""
-        count = BATCH // 2 if self.step >= WHOLE * self.steps else BATCH
+        count = self.batch // 2 if self.step >= WHOLE * self.steps else self.batch
         pictures = [world.any_picture(self.rng) for _ in range(count)]
-        return pictures, torch.stack([self.painter(p) for p in pictures])
+        x = torch.stack([self.painter(p) for p in pictures])
+        if self.rng.random() < ANY_GROUND:
+            for picture, p in zip(x, pictures, strict=True):
+                there = (picture == self.painter.paint((), p.background)).all(0)
+                picture[:, there] = torch.rand(3, 1, device=x.device)
+        return pictures, x.to(device())
 
     def cropped(self, x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same squares of pictures and, if they are known, of their latents; in the last steps all of them."""
@@ -108,14 +116,14 @@ class AutoencoderTrainer:
         signed = conv2d(blocks, weight, stride=2, padding=1)
         return signed[:, :4] + bias.view(1, 4, 1, 1)
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         pictures, x = self.drawings()
         given = None
         if self.redraw and self.rng.random() < REDRAWN:
             given = self.redraw(pictures, CALM * self.before(blocks_of(x))) / CALM
         x, given = self.cropped(x, given)
         blocks = blocks_of(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device().type, torch.bfloat16):
             z = self.encoder(blocks).float() if given is None else given
             noise = NOISE / CALM * torch.rand(len(z), 1, 1, 1) * torch.randn_like(z)
             y = self.decoder(z + noise)
@@ -125,7 +133,7 @@ class AutoencoderTrainer:
         nn.utils.clip_grad_norm_(self.learning, 1.0)
         step_with(self.opt, cosine(self.step, self.steps, self.lr))
         self.step += 1
-        return loss.item()
+        return loss.detach()
 
     def state(self) -> dict[str, Any]:
         return dice(self.rng) | {
@@ -136,7 +144,7 @@ class AutoencoderTrainer:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.written = state["step"], state["written"]
+        self.step, self.written = state["step"], tuple(w.to(device()) for w in state["written"])
         self.vae.load_state_dict(state["vae"])
         self.opt.load_state_dict(state["opt"])
         throw(state, self.rng)
@@ -146,8 +154,12 @@ class AutoencoderTrainer:
 def quality(vae: nn.Module, painter: Painter, count: int = 200, seed: int = 4242) -> dict[str, float]:
     """PSNR and SSIM of held-out drawings through encoder and decoder, and the largest error of a flat colour's mean."""
     rng = random.Random(seed)
-    x = torch.stack([painter(world.any_picture(rng)) for _ in range(count)])
-    flat = torch.rand(32, 3, 1, 1, generator=torch.Generator().manual_seed(seed)).expand(-1, -1, 64, 64)
+    x = torch.stack([painter(world.any_picture(rng)) for _ in range(count)]).to(device())
+    flat = (
+        torch.rand(32, 3, 1, 1, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
+        .to(x)
+        .expand(-1, -1, 64, 64)
+    )
 
     def back(x: Tensor) -> Tensor:
         return torch.cat([vae.decode(vae.encode(part * 2 - 1)) for part in x.split(8)]).add(1).div(2).clamp(0, 1)

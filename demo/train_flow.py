@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import model, world
 from .train_unet import Captions, TextEncoder, learning_rate
-from .training import dice, step_with, throw
+from .training import averaged, device, dice, step_with, throw
 from .transformers import SHIFT, build, flow, initialise
 
 BATCH, PEAK = 24, 1e-3
@@ -50,10 +50,12 @@ class FlowTrainer:
         tokenize: Any,
         steps: int,
         seed: int = 0,
+        batch: int = BATCH,
     ) -> None:
         torch.manual_seed(seed)
+        self.batch = batch
         self.architecture, self.steps, self.step, self.rng = architecture, steps, 0, random.Random(seed)
-        self.latents, self.captions = data["latents"], Captions(pictures, data["references"], tokenize)
+        self.latents, self.captions = data["latents"].to(device()), Captions(pictures, data["references"], tokenize)
         self.text, self.reference = read_by
         self.net = build(architecture)
         initialise(self.net)
@@ -64,15 +66,15 @@ class FlowTrainer:
     def loss(self) -> Tensor:
         """||flow - (noise - picture)||^2 at picture + t (noise - picture)."""
         with torch.no_grad():
-            i, ids, context, _, _ = self.captions.batch(self.text, self.reference, BATCH, NO_WORDS)
-            y = pooled(ids, context) * (torch.rand(BATCH, 1) >= NO_POOLED)
-        x, noise, t = self.latents[i].float(), torch.randn(BATCH, *self.latents.shape[1:]), times(BATCH)
+            i, ids, context, _, _ = self.captions.batch(self.text, self.reference, self.batch, NO_WORDS)
+            y = pooled(ids, context) * (torch.rand(self.batch, 1) >= NO_POOLED)
+        x, noise, t = self.latents[i].float(), torch.randn(self.batch, *self.latents.shape[1:]), times(self.batch)
         at = t.view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device().type, torch.bfloat16):
             found = flow(self.architecture, self.net, (1 - at) * x + at * noise, t, context, y)
         return (found.float() - (noise - x)).square().mean()
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         loss = self.loss()
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, foreach=True)
@@ -82,7 +84,7 @@ class FlowTrainer:
             now = self.net.state_dict()
             keep = min(0.99, self.step / (self.step + 200))
             torch._foreach_lerp_(list(self.average.values()), [now[k] for k in self.average], 1 - keep)
-        return loss.item()
+        return loss.detach()
 
     def state(self) -> dict[str, Any]:
         return dice(self.rng) | {
@@ -93,7 +95,7 @@ class FlowTrainer:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        self.step, self.average = state["step"], state["average"]
+        self.step, self.average = state["step"], averaged(state["average"])
         self.net.load_state_dict(state["net"])
         self.opt.load_state_dict(state["opt"])
         throw(state, self.rng)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_atte
 
 from . import model, world
 from .autoencoder import initialise
-from .training import step_with
+from .training import averaged, device, numbers, renumber, step_with
 
 IMAGE = -1  # placeholder ids of reference tokens
 
@@ -25,7 +27,7 @@ class TextEncoder(nn.Module):
         from comfy.clip_model import CLIPTextModel
 
         super().__init__()
-        self.clip = CLIPTextModel(model.TEXT_CONFIG, torch.float32, "cpu", comfy.ops.manual_cast)
+        self.clip = CLIPTextModel(model.TEXT_CONFIG, torch.float32, device(), comfy.ops.manual_cast)
         del self.clip.text_model.embeddings.token_embedding  # 49,408 rows, of which the world uses a few hundred
         initialise(self.clip)
         nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.05)
@@ -48,16 +50,16 @@ class TextEncoder(nn.Module):
         return text.final_layer_norm(x)
 
 
-def word_targets(text: TextEncoder, tokenize, pictures: list[world.Picture]) -> Tensor:
-    """What reference tokens should come near: the mean embedding of the object's words, and of the style's."""
-
-    def mean_row(words: str) -> Tensor:
-        return text.rows.detach()[text.row_of[torch.tensor(tokenize(words))]].mean(0)
-
-    half = model.IMAGE_TOKENS // 2
-    return torch.stack(
-        [torch.stack([mean_row(p.objects[0])] * half + [mean_row(p.style or "plain")] * half) for p in pictures]
-    )
+def word_weights(text: TextEncoder, tokenize, pictures: list[world.Picture]) -> Tensor:
+    """The rows of the vocabulary that name each picture's object and its style, as weights of a mean: [n, 2, rows]."""
+    row = {token: i for i, token in enumerate(text.used)}
+    out = torch.zeros(len(pictures), 2, len(row), device="cpu")
+    for i, p in enumerate(pictures):
+        for j, words in enumerate((p.objects[0], p.style or "plain")):
+            tokens = tokenize(words)
+            for token in tokens:
+                out[i, j, row[token]] += 1 / len(tokens)
+    return out.to(device())
 
 
 def cosine_alphas() -> Tensor:
@@ -67,6 +69,7 @@ def cosine_alphas() -> Tensor:
 
 
 LEARN_ON = 5e-4  # the peak of the learning rate for weights that have learned before
+READ = 0.4  # from this share of the steps on the encoders stay as they are, for transformers to read by
 DECAY = 0.3  # the share of the steps in which the learning rate falls, on batches twice as large
 
 
@@ -102,7 +105,7 @@ class Captions:
     """The training pictures' captions as token ids, and the reference pictures that stand in some of them."""
 
     def __init__(self, pictures: list[world.Picture], references: Tensor, tokenize) -> None:
-        self.references = references
+        self.references = references.to(device())
         self.ids = torch.tensor(
             [model.split_reference(tokenize, p.caption, [IMAGE] * model.IMAGE_TOKENS) for p in pictures]
         )
@@ -137,7 +140,7 @@ class Trainer:
     ):
         torch.manual_seed(seed)
         self.steps, self.batch, self.peak = steps, batch, peak
-        self.pictures, self.latents, self.tokenize = pictures, latents, tokenize
+        self.pictures, self.latents, self.tokenize = pictures, latents.to(device()), tokenize
         self.captions = Captions(pictures, references, tokenize)
         used = sorted(set(self.captions.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
         self.text, self.reference = TextEncoder(used), model.ReferenceEncoder()
@@ -150,7 +153,8 @@ class Trainer:
         self.master.requires_grad_(True)
         self.half = model.build_unet(torch.bfloat16).requires_grad_(True)
         self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
-        self.alphas, self.step = cosine_alphas(), 0
+        self.alphas, self.step, self.reads = cosine_alphas(), 0, False
+        self.named = word_weights(self.text, tokenize, [p for p in pictures if p.reference])
         self.opt = torch.optim.AdamW(
             self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
         )
@@ -193,19 +197,23 @@ class Trainer:
         )
         a = self.alphas[t].view(-1, 1, 1, 1)
         z = a.sqrt() * x + (1 - a).sqrt() * noise
-        with sdpa_kernel(SDPBackend.MATH):  # a third less time than the fused kernel's backward on such short sequences
+        # On a processor a third less time than the fused kernel's backward on such short sequences.
+        with sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext():
             eps = self.half(z.bfloat16(), t.float(), context=context.bfloat16(), transformer_options={}).float()
         snr = a / (1 - a)
         weight = (snr + 1).clamp(max=5) / snr  # v-prediction's emphasis on noisy steps, where words decide; min-SNR-5
         loss = (weight * (eps - noise).square()).mean()
         if len(shown):
-            target = word_targets(self.text, self.tokenize, [self.pictures[j] for j in shown.tolist()])
+            words = self.named[self.captions.reference_of[shown]] @ self.text.rows.detach()
+            target = words.repeat_interleave(model.IMAGE_TOKENS // 2, 1)
             loss = loss + 0.2 * mse_loss(tokens, target) / target.var()
         return loss
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """One step: gradients of the bf16 copy move the fp32 master, and the average follows."""
         late = self.step >= (1 - DECAY) * self.steps
+        if self.step >= READ * self.steps and not self.reads:
+            self.learn_to_read_no_more()
         with torch.no_grad():
             torch._foreach_copy_(list(self.half.parameters()), list(self.unet.parameters()))
         loss = self.loss(2 * self.batch if late else self.batch)
@@ -219,7 +227,14 @@ class Trainer:
             decay = min(0.99, self.step / (self.step + 200))
             now = self.master.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [now[k] for k in self.average], 1 - decay)
-        return loss.item()
+        return loss.detach()
+
+    def learn_to_read_no_more(self) -> None:
+        """The encoders become their averages and stay so."""
+        for name, encoder in (("text.", self.text), ("reference.", self.reference)):
+            encoder.load_state_dict({k.removeprefix(name): v for k, v in self.average.items() if k.startswith(name)})
+            encoder.requires_grad_(False)
+        self.reads = True
 
     def state(self) -> dict:
         return {
@@ -227,9 +242,9 @@ class Trainer:
             "master": self.master.state_dict(),
             "average": self.average,
             "opt": self.opt.state_dict(),
-            "rng": torch.get_rng_state(),
             "used": self.text.used,
-        }
+            "reads": self.reads,
+        } | numbers()
 
     def start_from(self, tensors: dict[str, Tensor]) -> None:
         """Take over shipped weights (load.read of the model file), so that training goes on where they were left."""
@@ -244,7 +259,9 @@ class Trainer:
         self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
 
     def resume(self, state: dict) -> None:
-        self.step, self.average = state["step"], state["average"]
+        self.step, self.average = state["step"], averaged(state["average"])
         self.master.load_state_dict(state["master"])
         self.opt.load_state_dict(state["opt"])
-        torch.set_rng_state(state["rng"])
+        if state["reads"]:
+            self.learn_to_read_no_more()
+        renumber(state)

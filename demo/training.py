@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..editing.files.whole import whole
 
 EVERY = 100  # steps from one checkpoint to the next
+SHOWN = 50  # steps from one line of the log to the next
+
+
+def device() -> torch.device:
+    """Where networks, latents and random numbers are: torch's default device (`make train-demo ARGS=--device=cuda`)."""
+    return torch.get_default_device()
 
 
 class Training(Protocol):
     step: int
     steps: int
 
-    def update(self) -> float: ...
+    def update(self) -> Tensor: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -36,14 +43,14 @@ def saved(path: Path, value: Any) -> Any:
 def run(training: Training, checkpoint: Path) -> None:
     """To the last step, from the checkpoint if there is one."""
     if checkpoint.exists():
-        training.resume(torch.load(checkpoint, weights_only=True))
-    start, first, shown = time.time(), training.step, 0.0
+        training.resume(torch.load(checkpoint, weights_only=True, map_location="cpu"))
+    start, first, mean = time.time(), training.step, None
     while training.step < training.steps:
         loss = training.update()
-        if not math.isfinite(loss):
-            raise RuntimeError(f"{checkpoint.stem}: the loss is {loss} at step {training.step}")
-        shown = 0.99 * shown + 0.01 * loss if shown else loss
-        if training.step % 50 == 0:
+        mean = loss if mean is None else torch.lerp(mean, loss, 0.01)
+        if training.step % SHOWN == 0 or training.step == training.steps:  # reading a loss waits for a GPU
+            if not math.isfinite(shown := mean.item()):
+                raise RuntimeError(f"{checkpoint.stem}: the loss is {shown} at step {training.step}")
             pace = (time.time() - start) / (training.step - first)
             print(f"{checkpoint.stem} {training.step}/{training.steps} loss {shown:.4f} {pace:.2f} s/step", flush=True)
         if training.step % EVERY == 0 or training.step == training.steps:
@@ -65,10 +72,26 @@ def step_with(opt: torch.optim.Optimizer, lr: float) -> None:
 
 def dice(rng: random.Random) -> dict[str, Any]:
     """Where the random numbers stand: Python's of a training, and torch's."""
-    return {"drawings": rng.getstate(), "rng": torch.get_rng_state()}
+    return {"drawings": rng.getstate()} | numbers()
+
+
+def numbers() -> dict[str, Tensor]:
+    """Where torch's random numbers stand, on the processor and where the training computes."""
+    return {"rng": torch.get_rng_state()} | ({"gpu": torch.cuda.get_rng_state()} if device().type == "cuda" else {})
+
+
+def renumber(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["rng"])
+    if "gpu" in state and device().type == "cuda":
+        torch.cuda.set_rng_state(state["gpu"])
+
+
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A stored average where the training computes."""
+    return {k: v.to(device()) for k, v in state.items()}
 
 
 def throw(state: dict[str, Any], rng: random.Random) -> None:
-    version, numbers, gauss = state["drawings"]
-    rng.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(state["rng"])
+    version, drawn, gauss = state["drawings"]
+    rng.setstate((version, tuple(drawn), gauss))
+    renumber(state)

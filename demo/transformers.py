@@ -59,7 +59,12 @@ def build(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     from comfy.ldm.lumina.model import NextDiT
 
     kind: Any = {"flux": Flux, "lumina": NextDiT}[architecture]
-    return kind(**CONFIGS[architecture], dtype=dtype, device="cpu", operations=comfy.ops.disable_weight_init)
+    return kind(
+        **CONFIGS[architecture],
+        dtype=dtype,
+        device=torch.get_default_device(),
+        operations=comfy.ops.disable_weight_init,
+    )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from . import impostors, judge, mix, world
 from .glyphs import Painter
 from .judge import INPUT, Judge, Verdict, rearranged, spoil
-from .training import cosine, dice, step_with, throw
+from .training import cosine, device, dice, step_with, throw
 
 # The props of scenes are things too: a pub's door may stand there alone.
 PROPS = {prop: f"{word}'s prop" for word, (prop, _) in world.SCENES.items()}
@@ -225,15 +225,15 @@ class WitnessTrainer:
             self.model.trunk.load_state_dict(first.trunk.state_dict())
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.02)
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         x, views = batch_of(self.rng, self.painter, BATCH, self.lessons)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device().type, torch.bfloat16):
             logits = self.model(spoil(x))
         loss = loss_of({k: v.float() for k, v in logits.items()}, targets(views))
         loss.backward()
         step_with(self.opt, cosine(self.step, self.steps, RATE))
         self.step += 1
-        return loss.item()
+        return loss.detach()
 
     def state(self) -> dict[str, Any]:
         return dice(self.rng) | {
