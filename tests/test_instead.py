@@ -105,7 +105,10 @@ def test_the_nodes_take_it(clip: Any) -> None:
     made = ConceptGuardConcept.execute(clip, "a mug", instead="a cup\na glass").args[0]
     both = torch.cat([encode(clip, "a cup"), encode(clip, "a glass")]).mean(0, keepdim=True)
     assert torch.equal(made.instead, both) and made.instead_text == "a cup\na glass"
-    assert ConceptGuardConcept.execute(clip, "a mug").args[0].instead is None
+    nobody_said = ConceptGuardConcept.execute(clip, "a mug").args[0]
+    assert torch.equal(nobody_said.instead, encode(clip, "something"))
+    assert nobody_said.given_instead is None and torch.equal(made.given_instead, both)  # edits of weights ask
+    assert ConceptGuardConcept.execute(clip, "a mug", neutral="").args[0].instead is None
     made = ConceptGuardConceptFromConditioning.execute(tiny.cond(3), instead=tiny.cond(4)).args[0]
     assert torch.equal(made.instead, tiny.tokens(4))
     assert made.key != ConceptGuardConceptFromConditioning.execute(tiny.cond(3)).args[0].key

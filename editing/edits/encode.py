@@ -18,6 +18,8 @@ NEUTRAL = (
 )
 
 
+# What is drawn in a concept's place where nobody says what: a prompt that names no thing is still one of a picture.
+SOMETHING = "something"
 CONTEXT = 77  # tokens of one piece of prompt, where a text encoder pads
 # More prompts that say a phrase, from which it is learnt how its words show (methods/said.py).
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
@@ -28,7 +30,11 @@ def concept_from_text(
     clip: Any, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "", instead: str = ""
 ) -> Concept:
     """One phrase per line of `text` and of `keep`, encoded by the host's `clip`, the mean of `neutral`'s lines, but for
-    those that are the concept itself, and the mean of `instead`'s."""
+    those that are the concept itself, and the mean of `instead`'s.
+
+    With nothing to draw instead, SOMETHING is drawn for what is compared with NEUTRAL: the mean of so many unlike
+    prompts is no picture. Neutral lines of somebody's own say what remains.
+    """
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
     phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
@@ -36,7 +42,9 @@ def concept_from_text(
         raise ValueError("text is empty; write what to erase, one phrasing a line")
     lines = apart(lines_of(neutral), lines_of(text))
     ordinary, of_ordinary = encodings(clip, lines)
-    replacement, of_replacement = encodings(clip, lines_of(instead))
+    replacement, of_replacement = encodings(
+        clip, lines_of(instead.strip() or (SOMETHING if neutral == NEUTRAL else ""))
+    )
     empty, of_empty = encoded(clip, "")
     said = [replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases]
     return Concept(

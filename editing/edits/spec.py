@@ -84,6 +84,11 @@ class Concept(Shared):
     def baseline(self) -> Tensor | None:
         return self.empty if self.neutral is None else self.neutral
 
+    @property
+    def given_instead(self) -> Tensor | None:
+        """What somebody said to draw instead; None where `concept_from_text` chose."""
+        return self.instead if self.instead_text or not self.ordinary else None
+
     @cached_property
     def baseline_key(self) -> str:
         return "" if self.baseline is None else digest((self.baseline,))

@@ -21,7 +21,7 @@ def erasure(
 
     keep: texts that are read as before, the concept's own neighbours among them.
     """
-    C, G = erased(concept.phrases, empty, concept.instead)
+    C, G = erased(concept.phrases, empty, concept.given_instead)
     P = preserved((*keep, *concept.keep), C)
     if method == "TIME":
         return METHODS[method](C, G)
