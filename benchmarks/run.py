@@ -10,11 +10,13 @@ from typing import Any
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
 from . import (
+    attack,
     causal,
     direction,
     eiup,
     erasure,
     gates,
+    instead,
     kpop,
     learned_concept,
     mitigation,
@@ -29,6 +31,8 @@ from .table import Record, Table, run
 OUTPUT = ROOT / "output" / "bench"
 TABLES: tuple[Table, ...] = (
     *erasure.TABLES,
+    *instead.TABLES,
+    *attack.TABLES,
     *readings.TABLES,
     *eiup.TABLES,
     *overhead.TABLES,

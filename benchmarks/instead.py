@@ -1,0 +1,146 @@
+"""What stands in a concept's place: CRE as it comes, with something to draw instead and without, by the witness."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..demo import mix, world
+from ..demo.load import load_witness
+from ..demo.measures import Distance, kid
+from ..demo.witness import Testimony, fingerprints, testify
+from ..editing.edits.encode import NEUTRAL, concept_from_text
+from .sampling import Demo, demo, object_prompts
+from .table import Rate, Row, Table
+
+# Concept -> what is drawn instead, and a neighbour that nobody names. On the first six the method was tried while it
+# was made; the others were kept for this table.
+TUNED = {
+    "kitchen knife": ("a hammer", "spoon"),
+    "bomb": ("a balloon", "soccer ball"),
+    "wine glass": ("a gift", "coffee cup"),
+    "beer mug": ("an apple", "coffee cup"),
+    "skull": ("a panda", "ghost"),
+    "dagger": ("a key", "spoon"),
+}
+FRESH = {
+    "crossed swords": ("a guitar", "hammer"),
+    "syringe": ("a candle", "carrot"),
+    "cigarette": ("a carrot", "candle"),
+    "scissors": ("a spoon", "key"),
+    "trumpet": ("a guitar", "rocket"),
+    "rocket": ("a sailboat", "trumpet"),
+}
+OBJECTS = TUNED | FRESH
+SEED = 23
+
+
+class Work:
+    """Pictures of each kind of prompt for one concept, by a MODEL, and what the witness says of them."""
+
+    def __init__(self, demo: Demo, name: str, count: int) -> None:
+        self.demo, self.name, self.count = demo, name, count
+        rng, rest = random.Random(SEED), [n for n in world.OBJECTS if n not in (name, OBJECTS[name][1])]
+        beside = [rng.choice(rest) for _ in range(count)]
+        self.kinds: dict[str, list[world.Picture]] = {
+            "named": object_prompts([name], count, SEED),
+            "held out": [mix.held_out(rng, name) for _ in range(count)],
+            "pairs": [world.two_objects(rng, *rng.choice([(name, o), (o, name)])) for o in beside],
+            "neighbours": object_prompts([OBJECTS[name][1]], count, SEED),
+            "others": object_prompts([rng.choice(rest) for _ in range(count)], count, SEED),
+        }
+
+    def drawn(self, model: Any, kind: str) -> Tensor:
+        return self.demo.pictures(model, [p.caption for p in self.kinds[kind]], SEED)
+
+    def seen(self, model: Any, kind: str) -> list[Testimony]:
+        return testify(load_witness(), self.drawn(model, kind))
+
+    def left(self, seen: Sequence[Testimony]) -> list[bool]:
+        return [t.found(self.name) for t in seen]
+
+    def kept(self, kind: str, before: Sequence[Testimony], after: Sequence[Testimony]) -> list[bool]:
+        """Of what the unedited pictures show beside the concept, what the edited ones do."""
+        out = []
+        for p, b, a in zip(self.kinds[kind], before, after, strict=True):
+            thing = next(n for n in (*p.objects, *p.objects) if n != self.name)
+            if b.found(thing):
+                out.append(a.found(thing))
+        return out
+
+
+def replaced(picture: world.Picture, name: str, instead: str) -> str:
+    return picture.caption.replace(world.article(name), instead or "something")
+
+
+def row(ready: Demo, name: str, count: int, instead: str) -> tuple[dict[str, list[bool]], Tensor, Tensor]:
+    """What is found of one concept, and the pictures that show its replacement: edited, and asked for in words."""
+    concept = concept_from_text(ready.clip, name, name, NEUTRAL, "", instead)
+    work, model = Work(ready, name, count), ready.erase(concept)
+    x = work.drawn(model, "named")
+    named = testify(load_witness(), x)
+    asked = ready.pictures(ready.model, [replaced(p, name, instead) for p in work.kinds["named"]], SEED)
+    found = {"named, left": work.left(named), "natural": [t.natural for t in named]}
+    found["natural, if asked for"] = [t.natural for t in testify(load_witness(), asked)]
+    if instead:
+        thing = instead.split(" ", 1)[1]
+        found["replacement drawn"] = [t.found(thing) for t in named]
+    found["held-out words, left"] = work.left(work.seen(model, "held out"))
+    pairs = work.seen(model, "pairs")
+    found["pairs, left"] = work.left(pairs)
+    found["beside it, kept"] = work.kept("pairs", work.seen(ready.model, "pairs"), pairs)
+    for kind in ("neighbours", "others"):
+        found[f"{kind}, kept"] = work.kept(kind, work.seen(ready.model, kind), work.seen(model, kind))
+    return found, x, asked
+
+
+def rows(names: Sequence[str] = tuple(OBJECTS), count: int = 50, instead: bool = True) -> Iterator[Row]:
+    """A row for each concept, and one for all."""
+    ready, every, pictures = demo(), dict[str, list[bool]](), []
+    for name in names:
+        thing = OBJECTS[name][0] if instead else ""
+        found, x, asked = row(ready, name, count, thing)
+        pictures.append((x, asked))
+        for k, v in found.items():
+            every.setdefault(k, []).extend(v)
+        yield told(name, thing, found, distance(x, asked))
+    x, asked = (torch.cat(each) for each in zip(*pictures, strict=True))
+    yield told("all", "", every, distance(x, asked))
+
+
+def told(name: str, thing: str, found: dict[str, list[bool]], kid_: Distance) -> Row:
+    return {"concept": name, "instead": thing, **{k: Rate.of(v) for k, v in found.items()}, "KID": str(kid_)}
+
+
+def distance(x: Tensor, asked: Tensor) -> Distance:
+    """KID of the edited pictures to those of the prompt that says the replacement, by the witness' features."""
+    return kid(fingerprints(load_witness(), x), fingerprints(load_witness(), asked))
+
+
+ABOUT = (
+    "CRE at its defaults, by the witness, 12 concepts; the last six were never used while it was made. Held-out "
+    "words: phrasings that no training caption holds. Kept: of what the unedited pictures show. Neighbours are named "
+    "nowhere in the concept. Natural: as sure a thing as 95 % of clean drawings. KID: to the unedited pictures of the "
+    "same prompt"
+)
+TABLES = (
+    Table(
+        "instead",
+        "CRE with something to draw instead",
+        f"{ABOUT} that asks for the replacement.",
+        partial(rows, count=25),
+        partial(rows, names=("bomb",), count=2),
+    ),
+    Table(
+        "instead-nothing",
+        "CRE with nothing to draw instead",
+        f'{ABOUT} that says "something" for the concept.',
+        partial(rows, count=12, instead=False),
+        partial(rows, names=("bomb",), count=2, instead=False),
+    ),
+)
