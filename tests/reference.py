@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -54,7 +55,9 @@ def cre(
             steer = [steer[k] for k in near]
             if not steer:
                 continue
-            if joint:
+            if joint and clip:
+                c = torch.from_numpy(nnls(torch.stack(steer, 1).numpy(), a.numpy())[0])
+            elif joint:
                 c = torch.linalg.lstsq(torch.stack(steer, 1), a[:, None], driver="gelsd").solution[:, 0]
             else:
                 c = torch.stack([a @ t / (t @ t) for t in steer])

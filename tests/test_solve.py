@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.optimize import nnls
 
 from conceptguard.editing.methods import solve
 from conceptguard.editing.methods.cre import least_squares
@@ -45,6 +46,21 @@ def test_dependent_concepts_share_what_they_explain(monkeypatch: pytest.MonkeyPa
     assert torch.isfinite(found).all()
     taken = [(c * twice).sum(0) for c in (found, expected)]
     torch.testing.assert_close(*taken, rtol=1e-3, atol=1e-3)
+
+
+def test_two_phrasings_of_one_thing_take_it_once() -> None:
+    """Clipped alone, one of their coefficients would be large, for the other's negative one to undo."""
+    g = torch.Generator().manual_seed(0)
+    thing = torch.randn(1, 64, 1, 40, generator=g)
+    x = thing + 0.05 * torch.randn(2, 64, 1, 40, generator=g)
+    a = thing[0] + 0.3 * torch.randn(64, 1, 40, generator=g)
+    present = torch.ones(2, 64, 1, 1, dtype=torch.bool)
+    c = least_squares(a, x, present, positive=True)
+    assert (c >= 0).all() and (0.7 < c.sum(0)).all() and (c.sum(0) < 1.3).all()
+    assert least_squares(a, x, present).clamp_min(0).sum(0).max() > 1.5
+    for i in range(64):
+        expected = torch.from_numpy(nnls(x[:, i, 0].T.double().numpy(), a[i, 0].double().numpy())[0])
+        torch.testing.assert_close(c[:, i, 0, 0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_apples_device_is_among_them() -> None:

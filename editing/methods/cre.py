@@ -35,6 +35,7 @@ CHOICES = {
     "evidence": ("tokens", "position"),
 }
 RIDGE = 1e-6  # of the Gram matrix' trace: dependent concepts share what they explain
+LEFT_OUT = 2  # how often the negative ones are left out at most
 TINY = 1e-12  # a concept without attention output has no direction to project on, and edits nothing
 
 
@@ -103,7 +104,7 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
         note(where[..., 0, 0] if where.shape[-2] == 1 else where[..., 0].amax(-1))
     s = s * where
     alone = options.solve == "sum" or len(x) == 1
-    c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0)
+    c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0, options.negative == "clip")
     if options.negative == "clip":
         c = c.clamp_min(0)
     taken = s * c * (x if found.Ar is None else less(At, found.Ar, options.width))
@@ -139,17 +140,29 @@ def likeness(a: Tensor, y: Tensor, of: Tensor) -> Tensor:
     return cosines.where(own, -torch.inf).amax(1)
 
 
-def least_squares(a: Tensor, x: Tensor, present: Tensor) -> Tensor:
+def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False) -> Tensor:
     """argmin_c ||a - sum_k c_k x_k||^2 at every position and head, over the concepts that are present there.
+
+    positive: over c >= 0. Two phrasings of one thing are nearly one vector, on which 3 and -2 do what 1 does; to clip
+    the -2 alone would take the thing away three times. What turns out negative is left out, and the rest solved again.
 
     a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1 or H, 1]; returns c: [K, ..., H, 1].
     """
     X = x.movedim(0, -2)  # [..., H, K, d]
-    m = present.movedim(0, -2).to(X.dtype)  # [..., 1, K, 1]
-    b = m * (x * a).sum(-1, keepdim=True).movedim(0, -2)
-    gram = m * (X @ X.mT) * m.mT
-    ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + TINY
-    return solve(gram + ridge[..., None, None] * torch.eye(X.shape[-2], device=X.device), b).movedim(-2, 0)
+    b, gram = (x * a).sum(-1, keepdim=True).movedim(0, -2), X @ X.mT
+    eye = torch.eye(len(x), device=x.device)
+
+    def solved(m: Tensor) -> Tensor:
+        own = m * gram * m.mT
+        ridge = RIDGE * own.diagonal(dim1=-2, dim2=-1).sum(-1) + TINY
+        return m * solve(own + ridge[..., None, None] * eye, m * b)
+
+    m = present.movedim(0, -2).to(X.dtype)  # [..., 1 or H, K, 1]
+    c = solved(m)
+    for _ in range(min(LEFT_OUT, len(x) - 1) if positive else 0):
+        m = m * (c > 0)
+        c = solved(m)
+    return c.movedim(-2, 0)
 
 
 class CREEdit(ConceptEdit):
