@@ -142,7 +142,9 @@ class Trainer:
         self.steps, self.batch, self.peak = steps, batch, peak
         self.pictures, self.latents, self.tokenize = pictures, latents.to(device()), tokenize
         self.captions = Captions(pictures, references, tokenize)
-        used = sorted(set(self.captions.ids.flatten().tolist()) - {IMAGE} | set(tokenize("plain")))
+        shown = [p for p in pictures if p.reference]
+        names = {t for p in shown for words in (p.objects[0], p.style or "plain") for t in tokenize(words)}
+        used = sorted(set(self.captions.ids.flatten().tolist()) - {IMAGE} | {*names, *tokenize("plain")})
         self.text, self.reference = TextEncoder(used), model.ReferenceEncoder()
         self.unet = model.build_unet()
         initialise(self.unet)
@@ -154,7 +156,7 @@ class Trainer:
         self.half = model.build_unet(torch.bfloat16).requires_grad_(True)
         self.average = {k: v.detach().clone() for k, v in self.master.state_dict().items()}
         self.alphas, self.step, self.reads = cosine_alphas(), 0, False
-        self.named = word_weights(self.text, tokenize, [p for p in pictures if p.reference])
+        self.named = word_weights(self.text, tokenize, shown)
         self.opt = torch.optim.AdamW(
             self.master.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -33,13 +34,17 @@ def shown(value: Any) -> str:
 
 
 def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, whose `execute` takes inputs in its schema's order or by name, and refuses numbers out of bounds."""
+    """The node, whose `execute` refuses numbers out of bounds. It takes inputs by name or in its own order, which is
+    the schema's where it does not name them all."""
     inner: Callable[..., io.NodeOutput] = node.execute.__func__
+    own = list(signature(inner).parameters.values())[1:]
+    named = [] if any(p.kind is p.VAR_KEYWORD for p in own) else [p.name for p in own]
 
     @wraps(inner)
     def execute(cls: type[io.ComfyNode], *args: Any, **inputs: Any) -> io.NodeOutput:
         schema = schema_of(node)
-        given = {**dict(zip((each.id for each in schema.inputs), args, strict=False)), **inputs}
+        order = named or [each.id for each in schema.inputs]
+        given = {**dict(zip(order, args, strict=False)), **inputs}
         if problem := outside(node, given):
             raise ValueError(f"{schema.node_id}: {problem}")
         return inner(cls, **given)

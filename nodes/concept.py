@@ -53,7 +53,8 @@ class ConceptGuardConcept(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="What to draw in the concept's place, such as a cup for a mug; several lines are mixed. It "
-                    "keeps pictures whole. Empty: 'something', which a model fills as it likes, or what neutral lines of your own say.",
+                    "keeps pictures whole. Empty: 'something', which a model fills as it likes, or what neutral "
+                    "lines of your own say.",
                 ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept, encoded.")],

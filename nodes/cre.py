@@ -26,9 +26,9 @@ TOOLTIPS = {
     "prints it (sum).",
     "floor": "Edit only where what the prompt finds is at least this similar (cosine) to the concept: higher spares "
     "other things more, 1 edits almost nothing, 0 edits everywhere, as the paper does.",
-    "evidence": "Follow what the prompt's own words say (tokens): where they ask for the concept the floor is a fifth "
-    "of itself, so that no further words hide it; elsewhere it is higher, and spares neighbours that nobody named. Or "
-    "ask each position alone (position), as the floor stands.",
+    "evidence": "Follow what the prompt's own words say (tokens): where they ask for the concept the floor is two "
+    "fifths of itself, so that no further words hide it; elsewhere it is higher, and spares neighbours that nobody "
+    "named. Or ask each position alone (position), as the floor stands.",
 }
 
 

@@ -56,7 +56,7 @@ def cre(
             if not steer:
                 continue
             if joint and clip:
-                c = torch.from_numpy(nnls(torch.stack(steer, 1).numpy(), a.numpy())[0])
+                c = torch.from_numpy(nnls(torch.stack(steer, 1).detach().numpy(), a.detach().numpy())[0])
             elif joint:
                 c = torch.linalg.lstsq(torch.stack(steer, 1), a[:, None], driver="gelsd").solution[:, 0]
             else:

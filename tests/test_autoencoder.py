@@ -46,6 +46,9 @@ class Painter:
     def __call__(self, picture: world.Picture) -> torch.Tensor:
         return torch.rand(3, world.SIZE, world.SIZE)
 
+    def paint(self, layers: tuple[()], background: str) -> torch.Tensor:
+        return torch.zeros(3, world.SIZE, world.SIZE)
+
 
 def trainer(steps: int, encoder_learns: bool = True) -> train_autoencoder.AutoencoderTrainer:
     torch.manual_seed(0)
@@ -78,7 +81,7 @@ def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytes
 
 def test_a_training_that_diverged_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = trainer(4)
-    monkeypatch.setattr(broken, "update", lambda: float("nan"))
+    monkeypatch.setattr(broken, "update", lambda: torch.tensor(torch.nan))
     with pytest.raises(RuntimeError, match="the loss is nan"):
         training.run(broken, tmp_path / "autoencoder.pt")
     assert not list(tmp_path.iterdir())

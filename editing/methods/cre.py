@@ -35,7 +35,6 @@ CHOICES = {
     "evidence": ("tokens", "position"),
 }
 RIDGE = 1e-6  # of the Gram matrix' trace: dependent concepts share what they explain
-LEFT_OUT = 2  # how often the negative ones are left out at most
 TINY = 1e-12  # a concept without attention output has no direction to project on, and edits nothing
 
 
@@ -144,7 +143,8 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False)
     """argmin_c ||a - sum_k c_k x_k||^2 at every position and head, over the concepts that are present there.
 
     positive: over c >= 0. Two phrasings of one thing are nearly one vector, on which 3 and -2 do what 1 does; to clip
-    the -2 alone would take the thing away three times. What turns out negative is left out, and the rest solved again.
+    the -2 alone would take the thing away three times. The most negative is left out and the rest solved again, until
+    none is.
 
     a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1 or H, 1]; returns c: [K, ..., H, 1].
     """
@@ -159,8 +159,8 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False)
 
     m = present.movedim(0, -2).to(X.dtype)  # [..., 1 or H, K, 1]
     c = solved(m)
-    for _ in range(min(LEFT_OUT, len(x) - 1) if positive else 0):
-        m = m * (c > 0)
+    for _ in range(len(x) - 1 if positive else 0):
+        m = m * ((c > 0) | (c > c.amin(-2, keepdim=True)))
         c = solved(m)
     return c.movedim(-2, 0)
 

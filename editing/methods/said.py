@@ -26,7 +26,7 @@ from ..edits.spec import Concept, Phrase
 
 # A floor where the tokens do not say the concept, and where they do, as shares of it: a position is edited on less
 # evidence of its own where the prompt asks for the concept, and spares its neighbours better where it does not.
-UNSAID, SAID = 1.3, 0.2
+UNSAID, SAID = 1.7, 0.4
 # What says neither: a concept without examples keeps its floor.
 UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
 
