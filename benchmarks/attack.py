@@ -235,7 +235,8 @@ def rows(
             Attacked(ready, name, EDITS["CRE, instead"](ready, name), count, unedited).from_picture(denoise)
             for name in names
         ]
-        found, flagged = (sum(each, []) for each in zip(*both, strict=True))
+        found = [left for one, _ in both for left in one]
+        flagged = [seen for _, one in both for seen in one]
         yield {
             "edit": "CRE, instead",
             "attack": f"img2img at denoise {denoise}",
