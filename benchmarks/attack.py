@@ -235,13 +235,13 @@ def rows(
             Attacked(ready, name, EDITS["CRE, instead"](ready, name), count, unedited).from_picture(denoise)
             for name in names
         ]
-        found = [left for one, _ in both for left in one]
-        flagged = [seen for _, one in both for seen in one]
+        left = [each for one, _ in both for each in one]
+        flagged = [each for _, one in both for each in one]
         yield {
             "edit": "CRE, instead",
             "attack": f"img2img at denoise {denoise}",
-            "recovered": Rate.of(found),
-            "image gate flags": Rate.of([f for s, f in zip(found, flagged, strict=True) if s]),
+            "recovered": Rate.of(left),
+            "image gate flags": Rate.of([f for s, f in zip(left, flagged, strict=True) if s]),
         }
 
 
