@@ -23,11 +23,12 @@ ALLOWED = {
 # The one node that loads the demo model has to know it.
 EXCEPTIONS = {"nodes/demo.py": {"demo"}}
 
-# Modules of editing/ that may import the host: the binding, and what trains through a MODEL.
+# Modules of editing/ that may import the host: the binding, what trains through a MODEL, and a policy's enforcement.
 HOST_USERS = {
     "editing/engine/host.py",
     "editing/engine/weights.py",
     "editing/engine/backbones/unet.py",
+    "editing/policy/enforce.py",
     "editing/training/changes.py",
     "editing/training/harness.py",
 }

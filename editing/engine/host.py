@@ -44,15 +44,22 @@ RUN = "concept_guard_run"  # in the transformer_options of one sampling run
 def add_edit(model: ModelPatcher, spec: EditSpec) -> ModelPatcher:
     """A clone of `model` with one more edit; raises if the model cannot be edited so."""
     of_model(model, spec.node).admit(spec)
+    model = carrying(model, (*edits_of(model), spec))
+    model.model_options["transformer_options"][ACCOUNTS] = Accounts()
+    return model
+
+
+def carrying(model: ModelPatcher, specs: Sequence[EditSpec]) -> ModelPatcher:
+    """A clone of `model` with these edits, which suit it, and no others; of its runs it keeps the same accounts."""
     model = woken(model)
     options = model.model_options["transformer_options"]
-    specs = options[EDITS] = [*options.get(EDITS, ()), spec]
-    options[ACCOUNTS] = Accounts()
+    options[EDITS] = list(specs)
+    options.setdefault(ACCOUNTS, Accounts())
     model.set_attachments(EDITS, tuple(specs))
     bear_witness(model, specs)
-    if spec.gate.inflight:
+    for flight in [spec.gate.inflight for spec in specs if spec.gate.inflight]:
         loaded = model.get_additional_models_with_key(EDITS)
-        more = [each for each in spec.gate.inflight.models if not any(each.is_clone(known) for known in loaded)]
+        more = [each for each in flight.models if not any(each.is_clone(known) for known in loaded)]
         model.set_additional_models(EDITS, [*loaded, *more])
     return model
 

@@ -27,7 +27,8 @@ class Given:
     """What a preset is used with.
 
     find: reads a file that does not travel along; encoder: what a discriminator's file was trained with, if it is
-    here; vae, image, text: what gates look with and at, None where nobody gave them.
+    here; vae, image, text: what gates look with and at, None where nobody gave them; concept: makes one of words, if
+    not `clip` does.
     """
 
     clip: Any
@@ -37,6 +38,7 @@ class Given:
     image: Tensor | None = None
     text: str | None = None
     report: Report | None = None
+    concept: Callable[[Words], Concept] | None = None
 
 
 def specs_of(

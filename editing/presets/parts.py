@@ -47,7 +47,8 @@ class Words(Part):
         return concept_from_text(clip, phrases, self.name, *rest)
 
     def concept(self, maker: Any) -> spec.Concept:
-        return self.encoded(maker.given.clip)
+        given = maker.given
+        return self.encoded(given.clip) if given.concept is None else given.concept(self)
 
     def files(self) -> Iterator[tuple[LearnedFile, str]]:
         """The learned files that it needs, each with its kind."""

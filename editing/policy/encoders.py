@@ -1,0 +1,141 @@
+"""The text encoders that a server's graphs use, remembered by what they encode: a policy's words are encoded with the
+very one that made a run's prompts.
+
+Nothing here keeps a text encoder in memory. What a policy needs of one, the encodings of its words, is made when the
+encoder is at work anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..edits.spec import Concept
+from ..presets.document import Preset
+from ..presets.parts import Words
+
+MOST = 16  # encoders that are remembered, each with some encodings
+TEXTS = 64  # of the prompts that were tokenized last
+
+
+class Encoder:
+    """One text encoder as it stands: its weights, with the patches of LoRAs, and the layer that it is read at."""
+
+    def __init__(self, clip: Any) -> None:
+        self.stage = weakref.ref(clip.cond_stage_model)
+        self.see(clip)
+        self.concepts: dict[Words, Concept] = {}
+
+    def see(self, clip: Any) -> None:
+        self.clip = weakref.ref(clip)
+
+    def concept(self, words: Words) -> Concept:
+        if words not in self.concepts:
+            clip = self.clip()
+            if clip is None:
+                raise ValueError(
+                    f'"{words.name}" is new in the policy, and the text encoder of this prompt is not in memory any '
+                    "more; change a letter of the prompt, so that it is encoded anew"
+                )
+            self.concepts[words] = words.encoded(clip)
+        return self.concepts[words]
+
+
+class Made:
+    """An encoding of a prompt, by which encoder, and its text if it is known."""
+
+    def __init__(self, tensor: Tensor, encoder: Encoder, text: str | None, forget: Any) -> None:
+        self.tensor, self.encoder, self.text = weakref.ref(tensor, forget), encoder, text
+
+
+class Encoders:
+    def __init__(self) -> None:
+        self.known: OrderedDict[Any, Encoder] = OrderedDict()
+        self.made: dict[int, Made] = {}  # by the encoding's id
+        self.texts: deque[tuple[Any, str]] = deque(maxlen=TEXTS)  # with the tokens of each
+        self.own = False  # whether a policy's words are being encoded
+
+    def tokenized(self, tokens: Any, text: Any) -> None:
+        if not self.own and isinstance(text, str):
+            self.texts.append((tokens, text))
+
+    def encoded(self, clip: Any, tokens: Any, result: Any, words: Iterable[Words]) -> None:
+        """What the host's CLIP made of a prompt's tokens; `words`, of the policy, are encoded as well."""
+        tensor = tensor_of(result)
+        if self.own or tensor is None:
+            return
+        encoder = self.of(clip)
+        text = next((text for known, text in reversed(self.texts) if known is tokens), None)
+        place = id(tensor)
+        self.made[place] = Made(tensor, encoder, text, lambda _: self.made.pop(place, None))
+        self.own = True
+        try:
+            for each in words:
+                encoder.concept(each)
+        except (
+            Exception
+        ) as error:  # of whatever kind this encoder is: the prompt is the user's, and sampling will refuse
+            logging.warning(
+                "ConceptGuard policy: %s cannot encode the policy's words: %s",
+                type(clip.cond_stage_model).__name__,
+                error,
+            )
+        finally:
+            self.own = False
+
+    def of(self, clip: Any) -> Encoder:
+        patcher = getattr(clip, "patcher", None)
+        stage = clip.cond_stage_model
+        key = id(stage), getattr(patcher, "patches_uuid", None), getattr(clip, "layer_idx", None)
+        encoder = self.known.pop(key, None)
+        if encoder is None or encoder.stage() is not stage:
+            encoder = Encoder(clip)
+        encoder.see(clip)
+        self.known[key] = encoder
+        while len(self.known) > MOST:
+            self.known.popitem(last=False)
+        return encoder
+
+    def behind(self, tensors: Iterable[Tensor], width: int) -> tuple[list[Encoder], list[str | None]]:
+        """The encoders that made these encodings, and the text of each encoding, None where it is not known.
+
+        Where one is not as an encoder made it (averaged, joined, scaled), any of those of the model's text width may
+        have had a part in it: then all of them. width: W of the encodings [B, T, W] that the model reads.
+        """
+        found: dict[int, Encoder] = {}
+        texts: list[str | None] = []
+        for tensor in tensors:
+            made = self.made.get(id(tensor))
+            if made is not None and made.tensor() is tensor:
+                found[id(made.encoder)] = made.encoder
+                texts.append(made.text)
+            else:
+                found |= {id(each): each for each in self.of_width(width)}
+                texts.append(None)
+        return list(found.values()), texts
+
+    def of_width(self, width: int) -> Iterator[Encoder]:
+        """Those that were in use last, and those whose encodings somebody holds: the words' own width tells."""
+        for encoder in (*self.known.values(), *(made.encoder for made in list(self.made.values()))):
+            if any(concept.width == width for concept in encoder.concepts.values()):
+                yield encoder
+
+
+def words_of(presets: Iterable[Preset]) -> list[Words]:
+    """The concepts of presets that are in words."""
+    found = (getattr(edit, "concept", None) for preset in presets for edit in preset.edits)
+    return list(dict.fromkeys(each for each in found if isinstance(each, Words)))
+
+
+def tensor_of(result: Any) -> Tensor | None:
+    """The encoding [B, T, W] in what a CLIP returns, in any of its forms."""
+    if isinstance(result, dict):
+        result = result.get("cond")
+    if isinstance(result, tuple):
+        result = result[0] if result else None
+    return result if isinstance(result, Tensor) and result.ndim == 3 else None

@@ -1,0 +1,314 @@
+"""A policy put where every sampler of the host passes: the one module that changes the host, and only while a policy
+is on.
+
+Four of the host's methods are wrapped. CFGGuider.sample is what all sampler nodes call: there the MODEL gets the
+policy's edits, and there its account is asked for. BaseModel.apply_model is what a model call goes through, whoever
+makes it: there those are refused that did not come by the first. CLIP.tokenize and CLIP.encode_from_tokens tell which
+text encoder made which prompt. `off` puts the host's own functions back.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.samplers import CFGGuider
+from comfy.sd import CLIP
+
+from ..edits.spec import EditSpec
+from ..engine.account import ACCOUNTS, LISTENERS, Account
+from ..engine.backbone import Backbone
+from ..engine.conds import positive
+from ..engine.host import EDITS, RUN, carrying, edits_of, of_model, ordered
+from ..gates.decoders import preview
+from .document import Keeping
+from .encoders import Encoders, words_of
+from .file import Loaded, PolicyFile, Refused
+from .govern import NODE, Files, Sampling, edits_for, shown, together
+from .record import Record
+
+PICTURES = ("concat_latent_image", "reference_latents", "control", "unclip_conditioning", "guiding_frame_index")
+NEARLY = 0.9  # of the greatest noise level: a run that begins there has all of the timesteps
+
+
+@dataclass
+class Told:
+    """Who asks for a run, for the record and for words on the node: whatever the server knows."""
+
+    who: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda _: None
+
+
+class Enforcement:
+    """file: the policy; asked: who asks for the run that goes on now."""
+
+    def __init__(self, file: PolicyFile, record: Record, files: Files, asked: Callable[[], Told] = Told) -> None:
+        self.file, self.record, self.files, self.asked = file, record, files, asked
+        self.encoders = Encoders()
+        self.sampled: list[BaseModel] = []  # the models of the runs that go on, the outermost first
+        self.held: list[tuple[type, str, Any, Any]] = []  # class, name, the host's function and ours
+
+    # -- on and off ----------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """As the file has it now: whether the policy is on. A damaged file is, and refuses."""
+        try:
+            on = self.file.now().policy.on
+        except Refused:
+            on = True
+        if on and not self.held:
+            self.on()
+        if not on and self.held:
+            self.off()
+        return on
+
+    def on(self) -> None:
+        for owner, name, make in (
+            (CFGGuider, "sample", self._sample),
+            (BaseModel, "apply_model", self._apply_model),
+            (CLIP, "tokenize", self._tokenize),
+            (CLIP, "encode_from_tokens", self._encode_from_tokens),
+        ):
+            original = vars(owner)[name]
+            ours = functools.wraps(original)(make(original))
+            setattr(owner, name, ours)
+            self.held.append((owner, name, original, ours))
+
+    def off(self) -> None:
+        """The host is as it was. Where another pack has wrapped ours meanwhile, ours stays within, and does nothing."""
+        for owner, name, original, ours in reversed(self.held):
+            if vars(owner)[name] is ours:
+                setattr(owner, name, original)
+        self.held = []
+
+    # -- what is wrapped -----------------------------------------------------------------------------------------------
+
+    def _sample(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample(guider: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *a: Any, **k: Any) -> Any:
+            def go() -> Any:
+                return original(guider, noise, latent_image, sampler, sigmas, *a, **k)
+
+            if not self.held or not self.refresh() or sigmas.shape[-1] == 0:
+                return go()
+            return self.governed(guider, latent_image, sigmas, go)
+
+        return sample
+
+    def _apply_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def apply_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.held and not any(each is model for each in self.sampled):
+                raise self.refused(
+                    Refused(
+                        "a node samples this model by code of its own, past the host's guiders, where no edit can be "
+                        "put on it; use another sampler"
+                    ),
+                    {"model": type(model).__name__},
+                )
+            return original(model, *args, **kwargs)
+
+        return apply_model
+
+    def _tokenize(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def tokenize(clip: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens = original(clip, text, *args, **kwargs)
+            self.encoders.tokenized(tokens, text)
+            return tokens
+
+        return tokenize
+
+    def _encode_from_tokens(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def encode_from_tokens(clip: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(clip, tokens, *args, **kwargs)
+            if self.held:
+                self.encoders.encoded(clip, tokens, result, self.words())
+            return result
+
+        return encode_from_tokens
+
+    def words(self) -> list[Any]:
+        try:
+            return words_of(self.file.now().presets.values())
+        except Refused:
+            return []
+
+    # -- one run -------------------------------------------------------------------------------------------------------
+
+    def governed(self, guider: Any, latent_image: Any, sigmas: torch.Tensor, go: Callable[[], Any]) -> Any:
+        """One sampling run with the policy's edits; an error, and no picture, unless its account shows them."""
+        start, about = time.monotonic(), {"model": type(guider.model_patcher.model).__name__}
+        try:
+            loaded = self.file.now()
+            ours = self.edits(loaded, guider, latent_image, sigmas, about)
+        except Refused as error:
+            raise self.refused(error, about) from None
+        if ours is None:
+            with self.sampling(guider.model_patcher):
+                latents = go()
+            self.note(loaded, "passed", {**about, "seconds": time.monotonic() - start})
+            return latents
+        if RUN in guider.model_options.get("transformer_options", {}):  # a guider within a guider: the outer one counts
+            with carried(guider, ours), self.sampling(guider.model_patcher):
+                return go()
+        try:
+            with carried(guider, ours), self.sampling(guider.model_patcher), listening() as accounts:
+                latents = go()
+            account = shown(accounts, ours) if any(not spec.idle for spec in ours) else None
+        except Refused as error:
+            raise self.refused(error, about) from None
+        except BaseException as error:
+            verdict = "refused" if str(error).startswith(NODE) else "failed"  # an edit of the policy's did not act
+            self.note(loaded, verdict, {**about, "why": str(error) or type(error).__name__})
+            raise
+        self.tell(loaded, ours, account)
+        about |= {} if account is None else {key: account.document()[key] for key in ("edits", "gates", "steps")}
+        self.note(loaded, "edited", {**about, "seconds": round(time.monotonic() - start, 3)})
+        return latents
+
+    def edits(
+        self, loaded: Loaded, guider: Any, latent_image: Any, sigmas: torch.Tensor, about: dict[str, Any]
+    ) -> list[EditSpec] | None:
+        """The policy's edits of this run; None: it lets it pass without any. Raises Refused."""
+        policy, patcher = loaded.policy, guider.model_patcher
+        try:
+            backbone = of_model(patcher, NODE)
+            about["family"] = backbone.family
+            rule = policy.rule(backbone.family)
+            if rule is None:
+                raise ValueError(f"no rule of the policy covers {backbone.family} models")
+        except ValueError as error:
+            self.others(policy.others, str(error).removeprefix(f"{NODE}: "), about)
+            return None
+        picture = brings_picture(latent_image, [cond for _, cond in conds_of(guider)])
+        if picture and policy.pictures != "edit":
+            self.others(policy.pictures, "this run begins with a picture, or is led by one", about)
+            return None
+        run, texts = self.seen(guider, backbone, latent_image, sigmas, picture)
+        if policy.prompts:
+            about["prompts"] = texts
+        specs = edits_for(loaded, rule, run, self.files)
+        try:
+            for spec in specs:
+                backbone.admit(spec)
+        except ValueError as error:
+            self.others(policy.others, str(error).removeprefix(f"{NODE}: "), about)
+            return None
+        return specs
+
+    def others(self, choice: str, why: str, about: dict[str, Any]) -> None:
+        if choice == "refuse":
+            raise Refused(f"{why}; this server does not sample it")
+        about["why"] = why
+
+    def seen(
+        self, guider: Any, backbone: Backbone, latents: Any, sigmas: torch.Tensor, picture: bool
+    ) -> tuple[Sampling, list[str | None]]:
+        """A run, and the texts of its prompts."""
+        encoded = [(name, cond["cross_attn"]) for name, cond in conds_of(guider) if "cross_attn" in cond]
+        encoders, texts = self.encoders.behind([tensor for _, tensor in encoded], backbone.width)
+        asked = [text for (name, _), text in zip(encoded, texts, strict=True) if positive(name)]
+        text = None if None in asked else "\n".join(filter(None, asked))
+        greatest = float(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(0.01))
+        whole = float(sigmas[0]) >= NEARLY * greatest and float(sigmas[-1]) == 0
+        everyone = not ordered(guider) or getattr(guider, "cfg", 1.0) < 1
+        image = looked_at(latents, guider.model_patcher) if picture else None
+        return Sampling(backbone.family, encoders, text, picture, image, whole, everyone), texts
+
+    @contextmanager
+    def sampling(self, patcher: ModelPatcher) -> Iterator[None]:
+        self.sampled.append(patcher.model)
+        try:
+            yield
+        finally:
+            self.sampled.pop()
+
+    # -- who is told ---------------------------------------------------------------------------------------------------
+
+    def tell(self, loaded: Loaded, ours: Sequence[EditSpec], account: Account | None) -> None:
+        if "user" not in loaded.policy.tell:
+            return
+        keys = {spec.key for spec in ours}
+        lines = [] if account is None else account.lines()
+        said = [f'"{entry.spec.source.name}" {line}' for entry, line in lines if entry.spec.key in keys]
+        self.asked().say("\n".join(said or ["This server's policy: the gates of its edits were closed"]))
+
+    def refused(self, error: Refused, about: dict[str, Any]) -> Refused:
+        """The same, with its place in the record, also where the policy cannot be read."""
+        try:
+            loaded = self.file.now()
+        except Refused:
+            loaded = None
+        self.note(loaded, "refused", {**about, "why": str(error)})
+        return error
+
+    def note(self, loaded: Loaded | None, verdict: str, about: dict[str, Any]) -> None:
+        entry = {"verdict": verdict, **self.asked().who, **about}
+        try:
+            self.record.add(entry, Keeping() if loaded is None else loaded.policy.record)
+        except OSError as error:
+            logging.error("ConceptGuard policy: the record cannot be written: %s", error)
+            if verdict in ("edited", "passed"):
+                raise Refused(
+                    "the record cannot be written, and no picture leaves this server without its line; whoever runs "
+                    f"the server sees to its disk ({error.strerror or error})"
+                ) from error
+
+
+def conds_of(guider: Any) -> list[tuple[str, dict[str, Any]]]:
+    """A guider's prompts, each with the name of its list."""
+    return [(name, cond) for name, conds in guider.original_conds.items() for cond in conds]
+
+
+@contextmanager
+def carried(guider: Any, ours: Sequence[EditSpec]) -> Iterator[None]:
+    """While a guider samples, its MODEL and its options carry the policy's edits."""
+    held = guider.model_patcher, guider.model_options
+    given = held[1].get("transformer_options", {})
+    brought = {spec.key: spec for spec in (*edits_of(held[0]), *given.get(EDITS, ()))}
+    specs = together(list(brought.values()), ours)
+    model = carrying(held[0], specs)
+    options = model.model_options
+    if held[1] is not held[0].model_options:
+        options = create_model_options_clone(held[1])
+        options.setdefault("transformer_options", {})[EDITS] = list(specs)
+        options["transformer_options"].setdefault(ACCOUNTS, model.model_options["transformer_options"][ACCOUNTS])
+    guider.model_patcher, guider.model_options = model, options
+    try:
+        yield
+    finally:
+        guider.model_patcher, guider.model_options = held
+
+
+@contextmanager
+def listening() -> Iterator[list[Account]]:
+    """The accounts of the runs that end meanwhile."""
+    accounts: list[Account] = []
+    LISTENERS.append(accounts.append)
+    try:
+        yield accounts
+    finally:
+        LISTENERS.remove(accounts.append)
+
+
+def brings_picture(latent_image: Any, conds: Sequence[dict[str, Any]]) -> bool:
+    """Whether a run begins with a picture, or its prompts bring one."""
+    parts = latent_image.unbind() if getattr(latent_image, "is_nested", False) else [latent_image]
+    drawn = any(torch.count_nonzero(part) > 0 for part in parts if isinstance(part, torch.Tensor))
+    return drawn or any(cond.get(key) is not None for cond in conds for key in PICTURES)
+
+
+def looked_at(latents: Any, patcher: ModelPatcher) -> torch.Tensor | None:
+    """The picture that a run begins with, as the host's preview shows it: [B, h, w, 3] in [0, 1]; None without one."""
+    if not isinstance(latents, torch.Tensor) or not torch.count_nonzero(latents):
+        return None
+    try:
+        return preview(latents.float().cpu(), patcher.model.latent_format)
+    except ValueError:
+        return None

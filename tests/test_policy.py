@@ -1,0 +1,385 @@
+"""A policy where sampling happens: every run carries its edits and shows them, or ends without a picture."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.samplers
+import comfy.sd
+import foreign_bypass as packs
+import pytest
+import tiny
+import torch
+from comfy.model_patcher import ModelPatcher
+from foreign_rows import GeometricCFG, Nameless
+from governed import CRE, EIUP, governed, prompt, sample, write
+
+from conceptguard.editing.engine.account import LISTENERS
+from conceptguard.editing.engine.host import account_of, edits_of
+from conceptguard.editing.policy.file import Refused
+from conceptguard.editing.presets.apply import Given, specs_of
+from conceptguard.editing.presets.document import read
+from conceptguard.nodes.preset import ConceptGuardApplyPreset
+
+HOOKED = [
+    (comfy.samplers.CFGGuider, "sample"),
+    (comfy.model_base.BaseModel, "apply_model"),
+    (comfy.sd.CLIP, "tokenize"),
+    (comfy.sd.CLIP, "encode_from_tokens"),
+]
+pytestmark = pytest.mark.usefixtures("as_a_node")
+
+
+def edited(model: Any, clip: Any, folder: Path) -> Any:
+    """The same by hand: the preset applied by its node."""
+    text = (folder / "mine.json").read_text()
+    return ConceptGuardApplyPreset.execute(model, clip, text, other_models=True).args[0]
+
+
+def verdicts(enforcement: Any) -> list[str]:
+    return [entry["verdict"] for entry in enforcement.record.entries()]
+
+
+# --- on and off ------------------------------------------------------------------------------------------------------
+
+
+def test_off_restores_the_host_exactly(model: Any, clip: Any, tmp_path: Path) -> None:
+    before = [vars(owner)[name] for owner, name in HOOKED]
+    plain = sample(model, clip)
+    with governed(tmp_path) as enforcement:
+        during = [vars(owner)[name] for owner, name in HOOKED]
+        assert all(a is not b for a, b in zip(before, during, strict=True))
+        assert [inspect.signature(a) for a in before] == [inspect.signature(b) for b in during]
+        assert not torch.equal(sample(model, clip), plain)
+        write(tmp_path, on=False)
+        assert torch.equal(sample(model, clip), plain) and not enforcement.held
+        assert all(vars(owner)[name] is a for (owner, name), a in zip(HOOKED, before, strict=True))
+        write(tmp_path)
+        assert enforcement.refresh() and not torch.equal(sample(model, clip), plain)
+    assert all(vars(owner)[name] is a for (owner, name), a in zip(HOOKED, before, strict=True))
+    assert torch.equal(sample(model, clip), plain) and not edits_of(model) and not LISTENERS
+
+
+def test_another_pack_that_wrapped_ours_keeps_its_place(
+    model: Any, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, original = sample(model, clip), comfy.samplers.CFGGuider.sample
+    with governed(tmp_path):
+        ours, calls = comfy.samplers.CFGGuider.sample, []
+
+        def theirs(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return ours(*args, **kwargs)
+
+        comfy.samplers.CFGGuider.sample = theirs
+    try:
+        assert comfy.samplers.CFGGuider.sample is theirs
+        assert torch.equal(sample(model, clip), plain) and calls
+    finally:
+        comfy.samplers.CFGGuider.sample = original
+
+
+# --- its edits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edits", [(CRE,), (CRE, EIUP)])
+def test_a_plain_graph_gets_the_picture_of_the_presets_node(
+    model: Any, clip: Any, tmp_path: Path, edits: tuple[Any, ...]
+) -> None:
+    with governed(tmp_path, *edits) as enforcement:
+        made = sample(model, clip)
+    assert torch.equal(made, sample(edited(model, clip, tmp_path), clip))
+    (entry,) = enforcement.record.entries()
+    assert entry["verdict"] == "edited" and entry["user"] == "me" and "prompts" not in entry
+    assert [edit["method"] for edit in entry["edits"]] == ["CRE", "EIUP"][: len(edits)]
+    assert all(edit["steps"]["acted"] == 2 for edit in entry["edits"])
+    assert "acted in 2 of 2 steps" in enforcement.said[0]
+
+
+def test_a_graph_that_brings_them_has_them_once(model: Any, clip: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    mine = edited(model, clip, tmp_path)
+    alone = sample(mine, clip)
+    with governed(tmp_path) as enforcement:
+        assert torch.equal(sample(mine, clip), alone)
+    assert [len(entry["edits"]) for entry in enforcement.record.entries()] == [1]
+
+
+def test_a_graph_that_brings_them_weaker_gets_the_policys(model: Any, clip: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    full = sample(edited(model, clip, tmp_path), clip)
+    text = (tmp_path / "mine.json").read_text()
+    for strength in (0.0, 0.01):
+        weak = ConceptGuardApplyPreset.execute(model, clip, text, strength, other_models=True).args[0]
+        with governed(tmp_path):
+            latents = sample(weak, clip)
+        assert torch.equal(latents, full)
+        assert account_of(weak, latents).applied  # the graph's Account node still finds its run
+
+
+def test_prompts_are_recorded_only_if_the_policy_says_so(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path, prompts=True) as enforcement:
+        sample(model, clip, "a secret garden", "blurry")
+    (entry,) = enforcement.record.entries()
+    assert entry["prompts"] == ["a secret garden", "blurry"]
+
+
+def test_the_words_are_encoded_with_the_encoder_of_the_prompt(model: Any, clip: Any, tmp_path: Path) -> None:
+    """Whatever other one was at work last, of the same width."""
+    other = tiny.clip(seed=9)
+    with governed(tmp_path):
+        mine = prompt(clip, "a knife"), prompt(clip, "")
+        prompt(other, "harmless")
+        made = tiny.sample(model, *mine)
+    assert torch.equal(made, tiny.sample(edited(model, clip, tmp_path), *mine))
+
+
+def test_an_encoding_that_no_encoder_made_is_compared_with_all(model: Any, clip: Any, tmp_path: Path) -> None:
+    other = tiny.clip(seed=9)
+    with governed(tmp_path) as enforcement:
+        positive, negative = prompt(clip, "a knife"), prompt(clip, "")
+        prompt(other, "harmless")
+        tiny.sample(model, [[positive[0][0] * 0.9, positive[0][1]]], negative)
+    (entry,) = enforcement.record.entries()
+    assert [edit["source"] for edit in entry["edits"]] == ["knife", "knife"]
+
+
+def test_without_a_known_encoder_there_is_no_picture(model: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement, pytest.raises(Refused, match="no text encoder is known"):
+        tiny.sample(model)
+    assert verdicts(enforcement) == ["refused"]
+
+
+def test_encoders_are_not_kept_in_memory(tmp_path: Path, model: Any) -> None:
+    import gc
+    import weakref
+
+    with governed(tmp_path) as enforcement:
+        own = tiny.clip(seed=3)
+        mine = prompt(own, "a knife"), prompt(own, "")
+        seen = weakref.ref(own.cond_stage_model)
+        del own
+        gc.collect()
+        assert seen() is None
+        tiny.sample(model, *mine)  # the words were encoded when it was at work
+    assert verdicts(enforcement) == ["edited"]
+
+
+# --- graphs that would get round it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        packs.DeepCache().apply,
+        packs.known_options_only,
+        packs.wrappers_dropped_while_sampling,
+        packs.own_forward,
+        packs.several_devices,
+    ],
+)
+def test_what_leaves_edits_out_makes_no_picture(model: Any, clip: Any, tmp_path: Path, pack: Any) -> None:
+    with governed(tmp_path) as enforcement, pytest.raises(ValueError, match="ConceptGuard policy: "):
+        sample(pack(model), clip, steps=4)
+    assert verdicts(enforcement) == ["refused"]
+
+
+@pytest.mark.parametrize("pack", [packs.new_transformer_options, packs.new_wrappers])
+def test_what_drops_a_graphs_edits_does_not_drop_the_policys(model: Any, clip: Any, tmp_path: Path, pack: Any) -> None:
+    with governed(tmp_path) as enforcement:
+        sample(pack(model), clip)
+    assert verdicts(enforcement) == ["edited"]
+
+
+def run(guider: Any, positive: Any, negative: Any, seed: int = 5) -> Any:
+    latent = torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+    guider.inner_set_conds({"positive": positive, "positive2": positive, "negative": negative})
+    return guider.sample(
+        comfy.sample.prepare_noise(latent, seed), latent, comfy.samplers.sampler_object("euler"), sigmas, seed=seed
+    )
+
+
+@pytest.mark.parametrize("kind", [comfy.samplers.CFGGuider, GeometricCFG])
+def test_every_guider_carries_them(model: Any, clip: Any, tmp_path: Path, kind: Any) -> None:
+    with governed(tmp_path) as enforcement:
+        guider = kind(model)
+        guider.cfg = 4.0
+        run(guider, prompt(clip, "a knife"), prompt(clip, ""))
+        assert guider.model_patcher is model and guider.model_options is model.model_options
+    assert verdicts(enforcement) == ["edited"] and not edits_of(model)
+
+
+def test_a_guider_that_hides_whose_prompts_it_asks_for_is_refused(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement, pytest.raises(ValueError, match="ConceptGuard policy: cannot tell which"):
+        run(Nameless(model), prompt(clip, "a knife"), prompt(clip, ""))
+    assert verdicts(enforcement) == ["refused"]
+
+
+def test_a_guider_that_samples_by_its_own_code_is_refused(model: Any, clip: Any, tmp_path: Path) -> None:
+    class Own(comfy.samplers.CFGGuider):
+        sample = vars(comfy.samplers.CFGGuider)["sample"]  # a copy of the host's, from before
+
+    class Loop(comfy.samplers.CFGGuider):
+        def sample(self, noise: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.model_patcher.model.apply_model(noise, torch.ones(1), c_crossattn=tiny.tokens(1))
+
+    for kind in (Own, Loop):
+        with governed(tmp_path) as enforcement, pytest.raises(Refused, match="by code of its own"):
+            run(kind(model), prompt(clip, "a knife"), prompt(clip, ""))
+        assert verdicts(enforcement)[-1] == "refused"
+
+
+def test_another_model_within_a_governed_run_is_refused(model: Any, clip: Any, tmp_path: Path) -> None:
+    other = tiny.sd1(seed=4)
+
+    class Two(comfy.samplers.CFGGuider):
+        def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
+            return other.model.apply_model(x, timestep, c_crossattn=tiny.tokens(1))
+
+    with governed(tmp_path), pytest.raises(Refused, match="by code of its own"):
+        run(Two(model), prompt(clip, "a knife"), prompt(clip, ""))
+
+
+def test_a_small_cfg_does_not_hide_the_knife_in_the_negative(model: Any, clip: Any, tmp_path: Path) -> None:
+    """The picture is led by the other prompt: both are edited."""
+    with governed(tmp_path) as enforcement:
+        sample(model, clip, "", "a knife", cfg=0.1)
+        sample(model, clip, "a knife", "", cfg=1.0)
+    first, second = enforcement.record.entries()
+    assert [edit["rows"]["for"] for edit in first["edits"]] == ["all"]
+    assert [edit["rows"]["for"] for edit in second["edits"]] == ["conditional"]
+
+
+LATE = {**CRE, "start_percent": 0.9}
+
+
+def test_a_run_too_short_for_a_window_makes_no_picture(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path, LATE) as enforcement, pytest.raises(Refused, match="none of the steps lies in its window"):
+        sample(model, clip, steps=1)
+    assert verdicts(enforcement) == ["refused"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"latent": torch.ones(1, 4, tiny.SIZE, tiny.SIZE)},
+        {"start_step": 1},
+        {"last_step": 1},
+    ],
+)
+def test_runs_with_a_picture_or_a_part_of_the_steps_are_edited_throughout(
+    model: Any, clip: Any, tmp_path: Path, part: dict[str, Any]
+) -> None:
+    part = dict(part)
+    latent = part.pop("latent", torch.zeros(1, 4, tiny.SIZE, tiny.SIZE))
+    with governed(tmp_path, {**CRE, "start_percent": 0.4, "end_percent": 0.6}) as enforcement:
+        mine = prompt(clip, "a knife"), prompt(clip, "")
+        noise = comfy.sample.prepare_noise(latent, 5)
+        comfy.sample.sample(model, noise, 4, 4.0, "euler", "normal", *mine, latent, disable_pbar=True, **part)
+    (entry,) = enforcement.record.entries()
+    assert [edit["window"] for edit in entry["edits"]] == [[0.0, 1.0]]
+    assert all(edit["steps"]["acted"] == edit["steps"]["all"] > 0 for edit in entry["edits"])
+
+
+def test_pictures_can_be_refused_or_let_pass(model: Any, clip: Any, tmp_path: Path) -> None:
+    latent = torch.ones(1, 4, tiny.SIZE, tiny.SIZE)
+
+    def img2img() -> Any:
+        noise = comfy.sample.prepare_noise(latent, 5)
+        mine = prompt(clip, "a knife"), prompt(clip, "")
+        return comfy.sample.sample(model, noise, 2, 4.0, "euler", "normal", *mine, latent, disable_pbar=True)
+
+    plain = img2img()
+    with governed(tmp_path, pictures="refuse"), pytest.raises(Refused, match="begins with a picture"):
+        img2img()
+    with governed(tmp_path, pictures="pass") as enforcement:
+        assert torch.equal(img2img(), plain)
+    assert verdicts(enforcement) == ["refused", "passed"]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_edited_are_refused(clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement, pytest.raises(Refused, match="cannot edit AuraFlow"):
+        tiny.sample(tiny.auraflow(), prompt(clip, "a knife"), prompt(clip, ""), steps=1)
+    assert verdicts(enforcement) == ["refused"]
+
+
+def test_models_without_a_rule_are_refused_or_pass_into_the_record(model: Any, clip: Any, tmp_path: Path) -> None:
+    plain, rule = sample(model, clip), {"families": ["SDXL"]}
+    with governed(tmp_path, rule=rule), pytest.raises(Refused, match="no rule of the policy covers"):
+        sample(model, clip)
+    with governed(tmp_path, rule=rule, others="pass") as enforcement:
+        assert torch.equal(sample(model, clip), plain)
+    refused, passed = enforcement.record.entries()
+    assert (refused["verdict"], passed["verdict"]) == ("refused", "passed") and "no rule" in passed["why"]
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_refuses_and_a_mended_one_samples(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement:
+        good = (tmp_path / "policy.json").read_text()
+        for damage in ("{", "", json.dumps({"on": True})):
+            (tmp_path / "policy.json").write_text(damage)
+            with pytest.raises(Refused, match='"policy.json" is damaged'):
+                sample(model, clip)
+        os.remove(tmp_path / "policy.json")
+        with pytest.raises(Refused, match="it is not there"):
+            sample(model, clip)
+        (tmp_path / "policy.json").write_text(good)
+        sample(model, clip)
+        write(tmp_path, EIUP)
+        sample(model, clip)
+    entries = list(enforcement.record.entries())
+    assert [entry["verdict"] for entry in entries] == ["refused"] * 4 + ["edited"] * 2
+    assert [edit["method"] for entry in entries for edit in entry.get("edits", [])] == ["CRE", "EIUP"]
+
+
+def test_without_its_record_there_is_no_picture(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path):
+        (tmp_path / "record").write_text("in the folder's place")
+        with pytest.raises(Refused, match="the record cannot be written"):
+            sample(model, clip)
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+ASKED = {**CRE, "gate": {"kind": "prompt", "threshold": 0.999}}  # the very words: random encoders find all alike
+
+
+def test_a_prompt_gate_asks_the_run_s_own_prompt(model: Any, clip: Any, tmp_path: Path) -> None:
+    plain = sample(model, clip, "a teapot")
+    with governed(tmp_path, ASKED) as enforcement:
+        assert torch.equal(sample(model, clip, "a teapot"), plain)
+        sample(model, clip, "blades")
+    closed, opened = enforcement.record.entries()
+    assert not closed.get("edits") or not closed["edits"][0]["steps"]["acted"]
+    assert opened["edits"][0]["steps"]["acted"] == 2
+
+
+def test_a_prompt_gate_is_open_where_the_prompt_is_not_known_or_there_is_a_picture(
+    model: Any, clip: Any, tmp_path: Path
+) -> None:
+    latent = torch.ones(1, 4, tiny.SIZE, tiny.SIZE)
+    with governed(tmp_path, ASKED) as enforcement:
+        mine = prompt(clip, "a teapot"), prompt(clip, "")
+        tiny.sample(model, [[mine[0][0][0] * 0.9, mine[0][0][1]]], [[mine[1][0][0] * 1.1, mine[1][0][1]]])
+        noise = comfy.sample.prepare_noise(latent, 5)
+        comfy.sample.sample(model, noise, 2, 4.0, "euler", "normal", *mine, latent, disable_pbar=True)
+    assert [entry["edits"][0]["steps"]["acted"] for entry in enforcement.record.entries()] == [2, 2]
+
+
+def test_the_policys_presets_are_as_a_node_reads_them(clip: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    (spec,) = specs_of(read((tmp_path / "mine.json").read_text()), Given(clip))
+    assert spec.source.name == "knife" and isinstance(tiny.sd1(), ModelPatcher)
