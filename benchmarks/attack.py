@@ -205,7 +205,7 @@ def changed(rng: random.Random, words: Sequence[str], name: str) -> list[str]:
 
 
 def rows(
-    names: Sequence[str] = tuple(CONCEPTS), count: int = 8, evaluations: int = 300, steps: int = 120
+    names: Sequence[str] = tuple(CONCEPTS), count: int = 4, evaluations: int = 300, steps: int = 120
 ) -> Iterator[Row]:
     """A row for each edit and attack, over all concepts."""
     ready, unedited = demo(), dict[tuple[str, str], list[bool]]()

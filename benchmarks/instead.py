@@ -133,14 +133,14 @@ TABLES = (
         "instead",
         "CRE with something to draw instead",
         f"{ABOUT} that asks for the replacement.",
-        partial(rows, count=25),
+        partial(rows, count=16),
         partial(rows, names=("bomb",), count=2),
     ),
     Table(
         "instead-nothing",
         "CRE with nothing to draw instead",
         f'{ABOUT} that says "something" for the concept.',
-        partial(rows, count=12, instead=False),
+        partial(rows, count=8, instead=False),
         partial(rows, names=("bomb",), count=2, instead=False),
     ),
 )
