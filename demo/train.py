@@ -68,6 +68,7 @@ class Stages:
     steps: dict[str, int]
     go_on: bool = False
     encoder_learns: bool = False
+    batch: int = train_flow.BATCH
 
     @cached_property
     def painter(self) -> Painter:
@@ -79,7 +80,7 @@ class Stages:
         return [mix.any_picture(rng) for _ in range(PICTURES)]
 
     def checkpoint(self, name: str) -> Any:
-        return torch.load(self.folder / f"{name}.pt", weights_only=True)
+        return torch.load(self.folder / f"{name}.pt", weights_only=True, map_location="cpu")
 
     def first_autoencoder(self) -> nn.Module:
         """The written encoder, and a decoder that has learned nothing or is the shipped one."""
@@ -125,7 +126,7 @@ class Stages:
         first = {(p.layers, p.background): p for p in self.pictures}
         row, once = {key: i for i, key in enumerate(first)}, list(first.values())
         for i in range(0, len(once), 64):
-            found.append(encode(torch.stack([self.painter(p) for p in once[i : i + 64]])).half())
+            found.append(encode(torch.stack([self.painter(p) for p in once[i : i + 64]]).to(training.device())).half())
             if i % 6400 == 0:
                 print(f"latents {i}/{len(once)} {time.time() - start:.0f}s", flush=True)
         shown = torch.stack([self.painter(p.reference) for p in self.pictures if p.reference])
@@ -137,7 +138,7 @@ class Stages:
     def unet(self) -> None:
         data = self.latents()
         trainer = train_unet.Trainer(
-            self.pictures, data["latents"], data["references"], tokenizer(), self.steps["unet"], SEED
+            self.pictures, data["latents"], data["references"], tokenizer(), self.steps["unet"], SEED, self.batch
         )
         path = self.folder / "unet.pt"
         if self.go_on:
@@ -161,7 +162,7 @@ class Stages:
         print(f"{architecture} reads by the encoders of the UNet at step {by['step']}", flush=True)
         read_by, steps = train_flow.readers(by["weights"], by["used"]), self.steps[architecture]
         data, words = self.latents(), tokenizer()
-        trainer = train_flow.FlowTrainer(architecture, self.pictures, data, read_by, words, steps, SEED)
+        trainer = train_flow.FlowTrainer(architecture, self.pictures, data, read_by, words, steps, SEED, self.batch)
         training.run(trainer, self.folder / f"{architecture}.pt")
 
     def judge(self) -> None:
@@ -187,6 +188,7 @@ class Stages:
 
     def write(self) -> None:
         """Weights files of what has a checkpoint: of networks with an average, that."""
+        torch.set_default_device("cpu")  # what is left to do is small
         self.weights.mkdir(parents=True, exist_ok=True)
         there = {name for name in (*STEPS, "witness-calibrated") if (self.folder / f"{name}.pt").exists()}
         about = {"seed": str(SEED), "icons": json.dumps(VERSIONS), "pictures": str(PICTURES)}
@@ -240,12 +242,17 @@ def main() -> None:
     parser.add_argument(
         "--encoder-learns", action="store_true", help="train the encoder with its decoder, before the UNet"
     )
+    parser.add_argument("--device", default="cpu", help="where the networks train: cpu, cuda")
+    parser.add_argument(
+        "--batch", type=int, default=train_flow.BATCH, help="captions a step of the UNet and the transformers"
+    )
     for name, usual in STEPS.items():
         parser.add_argument(f"--{name}-steps", type=int, default=usual, metavar="N")
     args = parser.parse_args()
+    torch.set_default_device(args.device)
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = {name: getattr(args, f"{name}_steps") for name in STEPS}
-    stages = Stages(args.folder, args.weights, steps, args.go_on, args.encoder_learns)
+    stages = Stages(args.folder, args.weights, steps, args.go_on, args.encoder_learns, args.batch)
     names = [name for name in (*STEPS, "weights") if not (args.go_on and name == "judge")]
     for name in [args.only] if args.only else names:
         stages.run(name)

@@ -223,14 +223,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**VAE, "image": ("one", 0), "text": ("text", 0), "gate": ("gate", 0)},
     ],
     "Account": [{"model": ("edited", 0), "latent": ("sampled", 0)}],
-    "LoadDemo": [{}],
+    "LoadDemo": [{}, {"architecture": "flux"}, {"architecture": "lumina"}],
     "DemoReference": [{**CLIP, "image": ("one", 0)}],
 }  # fmt: skip
 
 # What no prompt here takes, and why. (node, input, choice); "*" is any choice.
 EXCEPT = {
-    ("LoadDemo", "architecture", "flux"): "weights that are not there yet; test_transformers makes some",
-    ("LoadDemo", "architecture", "lumina"): "weights that are not there yet; test_transformers makes some",
     ("CausalPeriod", "sampler_name", "*"): "the host's own, which the search hands on to it",
     ("CausalPeriod", "scheduler", "*"): "the host's own, which the search hands on to it",
     ("LoadDiscriminator", "file", "*"): "the demo model's gates are files of one kind",
