@@ -37,6 +37,7 @@ FRESH = {
     "rocket": ("a sailboat", "trumpet"),
 }
 OBJECTS = TUNED | FRESH
+SOME = ("kitchen knife", "wine glass", "crossed swords", "scissors")  # on the transformers
 SEED = 23
 
 
@@ -99,9 +100,12 @@ def row(ready: Demo, name: str, count: int, instead: str) -> tuple[dict[str, lis
     return found, x, asked
 
 
-def rows(names: Sequence[str] = tuple(OBJECTS), count: int = 50, instead: bool = True) -> Iterator[Row]:
+def rows(
+    names: Sequence[str] = tuple(OBJECTS), count: int = 50, instead: bool = True, architecture: str = "unet"
+) -> Iterator[Row]:
     """A row for each concept, and one for all."""
-    ready, every, pictures = demo(), dict[str, list[bool]](), []
+    ready = demo() if architecture == "unet" else Demo.ready(architecture)
+    every, pictures = dict[str, list[bool]](), []
     for name in names:
         thing = OBJECTS[name][0] if instead else ""
         found, x, asked = row(ready, name, count, thing)
@@ -142,5 +146,15 @@ TABLES = (
         f'{ABOUT} that says "something" for the concept.',
         partial(rows, count=8, instead=False),
         partial(rows, names=("bomb",), count=2, instead=False),
+    ),
+    *(
+        Table(
+            f"instead-{architecture}",
+            f"CRE with something to draw instead, on {name}",
+            f"{ABOUT} that asks for the replacement. It reads by the demo model's text encoder and draws its latents.",
+            partial(rows, names=SOME, count=8, architecture=architecture),
+            partial(rows, names=SOME[:1], count=2, architecture=architecture),
+        )
+        for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
     ),
 )
