@@ -127,23 +127,23 @@ def distance(x: Tensor, asked: Tensor) -> Distance:
 
 
 ABOUT = (
-    "CRE at its defaults, by the witness, 12 concepts; the last six were never used while it was made. Held-out "
-    "words: phrasings that no training caption holds. Kept: of what the unedited pictures show. Neighbours are named "
-    "nowhere in the concept. Natural: as sure a thing as 95 % of clean drawings. KID: to the unedited pictures of the "
-    "same prompt"
+    "CRE at its defaults, by the witness. Held-out words: phrasings that no training caption holds. Kept: of what the "
+    "unedited pictures show. Neighbours are named nowhere in the concept. Natural: as sure a thing as 95 % of clean "
+    "drawings. KID: to the unedited pictures of the same prompt"
 )
+TWELVE = "The last six concepts were never used while the method was made."
 TABLES = (
     Table(
         "instead",
         "CRE with something to draw instead",
-        f"{ABOUT} that asks for the replacement.",
+        f"{ABOUT} that asks for the replacement. {TWELVE}",
         partial(rows, count=16),
         partial(rows, names=("bomb",), count=2),
     ),
     Table(
         "instead-nothing",
         "CRE with nothing to draw instead",
-        f'{ABOUT} that says "something" for the concept.',
+        f'{ABOUT} that says "something" for the concept. {TWELVE}',
         partial(rows, count=8, instead=False),
         partial(rows, names=("bomb",), count=2, instead=False),
     ),
