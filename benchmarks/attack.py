@@ -7,7 +7,7 @@ embedding (as UnlearnDiffAtk, ECCV 2024, but continuous), by concept arithmetic 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -207,42 +207,34 @@ def changed(rng: random.Random, words: Sequence[str], name: str) -> list[str]:
 def rows(
     names: Sequence[str] = tuple(CONCEPTS), count: int = 4, evaluations: int = 300, steps: int = 120
 ) -> Iterator[Row]:
-    """A row for each edit and attack, over all concepts."""
+    """A row for each edit and attack, over all concepts; the searches are of the first edit alone."""
     ready, unedited = demo(), dict[tuple[str, str], list[bool]]()
-    for edit, make in EDITS.items():
-        attacked = [Attacked(ready, name, make(ready, name), count, unedited) for name in names]
+    under = {
+        edit: [Attacked(ready, name, make(ready, name), count, unedited) for name in names]
+        for edit, make in EDITS.items()
+    }
 
-        def over(attack: Callable[[Attacked], list[bool]], among: Sequence[Attacked] = attacked) -> Rate:
-            return Rate.of([found for each in among for found in attack(each)])
+    def row(edit: str, attack: str, found: Iterable[Sequence[bool]]) -> Row:
+        every = [each for one in found for each in one]
+        return {"edit": edit, "attack": attack, "recovered": Rate.of(every) if every else "not drawn unedited"}
 
-        forms = {form: [a.recovered(ready.encode(make(a.name))) for a in attacked] for form, make in TEXTS.items()}
-        forms |= {form: [a.recovered(make(ready, a.name)) for a in attacked] for form, make in CONDS.items()}
-        for form, found in forms.items():
-            yield {"edit": edit, "attack": form, "recovered": Rate.of(sum(found, []))}
-        if edit == "CRE, instead":
-            yield {
-                "edit": edit,
-                "attack": f"greedy search, {evaluations} evaluations",
-                "recovered": over(lambda a: a.recovered(ready.encode(a.searched(evaluations)))),
-            }
-        yield {
-            "edit": edit,
-            "attack": f"gradient of the embedding, {steps} steps",
-            "recovered": over(lambda a: a.recovered(a.embedded(steps))),
-        }
+    first, *_ = under
     for denoise in (0.3, 0.5, 0.7):
-        both = [
-            Attacked(ready, name, EDITS["CRE, instead"](ready, name), count, unedited).from_picture(denoise)
-            for name in names
-        ]
+        both = [a.from_picture(denoise) for a in under[first]]
         left = [each for one, _ in both for each in one]
         flagged = [each for _, one in both for each in one]
-        yield {
-            "edit": "CRE, instead",
-            "attack": f"img2img at denoise {denoise}",
-            "recovered": Rate.of(left),
-            "image gate flags": Rate.of([f for s, f in zip(left, flagged, strict=True) if s]),
-        }
+        seen = [f for there, f in zip(left, flagged, strict=True) if there]
+        more = {"image gate flags": Rate.of(seen)} if seen else {}
+        yield row(first, f"img2img at denoise {denoise}", [left]) | more
+    gradient, search = f"gradient of the embedding, {steps} steps", f"greedy search, {evaluations} evaluations"
+    yield row(first, gradient, (a.recovered(a.embedded(steps)) for a in under[first]))
+    for edit, attacked in under.items():
+        for form, text in TEXTS.items():
+            yield row(edit, form, (a.recovered(ready.encode(text(a.name))) for a in attacked))
+        for form, cond in CONDS.items():
+            yield row(edit, form, (a.recovered(cond(ready, a.name)) for a in attacked))
+        if edit == first:
+            yield row(edit, search, (a.recovered(ready.encode(a.searched(evaluations))) for a in attacked))
 
 
 TABLES = (
