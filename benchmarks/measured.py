@@ -8,10 +8,11 @@ from typing import Any
 
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
-from .table import Rate, Record, Row, Table
+from .table import Rate, Record, Row, Table, weights
 
 KEPT = ROOT / "docs" / "measured"
 PAGE = ROOT / "docs" / "measured.md"
+WITHOUT_DEMO = ("judge", "overhead")  # tables that the demo model has no part in
 HEAD = """\
 # What was measured
 
@@ -19,6 +20,8 @@ Written by `make bench` from the records in [measured/](measured/), not by hand.
 (Wilson's) and the number of pictures: "96.1 % (91-98) of 128". Pictures are the demo model's unless a table says
 otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. The judge that looks at them is a
 classifier of its own, which has no part in any edit. [What falls short](limits.md) of the goals is told apart.
+
+A table names the demo model that it was measured on; those of an earlier one say so.
 
 A new run of a table replaces its record only when asked: `make bench ARGS="--only NAME --keep"`.
 """
@@ -41,7 +44,9 @@ def grid(rows: Sequence[Row]) -> str:
 
 def section(title: str, record: Record) -> str:
     end = "" if record.finished else " Stopped before its end."
-    facts = f"`{record.command}`; {record.settings}; commit {record.commit}.{end}"
+    same = weights() in record.settings or record.table.startswith(WITHOUT_DEMO)
+    older = "" if same else " **Of an earlier demo model**, to be measured again."
+    facts = f"`{record.command}`; {record.settings}; commit {record.commit}.{end}{older}"
     notes = "\n".join(f"- {note}" for note in record.notes)
     return "\n\n".join(filter(None, (f"## {title}", record.about, facts, grid(record.rows), notes))) + "\n"
 

@@ -6,16 +6,19 @@ measured.py makes the page.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..demo.load import MODEL_FILE
 from ..editing.files.whole import put
 from ..jobs.measure import Rate
 from ..tools.environment import ROOT
@@ -101,7 +104,14 @@ def run(
 
 def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    made = f"{platform.machine()} CPU, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    return f"{made}, {weights()}"
+
+
+@cache
+def weights() -> str:
+    """The demo model by the first digits of its file's SHA-256."""
+    return f"demo model {hashlib.sha256(MODEL_FILE.read_bytes()).hexdigest()[:8]}"
 
 
 def head() -> str:
