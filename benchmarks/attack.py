@@ -143,7 +143,7 @@ class Attacked:
         how = Sampling(self.demo.steps, CFG, SAMPLER, SCHEDULER, BATCH)
         conds = [self.demo.encode(world.article(self.name))] * 8
         shown = pictures(self.demo.model, self.demo.vae, conds, self.demo.encode(""), (4, 16, 16), how, SEARCH_SEED)
-        z0 = self.demo.vae.encode(shown.movedim(1, -1))
+        z0 = self.demo.vae.encode(shown.movedim(1, -1)).detach()
         c = start.clone().requires_grad_(True)
 
         def body(predict: Predictor) -> None:
@@ -169,7 +169,7 @@ class Attacked:
         cond, empty = self.demo.encode(world.article(self.name)), self.demo.encode("")
         how = Sampling(self.demo.steps, CFG, SAMPLER, SCHEDULER, BATCH)
         shown = pictures(self.demo.model, self.demo.vae, [cond] * self.count, empty, (4, 16, 16), how, SEARCH_SEED)
-        z = self.demo.vae.encode(shown.movedim(1, -1))
+        z = self.demo.vae.encode(shown.movedim(1, -1)).detach()
         noise = comfy.sample.prepare_noise(z, SEED)
         z = comfy.sample.sample(
             self.model,
