@@ -72,9 +72,13 @@ class Classifier(Shared):
     def key(self) -> str:
         return f"{weights_digest(self.weights)} {self.chosen}"
 
-    @torch.no_grad()
     def scores(self, images: Tensor) -> list[float]:
         """images: [B, h, w, 3] in [0, 1]; B numbers from 0 to 1."""
+        return self.probabilities(images)[:, self.chosen].sum(1).clamp(0, 1).tolist()
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """images: [B, h, w, 3] in [0, 1]; of each class, [B, classes]."""
         x = images[..., :3].movedim(-1, 1).float()
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
         x = (x.cpu() - self.mean) / self.spread
@@ -83,7 +87,7 @@ class Classifier(Shared):
             raise ValueError(
                 f'the classifier "{self.name}" answers with NaN or infinity; fetch it again, or choose another'
             )
-        return logits.softmax(1)[:, self.chosen].sum(1).clamp(0, 1).tolist()
+        return logits.softmax(1)
 
 
 def chosen_of(text: str, labels: Mapping[int, str]) -> list[int]:

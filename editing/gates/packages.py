@@ -77,11 +77,17 @@ class NudeNet(Shared):
 
     def scores(self, images: Tensor) -> list[float]:
         """images: [B, h, w, 3] in [0, 1]; B numbers from 0 to 1."""
-        found = []
+        return [max((seen[label] for label in self.labels & seen.keys()), default=0.0) for seen in self.found(images)]
+
+    def found(self, images: Tensor) -> list[dict[str, float]]:
+        """images: [B, h, w, 3] in [0, 1]; of each, the highest score of every label that is found."""
+        out = []
         for png in encoded(images):
-            seen = self.detector.detect(png)
-            found.append(max((float(d["score"]) for d in seen if d["class"] in self.labels), default=0.0))
-        return found
+            best: dict[str, float] = {}
+            for seen in self.detector.detect(png):
+                best[seen["class"]] = max(best.get(seen["class"], 0.0), float(seen["score"]))
+            out.append(best)
+        return out
 
 
 class OpenNSFW(Shared):
