@@ -2,10 +2,13 @@
 # COMFYUI_PATH=folder uses a ComfyUI of yours, COMFYUI_PYTHON=python its Python, PYTHON=python builds the environment.
 PORT ?= 8188
 ARGS ?=
+CHECKPOINT ?=
+PRESET ?=
+PROMPTS ?=
 RUN := sh tools/start.sh environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-all browser pictures serve bench train-demo train-features train-adapter lock clean
+.PHONY: help demo check test test-all browser pictures serve bench report train-demo train-features train-adapter lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +38,9 @@ serve: ## ComfyUI with this pack in the foreground: make serve PORT=8188
 
 bench: ## measure: tables in output/bench/, the kept ones in docs/measured.md
 	@$(RUN) benchmarks.run $(ARGS)
+
+report: ## a preset on a checkpoint: make report CHECKPOINT=.. PRESET=.. PROMPTS=..; without arguments, the demo's
+	@$(RUN) demo.report $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(if $(PRESET),--preset "$(PRESET)") $(if $(PROMPTS),--prompts "$(PROMPTS)") $(ARGS)
 
 train-demo: ## rebuild the demo data and weights from scratch
 	@$(RUN) demo.train $(ARGS)

@@ -25,7 +25,6 @@ from .prompts import Case
 from .work import Step
 
 RECORD = "concept_guard_report"  # of a picture's PNG
-UNEDITED, EDITED = SIDES = "unedited", "edited"
 
 
 @dataclass

@@ -79,8 +79,8 @@ def clip_score(folder: Path) -> Look:
         processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'"{folder.name}" is no CLIP model for the CLIP score ({str(error)[:200]}); give a folder with config.json, '
-            "model.safetensors, the tokenizer's and the preprocessor's files"
+            f'"{folder.name}" is no CLIP model for the CLIP score ({str(error)[:200]}); give a folder with '
+            "config.json, model.safetensors, the tokenizer's and the preprocessor's files"
         ) from None
 
     @torch.no_grad()

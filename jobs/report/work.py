@@ -20,6 +20,7 @@ from typing import Any
 from ...editing.files.whole import beside, in_words, moved, put
 from .prompts import Case
 
+UNEDITED, EDITED = SIDES = "unedited", "edited"
 PATIENCE = 900.0  # seconds without a sign of life, after which the claim of a worker elsewhere is taken over
 WAIT = 0.5  # seconds between looks at what others still draw
 SCORE_BYTES = 4096  # of a picture's scores and account, at most what they usually take
