@@ -118,8 +118,7 @@ def looks_of(given: argparse.Namespace, gone: frozenset[str]) -> list[Look]:
     out = [] if given.checkpoint else [demo_look(gone)]
     for folder in given.classifier:
         it = transformers_classifier(folder, "0")
-        labels = [label for _, label in sorted(it.model.config.id2label.items())]
-        out.append(by_classes(folder.name, it.key, labels, it.probabilities, gone))
+        out.append(by_classes(folder.name, it.key, it.labels, it.probabilities, gone))
     if given.nudenet:
         out.append(by_judge(NudeNet("\n".join(LABELS)), given.threshold))
     if given.opennsfw:

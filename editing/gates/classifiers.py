@@ -49,7 +49,8 @@ FROM_ELSEWHERE: dict[str, tuple[Any, ...]] = {
 
 
 class Classifier(Shared):
-    """model: pictures [B, 3, size, size], without mean and spread, to logits [B, n]; chosen: the concept's classes."""
+    """model: pictures [B, 3, size, size], without mean and spread, to logits [B, n]; chosen: the concept's classes;
+    labels: the names of all, where the file has them."""
 
     def __init__(
         self,
@@ -61,8 +62,9 @@ class Classifier(Shared):
         mean: Sequence[float],
         spread: Sequence[float],
         device: torch.device | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
-        self.name, self.model, self.weights, self.size = name, model, weights, size
+        self.name, self.model, self.weights, self.size, self.labels = name, model, weights, size, labels
         self.chosen = list(chosen)
         self.mean, self.spread = (torch.tensor(each).float().view(1, 3, 1, 1) for each in (mean, spread))
         self.device = device or torch.device("cpu")
@@ -190,8 +192,17 @@ def transformers_classifier(folder: Path, labels: str, device: torch.device | No
         )
     model.to(device)
     chosen = chosen_of(labels, classes)
+    names = [classes[i] for i in range(count)]
     return Classifier(
-        folder.name, lambda x: model(pixel_values=x).logits, model.state_dict(), chosen, size, mean, spread, device
+        folder.name,
+        lambda x: model(pixel_values=x).logits,
+        model.state_dict(),
+        chosen,
+        size,
+        mean,
+        spread,
+        device,
+        names,
     )
 
 
