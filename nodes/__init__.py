@@ -1,5 +1,6 @@
 """The pack's nodes: thin, one file per family, no maths. Each file ends in its list."""
 
+from . import policy as _policy  # noqa: F401  puts an operator's policy on this server, if there is one
 from .account import NODES as account_nodes
 from .adavd import NODES as adavd_nodes
 from .bounds import guarded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_model_merging import ModelMergeSimple
 from foreign_rows import GeometricCFG, Nameless
 from governed import CRE, EIUP, governed, prompt, sample, write
 
@@ -196,6 +198,19 @@ def test_what_drops_a_graphs_edits_does_not_drop_the_policys(model: Any, clip: A
     assert verdicts(enforcement) == ["edited"]
 
 
+def test_a_merge_is_edited(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement:
+        sample(ModelMergeSimple().merge(model, tiny.sd1(seed=4), 0.5)[0], clip)
+    assert verdicts(enforcement) == ["edited"]
+
+
+def test_a_cfg_of_nothing_edits_the_other_prompt(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path) as enforcement:
+        sample(model, clip, "a teapot", "a knife", cfg=0.0)
+    (entry,) = enforcement.record.entries()
+    assert [edit["rows"]["for"] for edit in entry["edits"]] == ["all"]
+
+
 def run(guider: Any, positive: Any, negative: Any, seed: int = 5) -> Any:
     latent = torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)
     sampling = guider.model_patcher.get_model_object("model_sampling")
@@ -367,6 +382,26 @@ def test_a_prompt_gate_asks_the_run_s_own_prompt(model: Any, clip: Any, tmp_path
     assert opened["edits"][0]["steps"]["acted"] == 2
 
 
+def test_closed_gates_cost_nothing_but_time(model: Any, clip: Any, tmp_path: Path) -> None:
+    """Three presets' edits, none of them installed: every bit as without, and the text encoder is not asked again."""
+    edits = [{**ASKED, "concept": {"name": name, "phrases": [name]}} for name in ("a gun", "a sword", "a bomb")]
+    mine = prompt(clip, "a teapot"), prompt(clip, "")
+    plain = tiny.sample(model, *mine)
+    with governed(tmp_path, *edits) as enforcement:
+        mine = prompt(clip, "a teapot"), prompt(clip, "")
+        stage, asked = clip.cond_stage_model, []
+        handle = stage.register_forward_pre_hook(lambda *_: asked.append(1))
+        inner = stage.encode_token_weights
+        stage.encode_token_weights = lambda tokens: asked.append(1) or inner(tokens)
+        try:
+            assert torch.equal(tiny.sample(model, *mine), plain) and not asked
+        finally:
+            handle.remove()
+            del stage.encode_token_weights
+    (entry,) = enforcement.record.entries()
+    assert entry["verdict"] == "edited" and not entry.get("edits")
+
+
 def test_a_prompt_gate_is_open_where_the_prompt_is_not_known_or_there_is_a_picture(
     model: Any, clip: Any, tmp_path: Path
 ) -> None:
@@ -383,3 +418,15 @@ def test_the_policys_presets_are_as_a_node_reads_them(clip: Any, tmp_path: Path)
     write(tmp_path)
     (spec,) = specs_of(read((tmp_path / "mine.json").read_text()), Given(clip))
     assert spec.source.name == "knife" and isinstance(tiny.sd1(), ModelPatcher)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_every_line_of_the_threat_model_names_a_test() -> None:
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "policy.md").read_text(encoding="utf-8")
+    told = re.findall(r"`(test_\w+)`", page)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").glob("test_policy*.py"))
+    rows = page.split("## What it holds against")[1].split("## ")[0].count("\n| ") - 1
+    assert len(told) > rows > 15 and not [name for name in told if f"def {name}(" not in tests]

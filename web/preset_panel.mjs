@@ -1,6 +1,7 @@
 // The preset panel: lists, search, import with a preview. Every text of a preset is shown as text, never as markup.
 
 import * as store from "./preset_store.mjs";
+import { drawPolicy } from "./policy_view.mjs";
 import { apply, insert } from "./preset_graph.mjs";
 import { t } from "./words.mjs";
 
@@ -67,8 +68,9 @@ export class PresetPanel {
     file.onchange = () => file.files[0] && this.bringFile(file.files[0]).then(() => (file.value = ""));
     this.preview = make("div", {});
     this.body = make("div", {});
+    this.policy = make("div", {});
     const load = button(t("Import a file"), t("A preset file; you see what it does before it is kept"), () => file.click());
-    this.root.append(this.search, make("div", { className: "row" }, load, file), this.box,
+    this.root.append(this.policy, this.search, make("div", { className: "row" }, load, file), this.box,
       make("div", { className: "hint", text: t("You can also drop a preset file here or on the canvas.") }),
       this.message, this.preview, this.body);
     for (const kind of ["keydown", "keyup", "keypress", "paste", "copy", "cut"])
@@ -107,6 +109,7 @@ export class PresetPanel {
     await this.act(async () => {
       const [shipped, own] = await Promise.all([store.shipped(), store.own()]);
       this.lists = { shipped, own };
+      await drawPolicy(this.policy);
     });
     this.draw();
   }

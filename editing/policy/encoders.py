@@ -20,7 +20,8 @@ from ..presets.document import Preset
 from ..presets.parts import Words
 
 MOST = 16  # encoders that are remembered, each with some encodings
-TEXTS = 64  # of the prompts that were tokenized last
+TEXTS = 64  # of the prompts that were tokenized, or encoded, last
+Encoding = tuple[Tensor, Tensor | None]  # [B, T, W], and the pooled [B, P] if there is one
 
 
 class Encoder:
@@ -30,9 +31,22 @@ class Encoder:
         self.stage = weakref.ref(clip.cond_stage_model)
         self.see(clip)
         self.concepts: dict[Words, Concept] = {}
+        self.said: OrderedDict[str, Encoding] = OrderedDict()  # prompts, for gates that ask what they say
 
     def see(self, clip: Any) -> None:
         self.clip = weakref.ref(clip)
+
+    def hear(self, text: str, encoding: Encoding) -> None:
+        """What it made of a prompt."""
+        self.said[text] = tuple(None if x is None else x.detach().to("cpu", copy=True) for x in encoding)  # type: ignore[assignment]
+        self.said.move_to_end(text)
+        while len(self.said) > TEXTS:
+            self.said.popitem(last=False)
+
+    def memory(self) -> Memory | None:
+        """The text encoder, which is not asked again for what it has encoded; None if it is not in memory any more."""
+        clip = self.clip()
+        return None if clip is None else Memory(clip, self)
 
     def concept(self, words: Words) -> Concept:
         if words not in self.concepts:
@@ -44,6 +58,30 @@ class Encoder:
                 )
             self.concepts[words] = words.encoded(clip)
         return self.concepts[words]
+
+
+class Memory:
+    """A CLIP for gates: it is at work on the device as seldom as may be, for a run is about to begin there."""
+
+    def __init__(self, clip: Any, encoder: Encoder) -> None:
+        self.clip, self.encoder = clip, encoder
+        self.now: tuple[Any, str] = (None, "")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.clip, name)
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        tokens = self.clip.tokenize(text, *args, **kwargs)
+        self.now = tokens, text
+        return tokens
+
+    def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        known, text = self.now
+        if known is not tokens or args or kwargs != {"return_pooled": True}:
+            return self.clip.encode_from_tokens(tokens, *args, **kwargs)
+        if text not in self.encoder.said:
+            self.encoder.hear(text, self.clip.encode_from_tokens(tokens, return_pooled=True))
+        return self.encoder.said[text]
 
 
 class Made:
@@ -71,6 +109,8 @@ class Encoders:
             return
         encoder = self.of(clip)
         text = next((text for known, text in reversed(self.texts) if known is tokens), None)
+        if text is not None and isinstance(result, dict):  # CLIP Text Encode asks for one
+            encoder.hear(text, (tensor, result.get("pooled_output")))
         place = id(tensor)
         self.made[place] = Made(tensor, encoder, text, lambda _: self.made.pop(place, None))
         self.own = True

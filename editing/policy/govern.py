@@ -70,7 +70,7 @@ def edits_for(loaded: Loaded, rule: Rule, run: Sampling, files: Files) -> list[E
 
 
 def of_preset(preset: Preset, rule: Rule, run: Sampling, encoder: Encoder | None, files: Files) -> list[EditSpec]:
-    clip = None if encoder is None else encoder.clip()
+    clip = None if encoder is None else encoder.memory()
     text = run.text if clip is not None and not run.picture else None
     given = Given(
         clip,

@@ -20,6 +20,7 @@ from .document import Keeping
 
 NAME = "record.jsonl"
 LAST = 32  # entries that are held for the page
+GLANCE = 2 * 2**20  # bytes of the record that a page's visit reads
 BOUNDS = (1, 3, 10, 30, 100, 300)  # seconds
 VERDICTS = ("edited", "passed", "refused", "failed")
 
@@ -83,9 +84,9 @@ class Record:
                 yield from entries_of(path)
 
     def refused_today(self) -> list[dict[str, Any]]:
-        """In the file that is written to."""
+        """In the last megabytes of the file that is written to: a page asks for it whenever it is opened."""
         today = datetime.now(UTC).date().isoformat()
-        here = entries_of(self.path) if self.path.exists() else ()
+        here = entries_of(self.path, GLANCE) if self.path.exists() else ()
         return [each for each in here if each["verdict"] == "refused" and each["time"].startswith(today)]
 
     # -- counters ------------------------------------------------------------------------------------------------------
@@ -119,8 +120,11 @@ class Record:
         return "\n".join(lines) + "\n"
 
 
-def entries_of(path: Path) -> Iterator[dict[str, Any]]:
+def entries_of(path: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """most: bytes at its end that are read; None: all."""
     with path.open("rb") as file:
+        if most is not None and path.stat().st_size > most:
+            file.seek(-most, os.SEEK_END)  # into a line, as a rule, which is then as good as torn
         for line in file:
             try:
                 entry = json.loads(line)
