@@ -22,6 +22,7 @@ from . import (
     mitigation,
     overhead,
     peers,
+    policy,
     presets,
     readings,
 )
@@ -44,6 +45,7 @@ TABLES: tuple[Table, ...] = (
     *learned_concept.TABLES,
     *presets.TABLES,
     *peers.TABLES,
+    *policy.TABLES,
 )
 
 

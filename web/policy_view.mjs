@@ -10,7 +10,7 @@ function make(tag, text, className = "", ...children) {
   return made;
 }
 
-const VERDICTS = { edited: "edited", passed: "let pass", refused: "refused", failed: "failed" };
+const VERDICTS = { edited: "edited", closed: "gates closed", passed: "let pass", refused: "refused", failed: "failed" };
 const clock = (entry) => new Date(entry.time).toLocaleTimeString();
 
 function line(entry) {

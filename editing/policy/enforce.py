@@ -36,6 +36,7 @@ from .govern import NODE, Files, Sampling, edits_for, shown, together
 from .record import Record
 
 PICTURES = ("concat_latent_image", "reference_latents", "control", "unclip_conditioning", "guiding_frame_index")
+MADE = ("edited", "closed", "passed")  # verdicts of runs that have a picture
 NEARLY = 0.9  # of the greatest noise level: a run that begins there has all of the timesteps
 
 
@@ -149,10 +150,11 @@ class Enforcement:
             ours = self.edits(loaded, guider, latent_image, sigmas, about)
         except Refused as error:
             raise self.refused(error, about) from None
-        if ours is None:
+        if ours is None or all(spec.idle for spec in ours):  # it goes as if there were no policy
             with self.sampling(guider.model_patcher):
                 latents = go()
-            self.note(loaded, "passed", {**about, "seconds": time.monotonic() - start})
+            verdict = "passed" if ours is None else "closed"
+            self.note(loaded, verdict, {**about, "seconds": round(time.monotonic() - start, 3)})
             return latents
         if RUN in guider.model_options.get("transformer_options", {}):  # a guider within a guider: the outer one counts
             with carried(guider, ours), self.sampling(guider.model_patcher):
@@ -160,7 +162,7 @@ class Enforcement:
         try:
             with carried(guider, ours), self.sampling(guider.model_patcher), listening() as accounts:
                 latents = go()
-            account = shown(accounts, ours) if any(not spec.idle for spec in ours) else None
+            account = shown(accounts, ours)
         except Refused as error:
             raise self.refused(error, about) from None
         except BaseException as error:
@@ -168,7 +170,8 @@ class Enforcement:
             self.note(loaded, verdict, {**about, "why": str(error) or type(error).__name__})
             raise
         self.tell(loaded, ours, account)
-        about |= {} if account is None else {key: account.document()[key] for key in ("edits", "gates", "steps")}
+        document = account.document()
+        about |= {key: document[key] for key in ("edits", "gates", "steps")}
         self.note(loaded, "edited", {**about, "seconds": round(time.monotonic() - start, 3)})
         return latents
 
@@ -231,13 +234,12 @@ class Enforcement:
 
     # -- who is told ---------------------------------------------------------------------------------------------------
 
-    def tell(self, loaded: Loaded, ours: Sequence[EditSpec], account: Account | None) -> None:
+    def tell(self, loaded: Loaded, ours: Sequence[EditSpec], account: Account) -> None:
         if "user" not in loaded.policy.tell:
             return
         keys = {spec.key for spec in ours}
-        lines = [] if account is None else account.lines()
-        said = [f'"{entry.spec.source.name}" {line}' for entry, line in lines if entry.spec.key in keys]
-        self.asked().say("\n".join(said or ["This server's policy: the gates of its edits were closed"]))
+        lines = [(entry.spec, line) for entry, line in account.lines() if entry.spec.key in keys]
+        self.asked().say("\n".join(f'"{spec.source.name}" {line}' for spec, line in lines))
 
     def refused(self, error: Refused, about: dict[str, Any]) -> Refused:
         """The same, with its place in the record, also where the policy cannot be read."""
@@ -254,7 +256,7 @@ class Enforcement:
             self.record.add(entry, Keeping() if loaded is None else loaded.policy.record)
         except OSError as error:
             logging.error("ConceptGuard policy: the record cannot be written: %s", error)
-            if verdict in ("edited", "passed"):
+            if verdict in MADE:
                 raise Refused(
                     "the record cannot be written, and no picture leaves this server without its line; whoever runs "
                     f"the server sees to its disk ({error.strerror or error})"

@@ -22,7 +22,7 @@ NAME = "record.jsonl"
 LAST = 32  # entries that are held for the page
 GLANCE = 2 * 2**20  # bytes of the record that a page's visit reads
 BOUNDS = (1, 3, 10, 30, 100, 300)  # seconds
-VERDICTS = ("edited", "passed", "refused", "failed")
+VERDICTS = ("edited", "closed", "passed", "refused", "failed")
 
 
 class Record:

@@ -84,3 +84,26 @@ def test_a_preset_goes_into_the_model_line_and_the_picture_appears(browser: Brow
     browser.js("() => app.queuePrompt(0, 1)")
     browser.wait("() => Object.values(app.nodeOutputs ?? {}).some(o => o?.images?.length)")
     browser.picture("preset-applied")
+
+
+def test_the_panel_tells_of_a_policy_where_there_is_one(browser: Browser) -> None:
+    page, told = browser.page, "<img src=x onerror='window.hit=1'>"
+    run = {"time": "2026-01-01T12:00:00+00:00", "verdict": "edited", "model": "BaseModel", "did": ['"knife" acted']}
+    refused = {**run, "verdict": "refused", "why": told, "did": []}
+    found = {"on": True, "governs": "all models: No knives", "refused": [refused], "refused_count": 1, "last": [run]}
+    if not page.locator(".cg-presets").count():
+        browser.js("() => app.extensionManager.sidebarTab.toggleSidebarTab('ConceptGuard')")
+    assert page.locator(".cg-presets .policy").count() == 0
+    page.route("**/concept_guard/policy", lambda route: route.fulfill(json=found))
+    try:
+        for _ in range(2):
+            browser.js("() => app.extensionManager.sidebarTab.toggleSidebarTab('ConceptGuard')")
+        card = page.locator(".cg-presets .policy")
+        card.get_by_text("all models: No knives").wait_for()
+        card.get_by_text("Refused today: 1").click()
+        card.get_by_text(told).wait_for()
+        card.get_by_text("The last runs").click()
+        card.get_by_text('"knife" acted').wait_for()
+        assert card.locator("img, button, input").count() == 0 and browser.js("() => window.hit ?? 0") == 0
+    finally:
+        page.unroute("**/concept_guard/policy")
