@@ -10,11 +10,11 @@ function make(tag, text, className = "", ...children) {
   return made;
 }
 
-const VERDICTS = { edited: "edited", closed: "gates closed", passed: "let pass", refused: "refused", failed: "failed" };
+const verdicts = () => ({ edited: t("edited"), closed: t("gates closed"), passed: t("let pass"), refused: t("refused"), failed: t("failed") });
 const clock = (entry) => new Date(entry.time).toLocaleTimeString();
 
 function line(entry) {
-  const words = [clock(entry), t(VERDICTS[entry.verdict] ?? entry.verdict), entry.model, entry.why].filter(Boolean);
+  const words = [clock(entry), verdicts()[entry.verdict], entry.model, entry.why].filter(Boolean);
   const made = make("li", words.join(" · "));
   for (const did of entry.did) made.append(make("div", did, "hint"));
   return made;
