@@ -20,7 +20,10 @@ REASONS = {
     "editing/engine/backbones/unet.py": (3, "what kind of network a MODEL has is the very question"),
     "editing/gates/gates.py": (1, "a prompt is compared with a concept, or judged by a discriminator: two sockets"),
     "editing/presets/parts.py": (1, "pydantic asks which of two documents a value is"),
-    "editing/training/harness.py": (1, "which modules can compute their inner values again"),
+    "editing/training/harness.py": (
+        2,
+        "whether weights can be trained, and which modules can compute their inner values again",
+    ),
     "jobs/train_direction.py": (1, "an optional socket, of which only a learned one will do"),
     "nodes/gates.py": (1, "an optional socket"),
     "nodes/preset.py": (1, "one socket takes two types"),

@@ -143,8 +143,8 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False)
     """argmin_c ||a - sum_k c_k x_k||^2 at every position and head, over the concepts that are present there.
 
     positive: over c >= 0. Two phrasings of one thing are nearly one vector, on which 3 and -2 do what 1 does; to clip
-    the -2 alone would take the thing away three times. The most negative is left out and the rest solved again, until
-    none is.
+    the -2 alone would take the thing away three times. So what turns out negative is left out, what would help is taken
+    back in, and the rest solved again (block principal pivoting; Portugal, Judice and Vicente 1994).
 
     a: [..., H, d]; x: [K, ..., H, d]; present: [K, ..., 1 or H, 1]; returns c: [K, ..., H, 1].
     """
@@ -158,9 +158,10 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False)
         return m * solve(own + ridge[..., None, None] * eye, m * b)
 
     m = present.movedim(0, -2).to(X.dtype)  # [..., 1 or H, K, 1]
-    c = solved(m)
-    for _ in range(len(x) - 1 if positive else 0):
-        m = m * ((c > 0) | (c > c.amin(-2, keepdim=True)))
+    c, there = solved(m), m > 0
+    for last in range(len(x) + 1, -1, -1) if positive else ():
+        out = there & (m == 0) & (gram @ c < b) if last else False
+        m = ((c > 0) | out).to(X.dtype)
         c = solved(m)
     return c.movedim(-2, 0)
 
