@@ -168,7 +168,7 @@ class Encoders:
 
 def words_of(presets: Iterable[Preset]) -> list[Words]:
     """The concepts of presets that are in words."""
-    found = (getattr(edit, "concept", None) for preset in presets for edit in preset.edits)
+    found: Iterable[Any] = (getattr(edit, "concept", None) for preset in presets for edit in preset.edits)
     return list(dict.fromkeys(each for each in found if getattr(each, "phrases", ())))
 
 
