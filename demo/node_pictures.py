@@ -63,10 +63,12 @@ OPTIONAL = {  # inputs that are connected all the same
     "ConceptGuardInFlightGate": ["vae"],
     "ConceptGuardPresetGate": ["vae", "image"],
     "ConceptGuardPromptGate": ["concept"],
+    "ConceptGuardReport": ["discriminator_1"],
     "ConceptGuardTrainDiscriminator": ["concept_images", "other_images"],
 }
 TYPED = {
     "ConceptGuardConcept": {"text": "a kitchen knife", "keep": "a spoon"},
+    "ConceptGuardReport": {"prompts": "a kitchen knife\na spoon"},
     "ConceptGuardLoadClassifier": {"classifier": "resnet18.safetensors"},
     "ConceptGuardLoadConcept": {"file": "from-pictures_00001.safetensors"},
     "ConceptGuardLoadDirection": {"file": "drinks_00001.safetensors"},

@@ -7,6 +7,7 @@ Several workers (WORKERS=n) share the folder, and each is this command again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..editing.edits.digest import digest
 from ..editing.engine.host import add_edit, of_model
+from ..editing.files.whole import put
 from ..editing.gates.classifiers import transformers_classifier
 from ..editing.gates.features import weights_digest
 from ..editing.gates.packages import LABELS, NudeNet, OpenNSFW
@@ -26,6 +28,7 @@ from ..editing.presets.apply import Given, specs_of
 from ..editing.presets.document import Preset
 from ..editing.presets.document import read as read_preset
 from ..jobs.measure import Sampling
+from ..jobs.report.card import carried
 from ..jobs.report.draw import Studio
 from ..jobs.report.looks import Look, by_classes, by_judge, clip_score
 from ..jobs.report.prompts import ERASE, KEEP, Case, cases_of, read
@@ -61,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="")
     parser.add_argument("--size", default="", help="width x height in pixels")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the report's folder")
+    parser.add_argument("--card", type=Path, help="write the preset with what was found into this file")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the folder")
     return parser.parse_args()
 
@@ -138,6 +142,11 @@ def size_of(given: argparse.Namespace) -> tuple[int, int]:
     return width, height
 
 
+def sha256_of(file: Path) -> str:
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 def report_of(given: argparse.Namespace) -> Report:
     rows = read(given.prompts)[: given.most or None]
     cases = cases_of(rows, given.kind, given.erased.split(","), given.seed, given.seeds)
@@ -158,9 +167,9 @@ def report_of(given: argparse.Namespace) -> Report:
     )
     about = {
         "checkpoint": Path(given.checkpoint).name or "the demo model",
-        "checkpoint_sha256": weights_digest(model.model.state_dict()),
+        "checkpoint_sha256": sha256_of(Path(given.checkpoint or MODEL_FILE)),
         "preset": preset.name,
-        "preset_sha256": digest([preset.model_dump_json()]),
+        "preset_sha256": digest([preset.unmeasured.model_dump_json()]),
         "prompts": given.prompts.name,
         "threshold": given.threshold,
     }
@@ -187,7 +196,10 @@ def main() -> None:
         report.draw(partial(tell, 0))
         if given.workers:
             page = report.write()
-            print(*read_json(report.folder / "report.json")["verdict"], f"the report is {page}", sep="\n")
+            card = read_json(page.with_suffix(".json"))
+            if given.card:
+                put(carried(preset_of(given.preset), card).encode(), given.card)
+            print(*card["verdict"], f"the report is {page}", sep="\n")
     except ValueError as error:
         ended(others)
         sys.exit(f"make report: {error}")

@@ -19,6 +19,7 @@ from .kpop import NODES as kpop_nodes
 from .learn_concept import NODES as learn_concept_nodes
 from .preset import NODES as preset_nodes
 from .protore import NODES as protore_nodes
+from .report import NODES as report_nodes
 from .safe_guidance import NODES as safe_guidance_nodes
 from .safree import NODES as safree_nodes
 from .train_direction import NODES as train_direction_nodes
@@ -48,6 +49,7 @@ NODES = [
         *causal_period_nodes,
         *concept_map_nodes,
         *account_nodes,
+        *report_nodes,
         *preset_nodes,
         *demo_nodes,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from ..editing.files import artefacts
 from ..editing.presets.document import MAX_FILE, LearnedFile, Preset, learned_files, packed, read, write
 from ..editing.presets.packed import is_packed
-from ..editing.presets.words import brought, described
+from ..editing.presets.words import brought, described, measured
 from .files import known_by
 
 SHIPPED = Path(__file__).resolve().parent.parent / "presets"
@@ -52,6 +52,7 @@ def report(document: str | bytes) -> dict[str, Any]:
         "does": described(preset),
         "why": reasons,
         "files": brought(preset),
+        "measured": measured(preset),
         "missing": missing(preset),
     }
 

@@ -76,7 +76,7 @@ BAD = [
     ("{}", "schema_version: Field required"),
     (TEXT[:-1] + ', "name": "Another"}', "has the name 'name' twice in one place, and only one can be meant"),
     (TEXT.replace('"blades"]}', '"blades"], "phrases": ["a cat"]}', 1), "has the name 'phrases' twice"),
-    (changed("schema_version", value=9), "has version 9 .* reads up to version 2; update ConceptGuard"),
+    (changed("schema_version", value=9), "has version 9 .* reads up to version 3; update ConceptGuard"),
     (changed("needs", value=["bent lines"]), "it uses 'bent lines', which this .* does not know; update ConceptGuard"),
     (changed("needs", value="x"), "needs: Input should be a valid array"),
     (changed("schema_version", value=0), "schema_version: Input should be greater"),

@@ -100,6 +100,7 @@ SEARCH = {**MODEL, **CONCEPT, **JUDGE, **VAE, "positive": ("words", 0), "negativ
 SEARCH |= {"steps": 2, "cfg": 1.0}
 LOOK = {**MODEL, **CONCEPT, "positive": ("words", 0), "latent": ("size", 0), "steps": 1}
 WAY = {**MODEL, **CLIP, **CONCEPT, **TRAINED, "prompts": "a mug", "latent": ("size", 0), "sampling_steps": 2}
+REPORT = {**MODEL, **CLIP, **VAE, "prompts": "a mug\na cat", "latent": ("size", 0), "steps": 2, "cfg": 2.0}
 PICTURES = {**MODEL, **CLIP, **VAE, **TRAINED, "images": ("one", 0), "tokens": 1, "batch_size": 1}
 HEADS = {f"direction_{i}": ("direction", 0) for i in range(1, 9)}
 
@@ -223,6 +224,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**VAE, "image": ("one", 0), "text": ("text", 0), "gate": ("gate", 0)},
     ],
     "Account": [{"model": ("edited", 0), "latent": ("sampled", 0)}],
+    "Report": [
+        {**REPORT, "edited": ("edited", 0), "discriminator_1": ("judge", 0)},
+        {**REPORT, "preset": PRESET, "kind": "keep", "negative": "a cat"},
+        {**REPORT, "edited": ("edited", 0), "kind": "attack", "discriminator_2": ("judge", 0)},
+        {**REPORT, "edited": ("edited", 0), "erased": "mug", "prompts": "kinds.csv", "discriminator_3": ("judge", 0)},
+    ],
     "LoadDemo": [{}, {"architecture": "flux"}, {"architecture": "lumina"}],
     "DemoReference": [{**CLIP, "image": ("one", 0)}],
 }  # fmt: skip
@@ -231,6 +238,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 EXCEPT = {
     ("CausalPeriod", "sampler_name", "*"): "the host's own, which the search hands on to it",
     ("CausalPeriod", "scheduler", "*"): "the host's own, which the search hands on to it",
+    ("Report", "sampler_name", "*"): "the host's own, which the report hands on to it",
+    ("Report", "scheduler", "*"): "the host's own, which the report hands on to it",
     ("LoadDiscriminator", "file", "*"): "the demo model's gates are files of one kind",
     ("LoadClassifier", "network", "vit_b_16"): "350 MB of weights; test_classifiers has the same way with small ones",
     (
@@ -349,6 +358,8 @@ def server(host: Host) -> Host:
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(10):
             Image.new("RGB", (32, 32), rgb).save(folder / f"{i}.png")
+    kinds = "prompt,class,sd_seed,sd_guidance_scale\na mug,mug,7,3.0\na cat,cat,8,3.0\n"
+    (host.base / "input" / "kinds.csv").write_text(kinds, encoding="utf-8")
     classifiers(host.base / "models" / "concept_guard" / "classifiers")
     for name in SAVED:
         if not (host.base / "models" / "concept_guard" / FILES[name]).exists():

@@ -49,6 +49,7 @@ function told(preset) {
     make("div", { className: "about", text: preset.description }),
     ...(by.length ? [make("div", { className: "hint", text: by.join(" · ") })] : []),
     make("ul", {}, ...preset.does.map(item), ...(preset.files ?? []).map((text) => make("li", { text }))),
+    ...(preset.measured ?? []).map((text) => make("div", { className: "hint", text })),
     ...(preset.missing ?? []).map((text) => make("div", { className: "error", text })),
   ];
 }

@@ -25,7 +25,8 @@ from ..files.header import HEADER, Twins, json_of
 from . import versions
 from .packed import is_packed, pack, unpacked
 from .parts import MAX_LEARNED, Edit, Embedded, LearnedFile, Part, parsed
-from .texts import Line, Name, Prose
+from .texts import Line, Name, Prose, Sha256
+from .versions import since
 
 KIND = "concept-guard preset"
 MAX_BYTES = 256 * 1024  # of words and numbers
@@ -35,6 +36,19 @@ MOST_EDITS = 32
 
 
 Base = Literal["SD1.x", "SD2.x", "SDXL"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Measured(Part):
+    """What a report found on a checkpoint. left: the share of the pictures of what is to go that is still flagged;
+    kept: the share of other pictures that still show what they showed, or are not newly flagged; each of n pictures."""
+
+    checkpoint: Name
+    sha256: Sha256
+    left: Share
+    left_of: Annotated[int, Field(ge=1, le=10**9)]
+    kept: Share
+    kept_of: Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Preset(Part):
@@ -47,6 +61,12 @@ class Preset(Part):
     base_models: Annotated[tuple[Base, ...], Field(max_length=3)] = ()
     edits: tuple[SerializeAsAny[Edit], ...]
     files: Annotated[tuple[Embedded, ...], Field(max_length=32)] = ()
+    measured: Annotated[tuple[Measured, ...], Field(max_length=16), since(3, "what it was measured to do")] = ()
+
+    @property
+    def unmeasured(self) -> Preset:
+        """The same without what was measured of it."""
+        return self.model_copy(update={"measured": ()})
 
     def made_for(self, family: str) -> bool:
         """Whether it is for a model's family (engine.backbone.Backbone), or says nothing of it."""

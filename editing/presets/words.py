@@ -36,6 +36,15 @@ def _whether(edit: Edit) -> str:
     return "" if edit.gate is None else edit.gate.said()
 
 
+def measured(preset: Preset) -> list[str]:
+    """What reports found, a line a checkpoint."""
+    return [
+        f"Measured on {each.checkpoint} (sha256 {each.sha256[:12]}..): {100 * each.left:.3g} % left "
+        f"(n = {each.left_of}), {100 * each.kept:.3g} % kept (n = {each.kept_of})."
+        for each in preset.measured
+    ]
+
+
 def brought(preset: Preset) -> list[str]:
     """The learned files that it needs, a line each."""
     along = {file.sha256: file for file in preset.files}

@@ -1,0 +1,86 @@
+"""The node of the report card: its folder, its sheet, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import pytest
+import tiny
+import torch
+
+from conceptguard.editing.edits.spec import EditSpec
+from conceptguard.editing.engine.host import add_edit
+from conceptguard.jobs.report.draw import Studio
+from conceptguard.nodes import report
+from conceptguard.nodes.report import ConceptGuardReport, rows_of, squares
+
+from test_report_draw import Bright, Clip, Vae  # isort: skip
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("input", "output"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"get_{name}_directory", lambda name=name: str(tmp_path / name))
+    return tmp_path
+
+
+def given(**more: Any) -> dict[str, Any]:
+    model = tiny.sd1()
+    edited = add_edit(model, EditSpec("projection", tiny.concept(), options=tiny.CRE, node="test"))
+    latent = {"samples": torch.zeros(2, 4, tiny.SIZE, tiny.SIZE)}
+    own = {"model": model, "clip": Clip(), "vae": Vae(), "prompts": "a mug\na cat", "latent": latent, "edited": edited}
+    how = {"kind": "erase", "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+    return {**own, **how, "seed": 0, "seeds": 1, "threshold": 0.0, "discriminator_1": Bright(), **more}
+
+
+def test_it_writes_a_folder_of_its_own_and_goes_on_in_it(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = Studio.draw
+    monkeypatch.setattr(Studio, "draw", lambda *args: drawn.append(args[2]) or draw(*args))
+    folder, sheet, verdict = ConceptGuardReport.execute(**given()).args
+    assert folder.startswith("concept_guard_reports/knife-") and "100 %" in verdict
+    assert {"report.html", "report.json", "report.csv"} < {path.name for path in (places / "output" / folder).iterdir()}
+    assert sheet.shape == (1, 2 * tiny.SIZE, 2 * tiny.SIZE, 3) and drawn == ["unedited", "edited"] * 2
+    card = json.loads((places / "output" / folder / "report.json").read_text(encoding="utf-8"))
+    assert card["pairs"] == 2 and card["preset"] == "knife" and card["checkpoint"] == "width-16"
+    again = ConceptGuardReport.execute(**given()).args
+    assert again[0] == folder and len(drawn) == 4
+    other = ConceptGuardReport.execute(**given(cfg=4.0)).args
+    assert other[0] != folder and len(drawn) == 8
+
+
+def test_what_was_flagged_is_in_squares() -> None:
+    image = torch.rand(1, 48, 96, 3, generator=torch.Generator().manual_seed(0))
+    seen = squares(image)
+    assert seen.shape == image.shape and len(seen.flatten(0, 2).unique(dim=0)) == report.BLOCKS**2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"edited": None}, "one of the two"),
+        ({"preset": "{}"}, "one of the two"),
+        ({"edited": tiny.sd1()}, "edited carries no edits"),
+        ({"prompts": " "}, "prompts is empty"),
+        ({"prompts": "../list.csv"}, "outside of the input folder"),
+        ({"prompts": "list.csv"}, 'no list of prompts "list.csv"'),
+        ({"erased": "owl"}, "none of the prompts is of owl"),
+        ({"discriminator_2": Bright()}, "the same name"),
+        ({"discriminator_1": "text"}, "does not look at pictures"),
+    ],
+)
+def test_what_it_refuses(more: dict[str, Any], words: str, places: Path) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        ConceptGuardReport.execute(**given(**more))
+    assert str(error.value).startswith("ConceptGuardReport: ")
+
+
+def test_prompts_are_lines_or_a_list_in_the_input_folder(places: Path) -> None:
+    (places / "input" / "list.csv").write_text("prompt,seed\na mug,4\n", encoding="utf-8")
+    assert [(row.prompt, row.seed) for row in rows_of("list.csv")] == [("a mug", 4)]
+    assert [row.prompt for row in rows_of("list.csv\na cat")] == ["list.csv", "a cat"]
+    assert [row.prompt for row in rows_of("a mug/b")] == ["a mug/b"]
