@@ -28,7 +28,7 @@ PRESET = (ROOT / "presets" / "no-weapons.json").read_text(encoding="utf-8")
 LINES = "\n".join(["knife", "mug", "spoon", "owl", "fox"])
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
+def node(kind: str, /, **inputs: Any) -> dict[str, Any]:
     """One of ours, with the defaults of what it needs and is not given."""
     given = {}
     for each in SCHEMAS[kind].inputs:
