@@ -12,12 +12,13 @@ from .work import EDITED
 def measured(card: dict[str, Any]) -> Measured:
     """Of report.json. Raises ValueError for one that counts nothing."""
     found = {each["name"]: each for each in card["figures"] if each["side"] == EDITED}
-    left, (kept, newly) = found.get(LEFT), (found.get(name) for name in KEPT)
-    if left is None or (kept or newly) is None:
+    rates = [(found[name], i) for i, name in enumerate(KEPT) if name in found]
+    if LEFT not in found or not rates:
         raise ValueError(
             "the report counts nothing that a preset could carry; give prompts of what is to go and of what is to stay"
         )
-    value, count = (kept["value"], kept["n"]) if kept else (1 - newly["value"], newly["n"])
+    left, (kept, newly) = found[LEFT], rates[0]
+    value, count = 1 - kept["value"] if newly else kept["value"], kept["n"]
     name, sha256 = card["checkpoint"], card["checkpoint_sha256"]
     return Measured(checkpoint=name, sha256=sha256, left=left["value"], left_of=left["n"], kept=value, kept_of=count)
 
