@@ -84,7 +84,17 @@ class Browser:
         self.page.wait_for_function(condition, timeout=PATIENCE)
 
     def load(self, workflow: dict[str, Any]) -> None:
-        self.js("w => app.loadGraphData(w)", workflow)
+        """Once nothing runs any more: what a run says of a node goes to whatever has the node's id by then."""
+        self.js(
+            """async w => {
+            for (let tries = 0; tries < 300; tries++) {
+                const { queue_running, queue_pending } = await (await app.api.fetchApi('/queue')).json();
+                if (!queue_running.length && !queue_pending.length) break;
+                await new Promise(later => setTimeout(later, 100));
+            }
+            await app.loadGraphData(w); }""",
+            workflow,
+        )
 
     def prompt(self) -> dict[str, Any]:
         """What the page would send to the server."""

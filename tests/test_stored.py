@@ -223,7 +223,7 @@ def test_an_older_reader_of_a_newer_preset_says_what_it_lacks(wider: None, monke
     for form in forms:
         with pytest.raises(ValueError, match="^preset: it uses 'a mood', which this .* does not know; update"):
             document.read(form)
-    with pytest.raises(ValueError, match="preset: it has version 4 .* up to version 2; update ConceptGuard"):
+    with pytest.raises(ValueError, match="preset: it has version 4 .* up to version 3; update ConceptGuard"):
         document.read(PLAIN.replace(b'"schema_version": 1', b'"schema_version": 4'))
 
 

@@ -147,7 +147,10 @@ class Enforcement:
     # -- one run -------------------------------------------------------------------------------------------------------
 
     def governed(self, guider: Any, latent_image: Any, sigmas: torch.Tensor, go: Callable[[], Any]) -> Any:
-        """One sampling run with the policy's edits; an error, and no picture, unless its account shows them."""
+        """One sampling run with the policy's edits; an error, and no picture, unless its account shows them.
+
+        sigmas: the run's noise levels [steps + 1], in units of the clean latent.
+        """
         start, about = time.monotonic(), {"model": type(guider.model_patcher.model).__name__}
         try:
             loaded = self.file.now()
@@ -182,7 +185,10 @@ class Enforcement:
     def edits(
         self, loaded: Loaded, guider: Any, latent_image: Any, sigmas: torch.Tensor, about: dict[str, Any]
     ) -> list[EditSpec] | None:
-        """The policy's edits of this run; None: it lets it pass without any. Raises Refused."""
+        """The policy's edits of this run; None: it lets it pass without any. Raises Refused.
+
+        sigmas: the run's noise levels [steps + 1], in units of the clean latent.
+        """
         policy, patcher = loaded.policy, guider.model_patcher
         try:
             backbone = of_model(patcher, NODE)
@@ -217,7 +223,7 @@ class Enforcement:
     def seen(
         self, guider: Any, backbone: Backbone, latents: Any, sigmas: torch.Tensor, picture: bool
     ) -> tuple[Sampling, list[str | None]]:
-        """A run, and the texts of its prompts."""
+        """A run, and the texts of its prompts. sigmas: noise levels [steps + 1], in units of the clean latent."""
         encoded = [(name, cond["cross_attn"]) for name, cond in conds_of(guider) if "cross_attn" in cond]
         encoders, texts = self.encoders.behind([tensor for _, tensor in encoded], backbone.width)
         asked = [text for (name, _), text in zip(encoded, texts, strict=True) if positive(name)]
