@@ -620,8 +620,8 @@ def besides(
     along, out = (2 if more.get(name) else 1 for name in ("skip_reshape", "skip_output_reshape"))
     before, after = (0, image.start), (image.stop, q.shape[along])
     index = torch.arange(len(q), device=q.device)[rows]
-    others = torch.ones(len(q), dtype=torch.bool, device=q.device)
-    others[rows] = False
+    edited = torch.zeros(len(q), device=q.device).index_fill(0, index, 1)
+    others = edited.argsort(stable=True)[: len(q) - len(index)]  # by number: a mask would be waited for
     O = None
     if len(index) < len(q):
         left = [x[others] for x in (q, k, v)]
