@@ -63,5 +63,17 @@ def test_two_phrasings_of_one_thing_take_it_once() -> None:
         torch.testing.assert_close(c[:, i, 0, 0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("phrases", [2, 3, 10])
+def test_none_is_negative_and_together_they_are_the_best_of_such(phrases: int, alike: float) -> None:
+    a, x, _ = systems(phrases, alike)
+    a = a + alike * x.mean(0)
+    c = least_squares(a, x, torch.ones(phrases, 64, 1, 1, dtype=torch.bool), positive=True).clamp_min(0)
+    best = [nnls(x[:, i, 0].T.double().numpy(), a[i, 0].double().numpy())[0] for i in range(64)]
+    expected = (torch.tensor(best).T[..., None, None] * x).sum(0)
+    off = ((c * x).sum(0) - expected).norm(dim=-1) / a.norm(dim=-1)
+    assert off.max() < 0.02 and (off > 1e-3).float().mean() < 0.05
+
+
 def test_apples_device_is_among_them() -> None:
     assert "mps" in solve.WITHOUT_CHOLESKY

@@ -35,6 +35,7 @@ CHOICES = {
     "evidence": ("tokens", "position"),
 }
 RIDGE = 1e-6  # of the Gram matrix' trace: dependent concepts share what they explain
+PIVOTS = 4  # after which up to ten concepts are within 1 % of the exact ones; no end is waited for, on a device
 TINY = 1e-12  # a concept without attention output has no direction to project on, and edits nothing
 
 
@@ -159,9 +160,9 @@ def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False)
 
     m = present.movedim(0, -2).to(X.dtype)  # [..., 1 or H, K, 1]
     c, there = solved(m), m > 0
-    for last in range(len(x) + 1, -1, -1) if positive else ():
-        out = there & (m == 0) & (gram @ c < b) if last else False
-        m = ((c > 0) | out).to(X.dtype)
+    for left in reversed(range(PIVOTS)) if positive else ():
+        back = there & (m == 0) & (gram @ c < b) if left else False  # the last only leaves out
+        m = ((c > 0) | back).to(X.dtype)
         c = solved(m)
     return c.movedim(-2, 0)
 
