@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ from conceptguard.editing.engine.host import account_of, edits_of
 from conceptguard.editing.policy.file import Refused
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import read
+from conceptguard.editing.training.harness import train_with
 from conceptguard.nodes.preset import ConceptGuardApplyPreset
 
 HOOKED = [
@@ -317,6 +319,29 @@ def test_pictures_can_be_refused_or_let_pass(model: Any, clip: Any, tmp_path: Pa
     with governed(tmp_path, pictures="pass") as enforcement:
         assert torch.equal(img2img(), plain)
     assert verdicts(enforcement) == ["refused", "passed"]
+
+
+def test_a_training_passes_into_the_record(model: Any, clip: Any, tmp_path: Path) -> None:
+    begun: list[bool] = []
+    with governed(tmp_path) as enforcement:
+        train_with(model, prompt(clip, "a knife"), torch.zeros(1, 4, 8, 8), lambda _: begun.append(True))
+    (entry,) = enforcement.record.entries()
+    assert begun and entry["verdict"] == "passed" and "a training" in entry["why"]
+
+
+@pytest.mark.parametrize("tell", [["log", "user"], ["log"], ["user"], []])
+def test_it_tells_whom_the_policy_says(
+    model: Any, clip: Any, tmp_path: Path, tell: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with governed(tmp_path, tell=tell) as enforcement:
+        sample(model, clip)
+        assert ("ConceptGuard policy: edited" in caplog.text) == ("log" in tell)
+        assert bool(enforcement.said) == ("user" in tell)  # type: ignore[attr-defined]
+        with pytest.raises(Refused):
+            tiny.sample(tiny.auraflow(), prompt(clip, "a knife"), prompt(clip, ""), steps=1)
+    assert "ConceptGuard policy: refused" in caplog.text  # what went wrong is always told
+    assert verdicts(enforcement) == ["edited", "refused"]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ class Enforcement:
             if not self.held or not self.refresh() or sigmas.shape[-1] == 0:
                 return go()
             if type(sampler) is Training:  # it returns the pictures that it was given
+                model = type(guider.model_patcher.model).__name__
+                self.note(None, "passed", {"model": model, "why": "a training, which gives back what it was given"})
                 with self.sampling(guider.model_patcher):
                     return go()
             return self.governed(guider, latent_image, sigmas, go)
@@ -262,8 +264,10 @@ class Enforcement:
 
     def note(self, loaded: Loaded | None, verdict: str, about: dict[str, Any]) -> None:
         entry = {"verdict": verdict, **self.asked().who, **about}
+        keeping = Keeping() if loaded is None else loaded.policy.record
+        log = loaded is None or verdict not in MADE or "log" in loaded.policy.tell  # what went wrong is always told
         try:
-            self.record.add(entry, Keeping() if loaded is None else loaded.policy.record)
+            self.record.add(entry, keeping, log)
         except OSError as error:
             logging.error("ConceptGuard policy: the record cannot be written: %s", error)
             if verdict in MADE:

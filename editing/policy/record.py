@@ -40,14 +40,16 @@ class Record:
     def path(self) -> Path:
         return self.folder / NAME
 
-    def add(self, entry: dict[str, Any], keeping: Keeping) -> None:
-        """Raises OSError if it cannot be written: a run without a record is none that the policy allows."""
+    def add(self, entry: dict[str, Any], keeping: Keeping, log: bool = True) -> None:
+        """Raises OSError if it cannot be written: a run without a record is none that the policy allows. log: whether
+        the host's log says it as well."""
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
         with self.lock:
             self.count(entry)
             self.turn_over(keeping)
             self.append(json.dumps(entry, ensure_ascii=False, default=str))
-        logging.info("ConceptGuard policy: %s %s", entry["verdict"], entry.get("why") or entry.get("model", ""))
+        if log:
+            logging.info("ConceptGuard policy: %s %s", entry["verdict"], entry.get("why") or entry.get("model", ""))
 
     def append(self, line: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
