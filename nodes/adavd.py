@@ -76,6 +76,7 @@ class ConceptGuardAdaVD(EditNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

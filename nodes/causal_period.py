@@ -17,7 +17,7 @@ from ..editing.gates.gates import image_discriminator
 from ..editing.methods.cre import DEFAULTS
 from ..editing.pictures.chart import Series, plot
 from ..jobs.search import SEARCHES, Task, prompts_of
-from .inputs import CATEGORY, choice_input, expect, named
+from .inputs import CATEGORY, choice_input, expect, named, schedule_inputs
 from .progress import Shown
 from .show import id_of, told
 from .types import ConceptType, DiscriminatorType
@@ -67,25 +67,10 @@ class ConceptGuardCausalPeriod(io.ComfyNode):
                     max=200,
                     tooltip="Of the schedule that is searched, at least 2; 0 is refused.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="The guidance scale; 1 runs the prompt alone, 0 the negative alone.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip="euler and ddim share what runs have in common, others sample each run anew.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="normal",
-                    tooltip="The schedule that is searched.",
+                *schedule_inputs(
+                    "The guidance scale; 1 runs the prompt alone, 0 the negative alone.",
+                    "euler and ddim share what runs have in common, others sample each run anew.",
+                    "The schedule that is searched.",
                 ),
                 io.Float.Input(
                     "delta",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict, TypeVar
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..editing.edits.spec import ROWS, Concept, Direction, Gate, Prompt, complaint_about
@@ -127,6 +128,30 @@ def count(name: str, default: int, low: int, high: int, tooltip: str, **more: An
 
 def seed_input(tooltip: str) -> io.Int.Input:
     return count("seed", 0, 0, 0xFFFFFFFFFFFFFFFF, tooltip, control_after_generate=True)
+
+
+def schedule_inputs(cfg: str, sampler: str, scheduler: str) -> list[io.Input]:
+    """How pictures are sampled, beside the steps; of each its tooltip."""
+    known = comfy.samplers.KSampler
+    return [
+        number("cfg", 7.0, 0.0, 100.0, 0.1, cfg),
+        io.Combo.Input("sampler_name", options=known.SAMPLERS, default="euler", tooltip=sampler),
+        io.Combo.Input("scheduler", options=known.SCHEDULERS, default="normal", tooltip=scheduler),
+    ]
+
+
+def size_inputs() -> list[io.Input]:
+    """Of the pictures that a training draws for itself."""
+    tip = "Of the pictures it learns from, in pixels: the model's own size. 0 is refused."
+    return [
+        count("width", 512, 16, 4096, tip, step=8),
+        count("height", 512, 16, 4096, "As width. 0 is refused.", step=8),
+    ]
+
+
+def path_steps_input(default: int) -> io.Int.Input:
+    tip = "Denoising steps of each of those pictures; at least 2, not 0."
+    return count("path_steps", default, 2, 1000, tip)
 
 
 def folded(each: Any) -> Any:

@@ -51,6 +51,7 @@ class ConceptGuardProtoRe(EditNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model that no longer shows the concept.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

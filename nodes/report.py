@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import comfy.samplers
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -27,7 +26,7 @@ from ..jobs.report.prompts import ERASE, KINDS, Case, Row, cases_of, parsed, rea
 from ..jobs.report.run import Report
 from ..jobs.report.work import EDITED, SIDES, UNEDITED, read_json
 from .discriminator import encoder_of
-from .inputs import CATEGORY, choice_input, named
+from .inputs import CATEGORY, choice_input, named, schedule_inputs
 from .preset import suits
 from .preset_routes import read_file
 from .progress import Shown
@@ -70,22 +69,10 @@ class ConceptGuardReport(io.ComfyNode):
                     "(erase), of what is to stay (keep), or made to get past (attack).",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Of each picture; 0 is refused."),
-                io.Float.Input(
-                    "cfg",
-                    default=7.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="The guidance scale of prompts whose list has none; 0 runs the negative alone.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler."
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="normal",
-                    tooltip="The sampler's schedule.",
+                *schedule_inputs(
+                    "The guidance scale of prompts whose list has none; 0 runs the negative alone.",
+                    "The sampler.",
+                    "The sampler's schedule.",
                 ),
                 io.Latent.Input("latent", tooltip="An empty one of the size to draw; its first image counts."),
                 io.Int.Input(

@@ -82,6 +82,7 @@ class ConceptGuardSafeGuidance(EditNode):
                 *link_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model that is led away from the concept.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

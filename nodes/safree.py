@@ -61,6 +61,7 @@ class ConceptGuardSAFREE(EditNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model that reads the filtered prompt.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from ..editing.pictures.chart import curve
 from ..editing.training.erasure import METHODS
 from ..editing.training.path import PATHS
 from ..jobs.train_erasure import DEFAULTS, RANK, STEPS, ErasureRecipe, train_erasure
-from .inputs import CATEGORY, choice_input, count, expect, named, number
+from .inputs import CATEGORY, choice_input, count, expect, named, number, path_steps_input, size_inputs
 from .show import id_of
 from .training import RUN, course, train_inputs
 from .types import ConceptType, LoRAType
@@ -82,15 +82,7 @@ def erasure_inputs() -> list[io.Input]:
             "the concept says to draw instead, or what no prompt gives. CA wants one, such as 'a picture of a spoon'; "
             "FMN takes none.",
         ),
-        count(
-            "width",
-            512,
-            16,
-            4096,
-            "Of the pictures it learns from, in pixels: the model's own size. 0 is refused.",
-            step=8,
-        ),
-        count("height", 512, 16, 4096, "As width. 0 is refused.", step=8),
+        *size_inputs(),
         count("steps", STEPS, 1, 100_000, "How many times the weights are updated; at least 1, not 0."),
         number(
             "learning_rate",
@@ -128,9 +120,7 @@ def erasure_inputs() -> list[io.Input]:
             "With how much guidance the pictures it learns from are drawn; 0 draws them without text.",
             round=False,
         ),
-        count(
-            "path_steps", DEFAULTS.path_steps, 2, 1000, "Denoising steps of each of those pictures; at least 2, not 0."
-        ),
+        path_steps_input(DEFAULTS.path_steps),
         count(
             "pictures",
             DEFAULTS.pictures,

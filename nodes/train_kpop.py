@@ -13,7 +13,7 @@ from ..editing.training.changes import WEIGHTS
 from ..editing.training.kpop import KEYS_AND_VALUES, STARTS
 from ..editing.training.path import PATHS
 from ..jobs.train_kpop import BLOCKS, DEFAULTS, Recipe, train_kpop
-from .inputs import CATEGORY, choice_input, count, named
+from .inputs import CATEGORY, choice_input, count, named, path_steps_input, size_inputs
 from .show import id_of
 from .training import RUN, course, train_inputs
 from .types import LoRAType, PromptType
@@ -96,15 +96,7 @@ def kpop_inputs() -> list[io.Input]:
             "kept). Empty: what no prompt gives.",
         ),
         io.String.Input("name", default="", tooltip="What to call the result. Empty: the first concept."),
-        count(
-            "width",
-            512,
-            16,
-            4096,
-            "Of the pictures it learns from, in pixels: the model's own size. 0 is refused.",
-            step=8,
-        ),
-        count("height", 512, 16, 4096, "As width. 0 is refused.", step=8),
+        *size_inputs(),
         count("steps", 1000, 1, 100_000, "How many times prompt and weights are updated; at least 1, not 0."),
         number("learning_rate", "How far each step moves the weights; 0 leaves them."),
         number("prompt_learning_rate", "How far each step moves the prompt; 0 leaves it as it starts."),
@@ -166,9 +158,7 @@ def kpop_inputs() -> list[io.Input]:
             10.0,
             0.1,
         ),
-        count(
-            "path_steps", DEFAULTS.path_steps, 2, 1000, "Denoising steps of each of those pictures; at least 2, not 0."
-        ),
+        path_steps_input(DEFAULTS.path_steps),
         count("batch_size", 1, 1, 64, "Pictures a step, each of one concept drawn at random; at least 1, not 0."),
     ]
 
