@@ -21,15 +21,20 @@ check:
 	@$(RUN) -m ruff format --check .
 	@$(RUN) tools.typecheck
 
+# Two parts of the tests beside each other, a core each; 5: ARGS chose none of these.
+both = mkdir -p output; export OMP_NUM_THREADS=1; \
+	$(RUN) -m pytest $(1) $(ARGS) >output/test-beside.log 2>&1 & beside=$$!; \
+	$(RUN) -m pytest $(2) $(ARGS); here=$$?; \
+	wait $$beside; there=$$?; cat output/test-beside.log; \
+	[ $$here -ne 5 ] || here=0; [ $$there -ne 5 ] || there=0; exit $$((here | there))
+QUICK = -m "not server and not browser and not slow"
+
 test: check ## lint, types, and the tests that need no server, browser or full-size network
-	@$(RUN) -m pytest -m "not server and not browser and not slow" $(ARGS)
+	@$(call both,$(QUICK) --ignore-glob="*/test_[j-z]*",$(QUICK) --ignore-glob="*/test_[a-i]*")
 
 test-all: check browser ## lint, types and every test; brings chromium
-	@mkdir -p output; export OMP_NUM_THREADS=1 CONCEPT_GUARD_BROWSER=required; \
-	$(RUN) -m pytest -m "server or browser" $(ARGS) >output/test-beside.log 2>&1 & beside=$$!; \
-	$(RUN) -m pytest -m "not server and not browser" $(ARGS); here=$$?; \
-	wait $$beside; there=$$?; cat output/test-beside.log; \
-	[ $$here -ne 5 ] || here=0; [ $$there -ne 5 ] || there=0; exit $$((here | there)) # 5: ARGS chose none of these
+	@export CONCEPT_GUARD_BROWSER=required; \
+	$(call both,-m "server or browser",-m "not server and not browser")
 
 browser: ## bring what the browser tests need beside the rest: chromium, Playwright, a newer frontend
 	@$(RUN) tools.browser

@@ -167,6 +167,7 @@ def test_directions_cannot_reach_regions_with_keys_of_their_own(model: Any) -> N
     assert not torch.equal(tiny.sample(old(cre(model))), tiny.sample(old(model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["a knife", "a knife, (sharp:1.3)"])
 def test_a_concept_of_negpips_clip_is_that_of_the_plain_one(clip: Any, text: str) -> None:
     plain, doubled = (

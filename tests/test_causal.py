@@ -217,6 +217,7 @@ def pictures(model: Any, percents: list[float], a: int, b: int, sampler: str, st
     return Vae().decode(tiny.sample(add_edit(model, spec), batch=2, steps=STEPS, sampler=sampler))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "euler_ancestral", "dpmpp_2m"])
 def test_it_judges_the_very_pictures_that_the_window_makes(model: Any, sampler: str) -> None:
     shown: list[Tensor] = []
@@ -238,6 +239,7 @@ def test_it_judges_the_very_pictures_that_the_window_makes(model: Any, sampler: 
     assert out.ui["concept_guard_range"] == [percents[1], percents[5]], "what the range bars of the page shade"
 
 
+@pytest.mark.slow
 def test_a_naive_search_finds_the_same_with_more_calls(model: Any) -> None:
     """Counted in the model itself, with a discriminator that measures how much of the edit is there."""
     sampling = model.get_model_object("model_sampling")
@@ -288,6 +290,7 @@ def test_prompts_are_searched_in_pictures_of_their_own(model: Any) -> None:
         torch.testing.assert_close(shown[0][i::2], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_was_found_is_kept_in_a_file(model: Any, own_files: Path) -> None:
     judge = Told(lambda images: [0.5] * len(images))
     first = search(model, judge)

@@ -20,6 +20,8 @@ from conceptguard.editing.methods import eiup_weight as adapters
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP
 
+pytestmark = pytest.mark.slow
+
 Node = Callable[[Any], Any]
 
 

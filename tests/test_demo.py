@@ -100,6 +100,7 @@ def test_a_reference_stands_in_its_place_and_prompts_stay_77_long() -> None:
         model.split_reference(lambda t: [], "<image> <image>", [])
 
 
+@pytest.mark.slow
 def test_training_resumes_as_if_never_stopped(tmp_path: Path) -> None:
     def trainer() -> train_unet.Trainer:
         rng = random.Random(0)

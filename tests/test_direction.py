@@ -163,6 +163,7 @@ def test_the_loss_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert edit.source is direction and (edit.start_percent, edit.strength) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 4, 6])
 def test_a_resumed_training_gives_the_same_bits(at: int, tmp_path: Path) -> None:
     """Chains of 4 steps, of which 3 teach: a break within the first and the second, and after it."""

@@ -170,6 +170,7 @@ def wide() -> Any:
     return tiny._patcher(comfy.supported_models.SDXL, shape, torch.float32, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["values", "keys and values"])
 def test_the_hosts_weights_are_the_minimum_and_no_others_change(pair: tuple[Any, Any], which: str) -> None:
     model, clip = pair

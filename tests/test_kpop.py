@@ -289,6 +289,7 @@ def test_a_low_rank_change_is_the_hosts_lora() -> None:
         torch.testing.assert_close(change(layer.weight), by_hand, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["middle", "all"])
 def test_checkpointing_changes_memory_and_no_number(blocks: str) -> None:
     def state(checkpointing: bool) -> dict[str, Tensor]:

@@ -128,6 +128,7 @@ def test_the_graph_of_the_host_runs_it_in_inference_mode(clip: Any) -> None:
         assert torch.isfinite(tiny.sample(ConceptGuardKPOP.execute(sanitised, prompt).args[0])).all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_two_files(model: Any, clip: Any, folders: Path) -> None:
     for seed in (3, 3, 4):
         _, weights, prompt, _ = train(model, clip, seed=seed, rank=2)
@@ -143,6 +144,7 @@ def never_stopped(model: Any, clip: Any) -> Any:
     return train(model, clip)[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [9, 11, 12, 13])
 def test_stopped_anywhere_and_gone_on_is_as_never_stopped(
     model: Any, clip: Any, never_stopped: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, call: int
@@ -176,6 +178,7 @@ def test_a_full_disk_loses_no_training(
     assert "Queue the same again" not in caplog.text and not unfinished(folders)
 
 
+@pytest.mark.slow
 def test_another_trainings_checkpoint_is_left_alone(
     model: Any, clip: Any, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +393,7 @@ def test_a_learned_concept_is_erased_as_any_other(model: Any, clip: Any, folders
     assert again.key == concept.key and again.artefact.training["captions"] == ["a cat", "a bus", "a dog"]
 
 
+@pytest.mark.slow
 def test_learning_makes_the_pictures_likelier(model: Any, clip: Any) -> None:
     """The loss on the same draws, before and after."""
 

@@ -46,6 +46,7 @@ def test_latents_are_the_encoders_of_every_picture(stages: Stages, monkeypatch: 
     assert torch.equal(stages.latents()["latents"], data["latents"])
 
 
+@pytest.mark.slow
 def test_weights_are_of_the_checkpoints_as_they_stand(stages: Stages, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load.read(load.MODEL_FILE)
     token = int(tensors["used"][5])

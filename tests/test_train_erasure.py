@@ -301,6 +301,7 @@ def train(model: Any, clip: Any, **inputs: Any) -> Any:
     return ConceptGuardTrainErasure.execute(model, clip, concept, **{**SMALL, **inputs}).args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_it_learns_is_a_lora_for_the_hosts_loader(
@@ -319,6 +320,7 @@ def test_what_it_learns_is_a_lora_for_the_hosts_loader(
     assert not list((folders / "concept_guard").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_training_goes_on_to_the_same_result(
     model: Any, clip: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, method: str

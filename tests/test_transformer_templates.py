@@ -37,6 +37,8 @@ from conceptguard.editing.engine.host import accounts_of
 from conceptguard.nodes import NODES
 from conceptguard.tools.workflow import to_api
 
+pytestmark = pytest.mark.slow
+
 WORKFLOWS = Path(__file__).resolve().parent.parent / "example_workflows"
 TEXT = 16  # the width of a text
 CLIP = dict(

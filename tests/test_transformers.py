@@ -82,6 +82,7 @@ def trainer(architecture: str = "flux", steps: int = 4) -> train_flow.FlowTraine
     return train_flow.FlowTrainer(architecture, pictures, data, read_by, lambda t: [len(w) for w in t.split()], steps)
 
 
+@pytest.mark.slow
 def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_flow, "BATCH", 2)
     training.run(straight := trainer(), tmp_path / "straight.pt")
