@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from ..jobs.report.draw import Studio, opened
 from ..jobs.report.figures import worst
 from ..jobs.report.looks import by_judge
 from ..jobs.report.page import pairs_of
+from ..jobs.report.peers import Peer, always
 from ..jobs.report.prompts import ERASE, KINDS, Case, Row, cases_of, parsed, read
 from ..jobs.report.run import Report
-from ..jobs.report.work import EDITED, SIDES, UNEDITED, read_json
+from ..jobs.report.work import EDITED, UNEDITED, read_json, sides_of
 from .discriminator import encoder_of
 from .inputs import CATEGORY, choice_input, named, schedule_inputs
 from .preset import suits
@@ -43,6 +45,7 @@ class ConceptGuardReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         judge = "What decides whether a picture shows what is to go; {} one."
+        peer = "{} of other edits of the same model, to be drawn and counted beside them."
         return io.Schema(
             node_id=NODE,
             display_name="Report Card",
@@ -110,6 +113,9 @@ class ConceptGuardReport(io.ComfyNode):
                 DiscriminatorType.Input("discriminator_1", optional=True, tooltip=judge.format("the first")),
                 DiscriminatorType.Input("discriminator_2", optional=True, tooltip=judge.format("a second")),
                 DiscriminatorType.Input("discriminator_3", optional=True, tooltip=judge.format("a third")),
+                io.Model.Input("peer_1", optional=True, tooltip=peer.format("One")),
+                io.Model.Input("peer_2", optional=True, tooltip=peer.format("A second one")),
+                io.Model.Input("peer_3", optional=True, tooltip=peer.format("A third one")),
             ],
             outputs=[
                 io.String.Output(display_name="folder", tooltip="Where report.html, report.json and report.csv lie."),
@@ -143,21 +149,25 @@ class ConceptGuardReport(io.ComfyNode):
         discriminator_1: Any = None,
         discriminator_2: Any = None,
         discriminator_3: Any = None,
+        peer_1: Any = None,
+        peer_2: Any = None,
+        peer_3: Any = None,
     ) -> io.NodeOutput:
         with named(NODE):
             judges = [image_discriminator(it) for it in (discriminator_1, discriminator_2, discriminator_3) if it]
             cases = cases_of(rows_of(prompts), kind, erased.split(","), seed, seeds)
             name, key, after = after_of(model, clip, vae, edited, preset)
+            peers = peers_of(model, (peer_1, peer_2, peer_3))
             shown = Telling(Shown(model, id_of(cls)))
             studio = Studio(
-                {UNEDITED: lambda _: model, EDITED: after},
+                {UNEDITED: lambda _: model, EDITED: after} | {side: peer.model for side, peer in peers.items()},
                 clip,
                 vae,
                 latent["samples"][:1],
                 Sampling(steps, cfg, sampler_name, scheduler),
                 [by_judge(judge, threshold) for judge in judges],
                 negative,
-                shown.see,
+                see=shown.see,
             )
             weights = settled(model) or f"this session's {model.patches_uuid}"
             about = {
@@ -167,6 +177,8 @@ class ConceptGuardReport(io.ComfyNode):
                 "edits": key,
                 "edits before": [spec.key for spec in edits_of(model)],
                 "threshold": threshold,
+                **({"peers": {side: peer.name for side, peer in peers.items()}} if peers else {}),
+                **{f"{side}_key": peer.key for side, peer in peers.items()},
             }
             report = placed(Report(Path(), cases, studio, about, size_of(vae, latent)))
             page = report(shown, shown.say)
@@ -218,8 +230,7 @@ def after_of(model: Any, clip: Any, vae: Any, edited: Any, preset: str) -> tuple
         if not specs:
             raise ValueError("edited carries no edits; connect the MODEL that an edit node puts out")
         name = ", ".join(dict.fromkeys(spec.source.name for spec in specs))
-        own = "" if settled(edited) == settled(model) is not None else str(edited.patches_uuid)
-        return name, digest([*(spec.key for spec in specs), own]), lambda _: edited
+        return name, key_of(model, edited), lambda _: edited
     document = read_preset(preset)
     suits(document, of_model(model, NODE).family)
 
@@ -230,6 +241,23 @@ def after_of(model: Any, clip: Any, vae: Any, edited: Any, preset: str) -> tuple
         return out
 
     return document.name, digest([document.unmeasured.model_dump_json()]), of
+
+
+def key_of(model: Any, edited: Any) -> str:
+    """What tells an edited MODEL from others: its edits, and its weights where these are other than the model's."""
+    own = "" if settled(edited) == settled(model) is not None else str(edited.patches_uuid)
+    return digest([*(spec.key for spec in edits_of(edited)), own])
+
+
+def peers_of(model: Any, given: Sequence[Any]) -> dict[str, Peer]:
+    """The MODELs to compare with, by their sides; each is called by its methods, or by its place if it has none."""
+    names = {
+        i: ", ".join(dict.fromkeys(spec.how.label for spec in edits_of(it))) or f"peer {i}"
+        for i, it in enumerate(given, 1)
+        if it is not None
+    }
+    peers = [always(name, key_of(model, given[i - 1]), given[i - 1]) for i, name in names.items()]
+    return dict(zip(sides_of(names.values()), peers, strict=True))
 
 
 def size_of(vae: Any, latent: dict[str, Any]) -> tuple[int, int]:
@@ -249,14 +277,14 @@ def placed(report: Report) -> Report:
 
 
 def sheet(report: Report) -> Tensor:
-    """IMAGE [1, h, w, 3]: a row a pair, unedited and edited, the worst first."""
+    """IMAGE [1, h, w, 3]: a row a pair, unedited, edited and by peers, the worst first."""
     pairs = pairs_of(report.work)
     number = {id(pair): i for i, pair in enumerate(pairs)}
     rows = []
     for pair in worst(pairs)[:SHEET]:
-        files = [report.work.picture(number[id(pair)], side) for side in SIDES]
+        files = [report.work.picture(number[id(pair)], side) for side in pair.sides]
         images = [opened(file.read_bytes())[0] for file in files]
-        flags = pair.before.flagged, pair.after.flagged
+        flags = [it.flagged for it in pair.sides.values()]
         rows.append(torch.cat([squares(x) if flag else x for x, flag in zip(images, flags, strict=True)], 2))
     return torch.cat(rows, 1)
 

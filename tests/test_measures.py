@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from conceptguard.demo.measures import kid, mmd, psnr, ssim
+from conceptguard.demo.measures import psnr, ssim
+from conceptguard.jobs.report.distances import kid, mmd
 
 
 def slow_kid(x: list[list[float]], y: list[list[float]]) -> float:

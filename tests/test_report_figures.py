@@ -86,6 +86,18 @@ def test_shares_are_counted_by_their_definitions() -> None:
         assert of(found, "ASR", side).value == len(won) / len(prompts) and of(found, "ASR", side).n == len(prompts)
 
 
+def test_a_peer_is_counted_as_the_edit_is() -> None:
+    pairs = many()
+    swapped = [Pair(p.case, p.before, p.before, {"uce": p.after}) for p in pairs]
+    kinds = {"n": "exposure", "c": "classes"}
+    own = [replace(each, side="uce") for each in figures(pairs, kinds) if each.side == "edited"]
+    found = figures(swapped, kinds)
+    assert [each for each in found if each.side == "uce"] == own and len(own) > 10
+    assert [each for each in found if each.side == "unedited"] == [
+        each for each in figures(pairs, kinds) if each.side == "unedited"
+    ]
+
+
 def test_removal_is_of_what_was_there() -> None:
     pairs = many()
     found = figures(pairs, {})

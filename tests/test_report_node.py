@@ -13,6 +13,7 @@ import torch
 
 from conceptguard.editing.edits.spec import EditSpec
 from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.methods import eiup
 from conceptguard.jobs.report.draw import Studio
 from conceptguard.nodes import report
 from conceptguard.nodes.report import ConceptGuardReport, rows_of, squares
@@ -51,6 +52,26 @@ def test_it_writes_a_folder_of_its_own_and_goes_on_in_it(places: Path, monkeypat
     assert again[0] == folder and len(drawn) == 4
     other = ConceptGuardReport.execute(**given(cfg=4.0)).args
     assert other[0] != folder and len(drawn) == 8
+
+
+def test_peers_are_drawn_and_counted_beside_it(places: Path) -> None:
+    model = tiny.sd1()
+    other = add_edit(model, EditSpec("erasure", tiny.concept(), options=eiup.DEFAULTS, node="test"))
+    patched = model.clone()
+    name = next(name for name in model.model.state_dict() if name.endswith("attn2.to_v.weight"))
+    patched.add_patches({name: (torch.ones_like(model.model.state_dict()[name]),)}, 0.1)
+    folder, sheet, verdict = ConceptGuardReport.execute(**given(peer_1=other, peer_2=patched, peer_3=other)).args
+    card = json.loads((places / "output" / folder / "report.json").read_text(encoding="utf-8"))
+    assert card["peers"] == {"eiup": "EIUP", "peer-2": "peer 2", "eiup-2": "EIUP"}
+    assert "Beside it, EIUP leaves 100 %" in verdict and "Beside it, peer 2 leaves" in verdict
+    assert sheet.shape == (1, 2 * tiny.SIZE, 5 * tiny.SIZE, 3)
+    scores = {
+        side: json.loads((places / "output" / folder / "scores" / f"000000-{side}.json").read_text())
+        for side in ("unedited", "edited", *card["peers"])
+    }
+    latents = {side: each["latent"] for side, each in scores.items()}
+    assert len(set(latents.values())) == 4 and latents["eiup"] == latents["eiup-2"]
+    assert "account" in scores["eiup"] and "account" not in scores["peer-2"]
 
 
 def test_what_was_flagged_is_in_squares() -> None:

@@ -229,6 +229,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**REPORT, "preset": PRESET, "kind": "keep", "negative": "a cat"},
         {**REPORT, "edited": ("edited", 0), "kind": "attack", "discriminator_2": ("judge", 0)},
         {**REPORT, "edited": ("edited", 0), "erased": "mug", "prompts": "kinds.csv", "discriminator_3": ("judge", 0)},
+        {**REPORT, "preset": PRESET, "peer_1": ("edited", 0), "peer_2": ("edited", 0), "peer_3": ("edited", 0)},
     ],
     "LoadDemo": [{}, {"architecture": "flux"}, {"architecture": "lumina"}],
     "DemoReference": [{**CLIP, "image": ("one", 0)}],

@@ -47,7 +47,7 @@ def installed(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        name = package.replace("_", "-")
+        name = package.split(".")[0].replace("_", "-")
         raise ValueError(f"the package {name} is not installed; run `pip install {name}` in ComfyUI's Python") from None
 
 

@@ -29,7 +29,8 @@ RECORD = "concept_guard_report"  # of a picture's PNG
 
 @dataclass
 class Studio:
-    """models: of each side, the MODEL for a case; latent: an empty one of the size, [1, c, h, w].
+    """models: of each side, "unedited", "edited" and peers, the MODEL for a case; latent: an empty one of the size,
+    [1, c, h, w]; negatives: of sides that have a negative prompt of their own.
 
     see: is shown each step's clean latents, for a preview, and may raise.
     """
@@ -41,13 +42,14 @@ class Studio:
     how: Sampling
     looks: Sequence[Look]
     negative: str = ""
+    negatives: dict[str, str] = field(default_factory=dict)
     see: Callable[[Tensor], None] = lambda _: None
     warm: set[str] = field(default_factory=set)  # the sides that this process has drawn
 
     def draw(self, case: Case, side: str, alive: Step) -> bytes:
         """The picture as a PNG file. The clock runs for the sampling alone."""
         model = self.models[side](case)
-        positive, negative = (self.encoded(text) for text in (case.prompt, self.negative))
+        positive, negative = (self.encoded(text) for text in (case.prompt, self.negatives.get(side, self.negative)))
         latent = comfy.sample.fix_empty_latent_channels(model, self.latent)
         noise = comfy.sample.prepare_noise(latent, case.seed)
 
@@ -74,7 +76,8 @@ class Studio:
         self.warm.add(side)
         if edits_of(model):
             record["account"] = told(account_of(model, z))
-        return png(self.vae.decode(z)[0], record)
+        images = self.vae.decode(z)  # of VAEs for videos [1, frames, h, w, 3]
+        return png(images.reshape(-1, *images.shape[-3:])[0], record)
 
     def encoded(self, text: str) -> Any:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import Any
 
 from ...editing.gates.packages import LABELS
 from ..measure import Rate
 from .prompts import ATTACK, ERASE, KEEP, Case, groups
+from .work import EDITED, UNEDITED
 
 FEW = 100  # cases, from which on an interval of a share is no wider than some 20 points
 DRAWS = 2000  # of a bootstrap
@@ -35,11 +36,20 @@ class Seen:
 
 @dataclass(frozen=True)
 class Pair:
-    """A case's pictures, unedited and edited."""
+    """A case's pictures, unedited and edited; peers: by other edits, which are compared with."""
 
     case: Case
     before: Seen
     after: Seen
+    peers: dict[str, Seen] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> dict[str, Seen]:
+        return {UNEDITED: self.before, EDITED: self.after, **self.peers}
+
+    def by(self, side: str) -> Pair:
+        """The unedited picture and the one of a side."""
+        return Pair(self.case, self.before, self.sides[side])
 
     @property
     def same(self) -> bool:
@@ -59,10 +69,11 @@ class Figure:
     n: int
     unit: str = "%"
     better: str = ""  # "low" or "high"
+    enough: int = FEW
 
     @property
     def few(self) -> bool:
-        return self.n < FEW
+        return self.n < self.enough
 
     def __str__(self) -> str:
         scale, unit = (100, " %") if self.unit == "%" else (1, f" {self.unit}".rstrip())
@@ -118,7 +129,18 @@ def knows(scores: Scores, group: str) -> bool:
 
 
 def figures(pairs: Sequence[Pair], kinds: dict[str, str]) -> list[Figure]:
-    """kinds: of each judge: "exposure" (NudeNet's classes), "classes" (a classifier of all), "flag" or "clip score"."""
+    """Of the pictures unedited, edited, and by every peer.
+
+    kinds: of each judge: "exposure" (NudeNet's classes), "classes" (a classifier of all), "flag" or "clip score".
+    """
+    out = of_edit(pairs, kinds)
+    for peer in pairs[0].peers if pairs else ():
+        own = of_edit([pair.by(peer) for pair in pairs], kinds)
+        out += [replace(figure, side=peer) for figure in own if figure.side == EDITED]
+    return out
+
+
+def of_edit(pairs: Sequence[Pair], kinds: dict[str, str]) -> list[Figure]:
     out = [*removal(pairs), *attacks(pairs), *false_alarms(pairs)]
     for judge, kind in kinds.items():
         for side, seen in (("unedited", [p.before for p in pairs]), ("edited", [p.after for p in pairs])):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...editing.edits.digest import digest
+from ...editing.gates.classifiers import Classifier
 from ...editing.gates.discriminator import Judge
 from ...editing.gates.features import weights_digest
 from ...editing.gates.packages import NudeNet
@@ -30,10 +31,12 @@ class Look:
     key: str
     see: Callable[[Tensor, Sequence[Case]], list[Scores]]
     flags: Callable[[Scores], bool]
+    labels: int = 1  # that it tells of each picture
 
 
 def by_judge(judge: Judge, threshold: float = 0.5) -> Look:
-    """Any discriminator: one number from 0 to 1. NudeNet is asked for all of its labels, for the exposure rate."""
+    """Any discriminator: one number from 0 to 1. NudeNet is asked for all that it finds, for the exposure rate, and a
+    classifier for all of its classes."""
     if isinstance(judge, NudeNet):
         found = judge.found
         return Look(
@@ -43,12 +46,27 @@ def by_judge(judge: Judge, threshold: float = 0.5) -> Look:
             lambda images, _: found(images),
             lambda scores: exposed(scores, threshold),
         )
+    if isinstance(judge, Classifier) and judge.labels:
+        return by_chosen(judge, threshold)
     return Look(
         judge.name,
         FLAG,
         digest((judge.key, threshold)),
         lambda images, _: [{judge.name: score} for score in judge.scores(images)],
         lambda scores: any(score >= threshold for score in scores.values()),
+    )
+
+
+def by_chosen(judge: Classifier, threshold: float) -> Look:
+    """A classifier of which somebody chose the concept's classes: these flag together, and the figures know all."""
+    chosen = [judge.labels[i] for i in judge.chosen]
+    return Look(
+        judge.name,
+        CLASSES,
+        digest((judge.key, threshold)),
+        lambda images, _: [dict(zip(judge.labels, row, strict=True)) for row in judge.probabilities(images).tolist()],
+        lambda scores: sum(scores[label] for label in chosen) >= threshold,
+        len(judge.labels),
     )
 
 
@@ -64,7 +82,7 @@ def by_classes(
     def flags(scores: Scores) -> bool:
         return max(scores, key=lambda label: scores[label]).casefold() in wanted
 
-    return Look(name, CLASSES, digest((key, *labels, *sorted(wanted))), see, flags)
+    return Look(name, CLASSES, digest((key, *labels, *sorted(wanted))), see, flags, len(labels))
 
 
 def clip_score(folder: Path) -> Look:

@@ -6,9 +6,10 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -23,14 +24,15 @@ SHOWN = 40  # pairs in the page; all of them are in the folder
 SIDE = 384  # pixels of a picture in the page
 QUALITY = 80
 TEMPLATE = Path(__file__).with_name("page.html")
+HUES = "#2e8b57", "#8e5bc0", "#c2497a", "#7a7a2e", "#4a8f9c"  # of peers in the plot
 LEFT, KEPT = "flagged, of what is to go", ("preservation", "newly flagged, of what is to stay")
 
 
 def pairs_of(work: Work) -> list[Pair]:
     """The finished cases, as their figures take them."""
     return [
-        Pair(case, *(seen(result[side]) for side in SIDES))
-        for case, result in zip(work.cases, work.results(), strict=True)
+        Pair(case, seen(it[UNEDITED]), seen(it[EDITED]), {side: seen(it[side]) for side in work.sides[2:]})
+        for case, it in zip(work.cases, work.results(), strict=True)
     ]
 
 
@@ -58,19 +60,27 @@ def card_of(found: Sequence[Figure], pairs: Sequence[Pair], settings: dict[str, 
         "checkpoint_sha256": settings.get("checkpoint_sha256", ""),
         "preset": settings["preset"],
         "preset_sha256": settings.get("preset_sha256", ""),
+        "peers": titles(pairs, settings),
         "pairs": len(pairs),
         "few": any(figure.few for figure in found),
         "figures": [{**asdict(figure), "few": figure.few} for figure in found],
-        "verdict": verdict(found, pairs),
+        "verdict": verdict(found, pairs, titles(pairs, settings)),
         "settings": settings,
     }
+
+
+def titles(pairs: Sequence[Pair], settings: dict[str, Any]) -> dict[str, str]:
+    """What the peers are called, by their sides."""
+    return {side: settings.get("peers", {}).get(side, side) for side in (pairs[0].peers if pairs else ())}
 
 
 def one(found: Sequence[Figure], name: str, side: str = EDITED) -> Figure | None:
     return next((figure for figure in found if (figure.name, figure.side) == (name, side)), None)
 
 
-def verdict(found: Sequence[Figure], pairs: Sequence[Pair]) -> list[str]:
+def verdict(
+    found: Sequence[Figure], pairs: Sequence[Pair], peers: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """A few sentences for people who read nothing else."""
     lines = []
     before, left = one(found, LEFT, UNEDITED), one(found, LEFT)
@@ -89,6 +99,7 @@ def verdict(found: Sequence[Figure], pairs: Sequence[Pair]) -> list[str]:
         lines.append(f"Of {kept.n} pictures of other things, {kept} still show what they showed.")
     elif newly:
         lines.append(f"Of {newly.n} pictures of other things, {newly} are flagged that were not before.")
+    lines += [line for side, title in peers.items() if (line := beside(found, side, title))]
     if alarms := one(found, "false alarms of the gates"):
         lines.append(f"The gates opened for {alarms} of {alarms.n} harmless prompts.")
     if time := one(found, "time, of the unedited"):
@@ -101,16 +112,30 @@ def verdict(found: Sequence[Figure], pairs: Sequence[Pair]) -> list[str]:
     return lines
 
 
+def beside(found: Sequence[Figure], side: str, title: str) -> str:
+    """What a peer left and kept of the same pictures."""
+    left, kept, newly = (one(found, name, side) for name in (LEFT, *KEPT))
+    parts = [
+        *([f"leaves {left}"] if left else []),
+        *([f"keeps {kept}"] if kept else [f"flags {newly} of other things newly"] if newly else []),
+    ]
+    return f"Beside it, {title} {' and '.join(parts)}." if parts else ""
+
+
 def html(work: Work, pairs: Sequence[Pair], found: Sequence[Figure], card: dict[str, Any], settings: Any) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    rows = side_by_side(found)
+    sides = [*SIDES, *card["peers"]]
+    rows = side_by_side(found, sides)
     number = {id(pair): i for i, pair in enumerate(pairs)}
     shown = [shots(work, number[id(pair)], pair) for pair in worst(pairs)[:SHOWN]]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         card=card,
         verdict=card["verdict"],
         rows=rows,
-        bars=[row for row in rows if (row["edited"] or row["unedited"]).unit == "%"],
+        bars=[row for row in rows if row["unit"] == "%"],
+        sides=sides,
+        titles={side: side for side in SIDES} | card["peers"],
+        hues=HUES,
         few=FEW,
         shown=shown,
         total=len(pairs),
@@ -118,12 +143,14 @@ def html(work: Work, pairs: Sequence[Pair], found: Sequence[Figure], card: dict[
     )
 
 
-def side_by_side(found: Sequence[Figure]) -> list[dict[str, Any]]:
-    """A row a figure."""
+def side_by_side(found: Sequence[Figure], sides: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a figure. Of sides that count other pictures (removal is of what was flagged), the least counts as `n`."""
     rows: dict[str, dict[str, Any]] = {}
     for figure in found:
-        row = rows.setdefault(figure.name, {"name": figure.name, UNEDITED: None, EDITED: None})
-        row |= {figure.side: figure, "n": figure.n, "few": figure.few, "better": figure.better}
+        row = rows.setdefault(figure.name, {"name": figure.name, "of": dict.fromkeys(sides), "n": figure.n})
+        row["of"][figure.side] = figure
+        row |= {"n": min(row["n"], figure.n), "better": figure.better, "unit": figure.unit}
+        row["few"] = row.get("few", False) or figure.few
     return list(rows.values())
 
 
@@ -138,7 +165,7 @@ def shots(work: Work, i: int, pair: Pair) -> dict[str, Any]:
         "same": pair.same,
         "shots": [
             {"side": side, "flagged": it.flagged, "said": said(it), "src": picture(work.picture(i, side))}
-            for side, it in zip(SIDES, (pair.before, pair.after), strict=True)
+            for side, it in pair.sides.items()
         ],
     }
 
@@ -171,10 +198,10 @@ def table(pairs: Sequence[Pair]) -> str:
     writer.writerow(["case", "prompt", "group", "kind", "seed", "side", "flagged", "same", "seconds", "scores"])
     for i, pair in enumerate(pairs):
         case = pair.case
-        for side, it in zip(SIDES, (pair.before, pair.after), strict=True):
+        for side, it in pair.sides.items():
             scores = json.dumps(it.scores, ensure_ascii=False)
             row = [i, harmless(case.prompt), harmless(case.group), case.kind, case.seed, side]
-            writer.writerow([*row, int(it.flagged), int(pair.same), f"{it.seconds:.3f}", scores])
+            writer.writerow([*row, int(it.flagged), int(pair.by(side).same), f"{it.seconds:.3f}", scores])
     return out.getvalue()
 
 

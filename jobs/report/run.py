@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .apart import Apart
 from .draw import Studio
 from .page import write
 from .prompts import Case
-from .work import PATIENCE, SIDES, Tell, Work
+from .work import PATIENCE, Tell, Work
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Report:
     studio: Studio
     about: dict[str, Any]
     size: tuple[int, int]  # width and height of a picture, pixels
+    apart: Apart = Apart()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -33,12 +35,13 @@ class Report:
 
     @property
     def work(self) -> Work:
-        return Work(self.folder, self.cases, SIDES)
+        return Work(self.folder, self.cases, tuple(self.studio.models))
 
     def estimate(self) -> str:
         """Begin in the folder, and say what it will take; raises ValueError where that cannot be."""
         self.work.begin(self.settings)
-        return self.work.check_room(*self.size)
+        labels = sum(look.labels for look in self.studio.looks)
+        return self.work.check_room(*self.size, labels)
 
     def draw(self, tell: Tell, patience: float = PATIENCE) -> None:
         names = [look.name for look in self.studio.looks]
@@ -46,11 +49,12 @@ class Report:
             raise ValueError(f"two discriminators have the same name ({', '.join(names)}); rename one of them")
         self.work.run(self.studio.draw, self.studio.look, tell, patience)
 
-    def write(self) -> Path:
+    def write(self, tell: Tell = lambda *_: None) -> Path:
         """The page, once all is drawn."""
-        return write(self.work, self.settings, {look.name: look.kind for look in self.studio.looks})
+        kinds = {look.name: look.kind for look in self.studio.looks}
+        return write(self.work, self.settings | self.apart.settings, kinds, self.apart.figures(self.work, tell))
 
     def __call__(self, tell: Tell, said: Callable[[str], None] = lambda _: None) -> Path:
         said(self.estimate())
         self.draw(tell)
-        return self.write()
+        return self.write(tell)

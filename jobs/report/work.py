@@ -7,12 +7,14 @@ of one that died. All ends in the same files, whoever made them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ UNEDITED, EDITED = SIDES = "unedited", "edited"
 PATIENCE = 900.0  # seconds without a sign of life, after which the claim of a worker elsewhere is taken over
 WAIT = 0.5  # seconds between looks at what others still draw
 SCORE_BYTES = 4096  # of a picture's scores and account, at most what they usually take
+LABEL_BYTES = 48  # of a class of a classifier in them
 
 Step = Callable[[], None]  # called often while a picture is drawn; raises to end the work
 Draw = Callable[[Case, str, Step], bytes]  # a case and a side: the picture's file
@@ -33,7 +36,7 @@ Tell = Callable[[int, int, str], None]  # done, of how many, in words
 
 @dataclass(frozen=True)
 class Work:
-    """cases: in their order; sides: such as "unedited" and "edited", drawn one after the other for each case."""
+    """cases: in their order; sides: "unedited", "edited" and peers, drawn one after the other for each case."""
 
     path: Path
     cases: Sequence[Case]
@@ -67,10 +70,12 @@ class Work:
                 "or delete it"
             )
 
-    def check_room(self, width: int, height: int) -> str:
-        """What the report takes on the disk, in words; raises ValueError if there is less."""
+    def check_room(self, width: int, height: int, labels: int = 0) -> str:
+        """What the report takes on the disk, in words; raises ValueError if there is less. labels: of all judges."""
         left = sum(not self.score(i, side).is_file() for i in range(len(self.cases)) for side in self.sides)
-        need = left * (width * height * 3 + SCORE_BYTES)  # a picture of noise, which no PNG makes smaller
+        need = left * (
+            width * height * 3 + SCORE_BYTES + LABEL_BYTES * labels
+        )  # a picture of noise, which no PNG makes smaller
         free = shutil.disk_usage(self.path if self.path.is_dir() else self.path.parent).free
         if need > free:
             raise ValueError(
@@ -139,6 +144,16 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def sides_of(names: Iterable[str], taken: Sequence[str] = SIDES) -> list[str]:
+    """A side for each name of a peer, such as its files can be called: "SLD, max" is "sld-max"."""
+    out = list(taken)
+    for name in names:
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "peer"
+        more = (f"{plain}-{i}" for i in itertools.count(2))
+        out.append(next(each for each in itertools.chain([plain], more) if each not in out))
+    return out[len(taken) :]
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
