@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ..demo import world
 from ..demo.judge import Verdict, accuracy
 from ..demo.load import load_judge
-from ..editing.methods.cre import DEFAULTS
 from ..tools.environment import ROOT
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
-STRENGTH = 1.25  # of objects: the last traces of a bomb or a glass outlast 1.0
+STRENGTH = 1.0  # the default
 
 
 def named(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
@@ -128,16 +126,9 @@ class Erasure:
         conds = [self.demo.encode_with(p.caption, examples[i % len(examples)]) for i, p in enumerate(prompts)]
         return named(prompts, self.demo.verdicts(edited, conds, self.seed))
 
-    def erase_style(self, style: str) -> Any:
-        """A style is part of everything in the picture, so no floor holds; it is compared with other styles, which are
-        kept."""
-        others = "\n".join(f"in the style of {s}" for s in world.NAMED_STYLES if s != style)
-        concept = self.demo.concept(f"in the style of {style}", others, others)
-        return self.demo.erase(concept, 2.0, replace(DEFAULTS, floor=0.0))
-
     def style(self, style: str) -> Row:
         """What is left of a style in its prompts, and whether its objects and the other styles keep theirs."""
-        edited = self.erase_style(style)
+        edited = self.demo.erase(self.demo.concept(f"in the style of {style}"))
         own = style_prompts(style, self.count, self.seed)
         near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, self.count // 2, self.seed)]
         rows = {
@@ -199,10 +190,9 @@ TABLES = (
     Table(
         "erasure",
         "CRE, one concept at a time",
-        f"Objects at strength {STRENGTH:g} with their neighbour in the concept's `keep`, all else default; styles "
-        "with the other styles neutral and kept, floor 0, strength 2. By example: the concept comes as a picture of "
-        "it.",
-        partial(rows, 50),
+        "Defaults, with nothing to draw instead; objects with their neighbour in the concept's `keep`, styles found by "
+        "their words. By example: the concept comes as a picture of it.",
+        partial(rows, 24),
         partial(rows, 8, world.ERASED[:1], world.NAMED_STYLES[:1]),
     ),
 )

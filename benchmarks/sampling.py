@@ -31,7 +31,7 @@ class Demo:
     clip: Any
     vae: Any
     steps: int = STEPS
-    _concepts: dict[tuple[str, str, str], Concept] = field(default_factory=dict)
+    _concepts: dict[tuple[str, ...], Concept] = field(default_factory=dict)
 
     @classmethod
     def ready(cls, architecture: str = "unet") -> Demo:
@@ -44,10 +44,10 @@ class Demo:
         """A prompt in which <image> stands for a picture [3, h, w]."""
         return reference_prompt(self.clip, picture.movedim(0, -1)[None], text)
 
-    def concept(self, text: str, neutral: str = NEUTRAL, keep: str = "") -> Concept:
-        key = text, neutral, keep
+    def concept(self, text: str, neutral: str = NEUTRAL, keep: str = "", instead: str = "") -> Concept:
+        key = text, neutral, keep, instead
         if key not in self._concepts:
-            self._concepts[key] = concept_from_text(self.clip, text, text, neutral, keep)
+            self._concepts[key] = concept_from_text(self.clip, text, text, neutral, keep, instead)
         return self._concepts[key]
 
     def erase(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..editing.edits.encode import NEUTRAL, apart, concept_from_conditioning, concept_from_text, lines_of
-from .inputs import CATEGORY, folded, named
+from ..editing.edits.encode import KINDS, NEUTRAL, apart, concept_from_conditioning, concept_from_text, lines_of
+from .inputs import CATEGORY, choice_input, folded, named
 from .show import told
 from .types import ConceptType
 
@@ -56,6 +56,14 @@ class ConceptGuardConcept(io.ComfyNode):
                     "keeps pictures whole. Empty: 'something', which a model fills as it likes, or what neutral "
                     "lines of your own say.",
                 ),
+                choice_input(
+                    "kind",
+                    KINDS,
+                    KINDS[0],
+                    "What it is. A style is found by what ordinary prompts become with it ('a cat in the style of ..', "
+                    "the neutral lines), a thing by its own words. auto: a style if every line of the text says so: "
+                    "'in the style of ..', 'watercolour style', 'by ..'.",
+                ),
             ],
             outputs=[ConceptType.Output(display_name="concept", tooltip="The concept, encoded.")],
             hidden=[io.Hidden.unique_id],
@@ -63,10 +71,19 @@ class ConceptGuardConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: object, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "", instead: str = ""
+        cls,
+        clip: object,
+        text: str,
+        name: str = "",
+        neutral: str = NEUTRAL,
+        keep: str = "",
+        instead: str = "",
+        kind: str = KINDS[0],
     ) -> io.NodeOutput:
         with named("ConceptGuardConcept"):
-            concept = concept_from_text(clip, text, name, neutral, keep, instead)
+            concept = concept_from_text(clip, text, name, neutral, keep, instead, kind)
+        if concept.kind == "style":
+            return told(cls, "a style: what the neutral prompts become with it", concept)
         lines = lines_of(neutral)
         if left := [line for line in lines if line not in apart(lines, lines_of(text))]:
             return told(cls, f"not compared with itself: left {', '.join(left)} out of the neutral prompts", concept)

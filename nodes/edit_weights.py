@@ -53,9 +53,9 @@ class ConceptGuardEditWeights(io.ComfyNode):
                 choice_input(
                     "projections",
                     tuple(PROJECTIONS),
-                    "values",
-                    "Which weights: those of the values alone, which erases as surely and harms others less, or those "
-                    "of the keys as well, as the papers do.",
+                    "keys and values",
+                    "Which weights: those of the keys as well, as the papers do, or those of the values alone, a "
+                    "smaller change that spares others less well on the demo model.",
                 ),
                 folded(
                     io.Int.Input(
@@ -87,7 +87,7 @@ class ConceptGuardEditWeights(io.ComfyNode):
         method: str = "UCE",
         strength: float = 1.0,
         preserve: str = NEUTRAL,
-        projections: str = "values",
+        projections: str = "keys and values",
         rounds: int = 1,
     ) -> io.NodeOutput:
         with named(NODE):

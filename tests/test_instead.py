@@ -127,6 +127,64 @@ def test_a_concept_is_never_compared_with_itself(clip: Any) -> None:
     assert "left a cat, a dog out of the neutral prompts" in output.ui["text"][0]
 
 
+# --- styles ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_style_is_what_ordinary_prompts_become_with_it(clip: Any) -> None:
+    inputs = {"neutral": "a cat\na dog\nin the style of noto", "keep": "in ink", "instead": "in oil\nas a photo"}
+    style = ConceptGuardConcept.execute(clip, "in the style of noto", **inputs).args[0]
+
+    def mean(*texts: str) -> Tensor:
+        return torch.cat([encode(clip, text) for text in texts]).mean(0, keepdim=True)
+
+    assert style.kind == "style" and style.phrases[0].text == "in the style of noto"
+    assert torch.equal(style.neutral, mean("a cat", "a dog"))
+    assert torch.equal(style.phrases[0].tokens, mean("a cat in the style of noto", "a dog in the style of noto"))
+    assert torch.equal(style.keep[0].tokens, mean("a cat in ink", "a dog in ink"))
+    both = mean("a cat in oil", "a dog in oil"), mean("a cat as a photo", "a dog as a photo")
+    torch.testing.assert_close(style.instead, torch.cat(both).mean(0, keepdim=True))
+    assert len(style.phrases[0].like) == 2 == len(style.ordinary)
+    assert style.phrases[0].own == tuple(range(1, 9))  # "a cat in the style of noto", whose last word is two tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "found"),
+    [
+        ("in the style of noto", "auto", "style"),
+        ("Noto style\nby Noto", "auto", "style"),
+        ("in the style of noto\na cat", "auto", "thing"),
+        ("a stylish cat standing by a door", "auto", "thing"),
+        ("noto", "style", "style"),
+        ("in the style of noto", "thing", "thing"),
+    ],
+)
+def test_a_style_is_found_by_its_words_unless_somebody_says(clip: Any, text: str, kind: str, found: str) -> None:
+    assert concept_from_text(clip, text, kind=kind).kind == found
+
+
+def test_a_style_draws_what_its_prompts_draw_without_it(clip: Any) -> None:
+    """Neutral lines that are styles are no contexts, nor is nothing; and nobody's replacement is `something`."""
+    for neutral in ("", "in the style of fluent"):
+        style = concept_from_text(clip, "in the style of noto", neutral=neutral)
+        assert style.instead is None and torch.equal(style.baseline, concept_from_text(clip, "x").neutral)
+        assert style.given_instead is style.neutral  # what edits of the weights make of it
+    with pytest.raises(ValueError, match="kind is 'look'; choose one of auto, thing, style"):
+        concept_from_text(clip, "noto", kind="look")
+
+
+def test_a_preset_says_that_it_is_a_style(clip: Any, model: Any) -> None:
+    by_hand = ConceptGuardCRE.execute(model, concept_from_text(clip, "noto style", instead="as a photo")).args[0]
+    written = ConceptGuardSavePreset.execute(by_hand, clip, "Styles").args[0]
+    document = json.loads(written)
+    assert document["schema_version"] == 4 and "concepts that are styles" in document["needs"]
+    assert document["edits"][0]["concept"]["kind"] == "style"
+    assert 'Erases the style "noto style", drawing as a photo instead' in described(read(written))[0]
+    assert keys(ConceptGuardApplyPreset.execute(model, clip, written).args[0]) == keys(by_hand)
+    del document["edits"][0]["concept"]["kind"]  # what an older preset says: its words alone
+    older = ConceptGuardApplyPreset.execute(model, clip, json.dumps(document)).args[0]
+    assert keys(older) != keys(by_hand)
+
+
 # --- what the words say ----------------------------------------------------------------------------------------------
 
 

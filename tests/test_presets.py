@@ -16,7 +16,7 @@ from documents import DOCUMENT, HASH, WORDS, Fuzz, by_hand, changed, keys, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptguard.editing.edits.encode import concept_from_text
+from conceptguard.editing.edits.encode import concept_from_text, encode
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.methods import cre, eiup
@@ -25,6 +25,7 @@ from conceptguard.editing.methods.eiup import EIUPEdit
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import MAX_BYTES, Preset, read, write
 from conceptguard.editing.presets.save import alike, slug
+from conceptguard.editing.presets.versions import newest
 from conceptguard.editing.presets.words import described
 from conceptguard.nodes.concept import ConceptGuardConceptFromConditioning
 from conceptguard.nodes.cre import ConceptGuardCRE
@@ -76,7 +77,7 @@ BAD = [
     ("{}", "schema_version: Field required"),
     (TEXT[:-1] + ', "name": "Another"}', "has the name 'name' twice in one place, and only one can be meant"),
     (TEXT.replace('"blades"]}', '"blades"], "phrases": ["a cat"]}', 1), "has the name 'phrases' twice"),
-    (changed("schema_version", value=9), "has version 9 .* reads up to version 3; update ConceptGuard"),
+    (changed("schema_version", value=9), f"has version 9 .* reads up to version {newest()}; update ConceptGuard"),
     (changed("needs", value=["bent lines"]), "it uses 'bent lines', which this .* does not know; update ConceptGuard"),
     (changed("needs", value="x"), "needs: Input should be a valid array"),
     (changed("schema_version", value=0), "schema_version: Input should be greater"),
@@ -335,4 +336,6 @@ def test_a_shipped_preset_gives_its_reasons_and_edits(path: Path, model: Any, cl
     assert isinstance(preset, Preset)
     applied = make(ConceptGuardApplyPreset, model, clip, path.read_text(encoding="utf-8"))
     assert len(edits_of(applied)) == len(preset.edits)
-    assert not torch.equal(tiny.sample(applied), tiny.sample(model))
+    said = preset.edits[0].concept.phrases[0]
+    prompt = [[encode(clip, f"a cat {said}"), {"pooled_output": torch.zeros(1, 1280)}]]
+    assert not torch.equal(tiny.sample(applied, prompt), tiny.sample(model, prompt))

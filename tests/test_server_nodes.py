@@ -107,7 +107,9 @@ HEADS = {f"direction_{i}": ("direction", 0) for i in range(1, 9)}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "Concept": [
         {**CLIP, "text": "mug"},
-        {**CLIP, "text": "mug", "name": "m", "neutral": "a cat", "keep": "a spoon", "instead": "a cup"},
+        {**CLIP, "text": "mug", "name": "m", "neutral": "a cat", "keep": "a spoon", "instead": "a cup",
+         "kind": "thing"},
+        {**CLIP, "text": "noto", "kind": "style"},
     ],
     "ConceptFromConditioning": [
         {"conditioning": ("words", 0)},
@@ -126,7 +128,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "EditWeights": [
         {**MODEL, **CLIP, **CONCEPT},
-        {**MODEL, **CLIP, **CONCEPT, "method": "RECE", "projections": "keys and values"},
+        {**MODEL, **CLIP, **CONCEPT, "method": "RECE", "projections": "values"},
         {**MODEL, **CLIP, **CONCEPT, "method": "TIME"},
         {**MODEL, **CLIP, **CONCEPT, "method": "SPEED", "preserve": "a cat"},
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,32 +25,54 @@ CONTEXT = 77  # tokens of one piece of prompt, where a text encoder pads
 # More prompts that say a phrase, from which it is learnt how its words show (methods/said.py).
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
 ARTICLES = ("a", "an", "the", "some")
+KINDS = ("auto", "thing", "style")  # of a concept; auto: a style if all its phrases say that they are one
 
 
 def concept_from_text(
-    clip: Any, text: str, name: str = "", neutral: str = NEUTRAL, keep: str = "", instead: str = ""
+    clip: Any,
+    text: str,
+    name: str = "",
+    neutral: str = NEUTRAL,
+    keep: str = "",
+    instead: str = "",
+    kind: str = KINDS[0],
 ) -> Concept:
     """One phrase per line of `text` and of `keep`, encoded by the host's `clip`, the mean of `neutral`'s lines, but for
     those that are the concept itself, and the mean of `instead`'s.
 
     With nothing to draw instead, SOMETHING is drawn for what is compared with NEUTRAL: the mean of so many unlike
     prompts is no picture. Neutral lines of somebody's own say what remains.
+    kind: of KINDS. A style is no thing of its own: it is what "a cat in the style of .." has beyond "a cat". So each of
+    its phrases, and what it is to keep or to become, is the mean of the neutral lines with it behind them, and what
+    remains is the neutral lines' own mean.
     """
     if clip is None:
         raise ValueError("clip is empty: the checkpoint has no text encoder; load one with a CLIP loader")
-    phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
-    if not phrases:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
+    if not lines_of(text):
         raise ValueError("text is empty; write what to erase, one phrasing a line")
-    lines = apart(lines_of(neutral), lines_of(text))
+    style = kind == "style" or (kind == "auto" and all(map(says_style, lines_of(text))))
+    if style:  # styles are no context for one another
+        of_things = [line for line in lines_of(neutral) if not says_style(line)]
+        lines = of_things or lines_of(NEUTRAL)
+        phrases, kept, others = (
+            styles(clip, some, lines, what) for some, what in ((text, "text"), (keep, "keep"), (instead, "instead"))
+        )
+        replacement, of_replacement = [each.tokens for each in others], [each.pooled for each in others]
+    else:
+        lines = apart(lines_of(neutral), lines_of(text))
+        phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
+        phrases = (
+            tuple(replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases) if lines else phrases
+        )
+        drawn = lines_of(instead.strip() or (SOMETHING if neutral == NEUTRAL else ""))
+        replacement, of_replacement = encodings(clip, drawn)
     ordinary, of_ordinary = encodings(clip, lines)
-    replacement, of_replacement = encodings(
-        clip, lines_of(instead.strip() or (SOMETHING if neutral == NEUTRAL else ""))
-    )
     empty, of_empty = encoded(clip, "")
-    said = [replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases]
     return Concept(
         name.strip() or phrases[0].text,
-        tuple(said) if ordinary else phrases,
+        phrases,
         empty,
         mean(of_one_length(ordinary), "neutral") if ordinary else None,
         neutral,
@@ -59,6 +82,31 @@ def concept_from_text(
         ordinary=tuple(rows_of(x, own_tokens(clip, line, x.shape[1])) for x, line in zip(ordinary, lines, strict=True)),
         pooled=mean_pooled(of_ordinary or [of_empty]),
         pooled_instead=mean_pooled(of_replacement),
+        kind="style" if style else "thing",
+    )
+
+
+def says_style(line: str) -> bool:
+    """Whether a phrase says how something is drawn, not what: "in the style of ..", "watercolour style", "by .."."""
+    return bool(re.search(r"\bstyle\b|^by\s", line.lower()))
+
+
+def styles(clip: Any, text: str, contexts: Sequence[str], name: str) -> tuple[Phrase, ...]:
+    """One phrase per line: the mean of what the contexts are encoded to with it behind them."""
+    return tuple(in_contexts(clip, phrase, contexts) for phrase in encode_lines(clip, text, name))
+
+
+def in_contexts(clip: Any, phrase: Phrase, contexts: Sequence[str]) -> Phrase:
+    texts = [f"{context} {phrase.text}" for context in contexts]
+    encodings_, pooled = encodings(clip, texts)
+    own = [own_tokens(clip, text, x.shape[1]) for text, x in zip(texts, encodings_, strict=True)]
+    tokens = mean(of_one_length(encodings_), phrase.text)
+    return replace(
+        phrase,
+        tokens=tokens,
+        own=tuple(i for i in sorted({i for each in own for i in each}) if i < tokens.shape[1]),
+        like=tuple(map(rows_of, encodings_, own)),
+        pooled=mean_pooled(pooled),
     )
 
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -69,6 +69,9 @@ class Concept(Shared):
     ordinary: tuple[Tensor, ...] = ()
     pooled: Tensor | None = None
     pooled_instead: Tensor | None = None
+    kind: Literal["thing", "style"] = (
+        "thing"  # of a style, phrases are what ordinary prompts become with it (encode.py)
+    )
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
@@ -86,8 +89,10 @@ class Concept(Shared):
 
     @property
     def given_instead(self) -> Tensor | None:
-        """What somebody said to draw instead; None where `concept_from_text` chose."""
-        return self.instead if self.instead_text or not self.ordinary else None
+        """What somebody said to draw instead, or a style's neutral prompts; None where `concept_from_text` chose."""
+        if self.instead_text or not self.ordinary:
+            return self.instead
+        return self.neutral if self.kind == "style" else None
 
     @cached_property
     def baseline_key(self) -> str:

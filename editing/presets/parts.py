@@ -36,6 +36,7 @@ class Words(Part):
     neutral: Annotated[tuple[Phrase, ...], Field(max_length=64)] = tuple(NEUTRAL.splitlines())
     keep: Annotated[tuple[Phrase, ...], Field(max_length=64)] = ()
     instead: Annotated[tuple[Phrase, ...], Field(max_length=8), since(2, "what to draw instead")] = ()
+    kind: Annotated[Literal["thing", "style"], since(4, "concepts that are styles")] = "thing"
 
     @property
     def count(self) -> int:
@@ -43,8 +44,8 @@ class Words(Part):
         return len(self.phrases) + len(self.keep)
 
     def encoded(self, clip: Any) -> spec.Concept:
-        phrases, *rest = map("\n".join, (self.phrases, self.neutral, self.keep, self.instead))
-        return concept_from_text(clip, phrases, self.name, *rest)
+        text, neutral, keep, instead = map("\n".join, (self.phrases, self.neutral, self.keep, self.instead))
+        return concept_from_text(clip, text, self.name, neutral, keep, instead, self.kind)
 
     def concept(self, maker: Any) -> spec.Concept:
         given = maker.given
@@ -56,7 +57,7 @@ class Words(Part):
 
     def said(self) -> str:
         phrases = "" if self.phrases == (self.name,) else f" ({'; '.join(self.phrases)})"
-        return f'"{self.name}"{phrases}'
+        return f'{"the style " if self.kind == "style" else ""}"{self.name}"{phrases}'
 
 
 class LearnedFile(Part):

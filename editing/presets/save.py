@@ -114,7 +114,9 @@ def words_of(concept: Concept, clip: Any) -> Words:
     phrases, keep = (tuple(phrase.text for phrase in some) for some in (concept.phrases, concept.keep))
     try:
         neutral, instead = (tuple(lines_of(text)) for text in (concept.neutral_text, concept.instead_text))
-        words = Words(name=concept.name, phrases=phrases, neutral=neutral, keep=keep, instead=instead)
+        words = Words(
+            name=concept.name, phrases=phrases, neutral=neutral, keep=keep, instead=instead, kind=concept.kind
+        )
         again = words.encoded(clip)
     except ValueError:
         again = None

@@ -80,16 +80,17 @@ def rece(
     return change
 
 
-def speed(C: Tensor, G: Tensor, P: Tensor, fixed: Tensor, least: float = 0.1) -> Change:
+def speed(C: Tensor, G: Tensor, P: Tensor, fixed: Tensor, least: float = 1e-4) -> Change:
     """SPEED (ICLR 2026): in the null space N of what is to stay, and exactly nothing at the rows `fixed`, [f, d].
 
     W* - W = W (G - C)^T C N Q M,   M = (C^T C N + I)^-1,   Q = I - M F^T (F N M F^T)^-1 F N
 
-    N: onto the eigenvectors of P^T P of an eigenvalue below `least` (INF, the paper's own bound was not read). Its
-    choice among what is to stay, and the made-up rows beside it, are left out.
+    N: onto the eigenvectors of P^T P of an eigenvalue below `least` of their sum (INF, the paper's own bound was not
+    read; one that no encoder's scale changes). Its choice among what is to stay, and the made-up rows beside it, are
+    left out.
     """
     _, s, V = torch.linalg.svd(P, full_matrices=False)
-    V = V[s.square() >= least]
+    V = V[s.square() >= least * s.square().sum()]
     N = eye(C) - V.T @ V
     CNM, FNM = solved(N @ C.T @ C + eye(C), torch.cat([C, fixed]) @ N).tensor_split([len(C)])  # M^T: (N C^T C + I)^-1
     lost = CNM @ fixed.T @ torch.linalg.pinv(FNM @ fixed.T, rtol=1e-10)
