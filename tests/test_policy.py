@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,22 @@ import pytest
 import tiny
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from documents import WORDS
 from foreign_rows import GeometricCFG, Nameless
 from governed import CRE, EIUP, governed, prompt, sample, write
 
+from conceptguard.editing.edits.encode import concept_from_text
 from conceptguard.editing.engine.account import LISTENERS
 from conceptguard.editing.engine.host import account_of, edits_of
+from conceptguard.editing.engine.run import OBSERVER
+from conceptguard.editing.policy.enforce import led_by_picture
 from conceptguard.editing.policy.file import Refused
 from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import read
 from conceptguard.editing.training.harness import train_with
+from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.preset import ConceptGuardApplyPreset
 
 HOOKED = [
@@ -274,13 +281,123 @@ def test_a_small_cfg_does_not_hide_the_knife_in_the_negative(model: Any, clip: A
     assert [edit["rows"]["for"] for edit in second["edits"]] == ["conditional"]
 
 
+def leave_out(model: Any) -> Any:
+    model.set_model_sampler_cfg_function(lambda args: args["uncond"] + 0.01 * (args["cond"] - args["uncond"]))
+    return model
+
+
+def before(model: Any) -> Any:
+    model.set_model_sampler_pre_cfg_function(lambda args: [0.01 * args["conds_out"][0], args["conds_out"][1]])
+    return model
+
+
+def after(model: Any) -> Any:
+    model.set_model_sampler_post_cfg_function(lambda args: 0.99 * args["uncond_denoised"] + 0.01 * args["denoised"])
+    return model
+
+
+def around(model: Any) -> Any:
+    def wrapper(executor: Any, *args: Any) -> Any:
+        cond, uncond = executor(*args)
+        return [0.01 * cond + 0.99 * uncond, uncond]
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "other", wrapper)
+    return model
+
+
+@pytest.mark.parametrize("pack", [leave_out, before, after, around])
+def test_a_node_that_changes_the_guidance_has_all_prompts_edited(
+    model: Any, clip: Any, tmp_path: Path, pack: Any
+) -> None:
+    """The knife is in the negative prompt, and the picture follows that one, nearly alone."""
+    with governed(tmp_path) as enforcement:
+        sample(pack(model.clone()), clip, "a teapot", "a knife")
+        sample(model, clip, "a teapot", "a knife")
+    changed, plain = (entry["edits"][0]["rows"]["for"] for entry in enforcement.record.entries())
+    assert (changed, plain) == ("all", "conditional")
+
+
+@pytest.mark.parametrize("partly", [{"start_percent": 0.0, "end_percent": 0.1}, {"strength": 0.0}])
+def test_where_no_positive_prompt_is_left_the_others_are_edited(
+    model: Any, clip: Any, tmp_path: Path, partly: dict[str, float]
+) -> None:
+    with governed(tmp_path) as enforcement:
+        positive = prompt(clip, "a teapot")
+        positive[0][1].update(partly)
+        tiny.sample(model, positive, prompt(clip, "a knife"), steps=4)
+    (entry,) = enforcement.record.entries()
+    assert entry["edits"][0]["rows"]["for"] == "all"
+
+
+@pytest.mark.parametrize("pack", [leave_out, None])
+def test_an_edit_of_guidance_is_no_hold_where_the_guidance_is_not_plain(
+    model: Any, clip: Any, tmp_path: Path, pack: Any
+) -> None:
+    """At cfg 0.5 the other prompt leads, which an edit of guidance leaves alone."""
+    how: dict[str, Any] = {"method": "SLD", "concept": WORDS, "scale": 2000}
+    with governed(tmp_path, how) as enforcement, pytest.raises(Refused, match="is held by guidance"):
+        sample(pack(model.clone()) if pack else model, clip, "a teapot", "a knife", cfg=4.0 if pack else 0.5)
+    assert verdicts(enforcement) == ["refused"]
+
+
+def test_weak_edits_of_the_graph_do_not_share_what_the_policys_take(model: Any, clip: Any, tmp_path: Path) -> None:
+    """A dozen of nearly the same concept, which found together with it would leave it a thirteenth."""
+    with governed(tmp_path):
+        alone = sample(model, clip)
+    mine = model
+    for i in range(12):
+        concept = concept_from_text(clip, f"knife {i}", "a knife" + "!" * i)
+        mine = ConceptGuardCRE.execute(model=mine, concept=concept, strength=1e-6, floor=0.0).args[0]
+    with governed(tmp_path) as enforcement:
+        made = sample(mine, clip)
+    free = sample(model, clip)
+    assert (made - alone).norm() < 0.01 * (free - alone).norm()
+    assert len(list(enforcement.record.entries())[-1]["edits"]) == 13
+
+
+def test_what_the_graph_draws_in_a_things_place_is_edited_after_it(model: Any, clip: Any, tmp_path: Path) -> None:
+    """A teapot that is erased, and a knife drawn instead: the policy's edit has the last word."""
+    concept = concept_from_text(clip, "teapot", "a teapot", instead="a knife")
+    mine = ConceptGuardCRE.execute(model=model, concept=concept, floor=0.0).args[0]
+    given: dict[Any, list[torch.Tensor]] = {}
+
+    def observe(A: torch.Tensor, block: Any, **_: Any) -> None:
+        given.setdefault(block, []).append(A.clone())
+
+    with governed(tmp_path):
+        mine.model_options["transformer_options"][OBSERVER] = observe
+        sample(mine, clip, "a teapot", steps=1)
+    assert given and all(len(each) == 2 and not torch.equal(*each) for each in given.values())
+
+
 LATE = {**CRE, "start_percent": 0.9}
 
 
-def test_a_run_too_short_for_a_window_makes_no_picture(model: Any, clip: Any, tmp_path: Path) -> None:
-    with governed(tmp_path, LATE) as enforcement, pytest.raises(Refused, match="none of the steps lies in its window"):
-        sample(model, clip, steps=1)
-    assert verdicts(enforcement) == ["refused"]
+@pytest.mark.parametrize("sigmas", [None, [14.6, 0.4, 0.3, 0.0], [14.6, 0.05, 14.0, 0.03, 0.0]])
+def test_a_schedule_that_hurries_through_a_window_is_edited_throughout(
+    model: Any, clip: Any, tmp_path: Path, sigmas: list[float] | None
+) -> None:
+    """One step at all, one in the window of three, or again and again from the top."""
+    early = {**CRE, "start_percent": 0.1, "end_percent": 0.6}
+    with governed(tmp_path, LATE if sigmas is None else early) as enforcement:
+        mine, latent = (prompt(clip, "a knife"), prompt(clip, "")), torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)
+        noise, levels = comfy.sample.prepare_noise(latent, 5), None if sigmas is None else torch.tensor(sigmas)
+        how = dict(sigmas=levels, disable_pbar=True)
+        comfy.sample.sample(model, noise, 1, 4.0, "euler", "normal", *mine, latent, **how)
+    (entry,) = enforcement.record.entries()
+    assert entry["edits"][0]["window"] == [0.0, 1.0]
+    assert entry["edits"][0]["steps"]["acted"] == entry["edits"][0]["steps"]["all"] > 0
+
+
+def test_an_ordinary_schedule_keeps_a_windows_steps(model: Any, clip: Any, tmp_path: Path) -> None:
+    early = {**CRE, "start_percent": 0.1, "end_percent": 0.6}
+    with governed(tmp_path, early) as enforcement:
+        for scheduler in ("normal", "karras", "exponential", "sgm_uniform", "simple", "beta", "kl_optimal"):
+            mine, latent = (prompt(clip, "a knife"), prompt(clip, "")), torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)
+            noise = comfy.sample.prepare_noise(latent, 5)
+            comfy.sample.sample(model, noise, 10, 1.0, "euler", scheduler, *mine, latent, disable_pbar=True)
+    windows = [entry["edits"][0]["window"] for entry in enforcement.record.entries()]
+    assert windows == [[0.1, 0.6]] * 7
 
 
 @pytest.mark.parametrize(
@@ -305,6 +422,58 @@ def test_runs_with_a_picture_or_a_part_of_the_steps_are_edited_throughout(
     assert all(edit["steps"]["acted"] == edit["steps"]["all"] > 0 for edit in entry["edits"])
 
 
+@pytest.mark.parametrize(
+    "key, value, led",
+    [
+        ("reference_latents", [torch.ones(1, 4, 8, 8)], True),
+        ("clip_vision_output", object(), True),
+        ("gligen", ("position", object(), []), True),
+        ("control", object(), True),
+        ("guidance", 3.5, False),
+        ("area", (4, 4, 0, 0), False),
+        ("mask", torch.ones(1, 8, 8), False),
+        ("conditioning_llama3", torch.ones(1, 8, 8), False),
+    ],
+)
+def test_whatever_is_not_text_or_a_number_counts_as_a_picture(key: str, value: Any, led: bool) -> None:
+    assert led_by_picture({"cross_attn": tiny.tokens(1), "pooled_output": torch.ones(1, 8), key: value}) == led
+
+
+def between_steps(model: Any, clip: Any, act: Callable[[], Any]) -> Any:
+    """A run in the middle of which something happens."""
+    latent = torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)
+    mine, noise = (prompt(clip, "a knife on a table"), prompt(clip, "")), comfy.sample.prepare_noise(latent, 5)
+    how = {"callback": lambda *_: act(), "disable_pbar": True}
+    return comfy.sample.sample(model, noise, 4, 4.0, "euler", "normal", *mine, latent, **how)
+
+
+def test_a_policy_that_comes_on_in_the_middle_of_a_run_says_so(model: Any, clip: Any, tmp_path: Path) -> None:
+    """The run began without its edits."""
+    with governed(tmp_path) as enforcement:
+        write(tmp_path, on=False)
+        enforcement.refresh()
+        with pytest.raises(Refused, match="turned on in the middle of this run"):
+            between_steps(model, clip, lambda: (write(tmp_path), enforcement.refresh()))
+
+
+def test_a_policy_that_changes_in_the_middle_of_a_run_counts_from_the_next(
+    model: Any, clip: Any, tmp_path: Path
+) -> None:
+    """Also one that is turned off, or damaged: what began under it ends under it."""
+    with governed(tmp_path) as enforcement:
+        whole = sample(model, clip, steps=4)
+        for change in (
+            lambda: write(tmp_path, EIUP),
+            lambda: write(tmp_path, on=False),
+            lambda: (tmp_path / "policy.json").write_text("{"),
+        ):
+            write(tmp_path)
+            enforcement.refresh()
+            act = lambda change=change: (change(), enforcement.refresh())  # noqa: E731
+            assert torch.equal(between_steps(model, clip, act), whole)
+    assert [edit["method"] for entry in enforcement.record.entries() for edit in entry["edits"]] == ["CRE"] * 4
+
+
 def test_pictures_can_be_refused_or_let_pass(model: Any, clip: Any, tmp_path: Path) -> None:
     latent = torch.ones(1, 4, tiny.SIZE, tiny.SIZE)
 
@@ -319,6 +488,12 @@ def test_pictures_can_be_refused_or_let_pass(model: Any, clip: Any, tmp_path: Pa
     with governed(tmp_path, pictures="pass") as enforcement:
         assert torch.equal(img2img(), plain)
     assert verdicts(enforcement) == ["refused", "passed"]
+
+
+def test_a_training_can_be_refused(model: Any, clip: Any, tmp_path: Path) -> None:
+    with governed(tmp_path, training="refuse") as enforcement, pytest.raises(Refused, match="a training"):
+        train_with(model, prompt(clip, "a knife"), torch.zeros(1, 4, 8, 8), lambda _: None)
+    assert verdicts(enforcement) == ["refused"]
 
 
 def test_a_training_passes_into_the_record(model: Any, clip: Any, tmp_path: Path) -> None:

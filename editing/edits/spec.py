@@ -279,6 +279,7 @@ class EditSpec(Shared):
     scale: times the strength, one number an image of the batch, as a first look found them; empty: 1.
     rows: of a batch; "conditional", those of the prompts that the guider calls positive, or "all": where the guidance
     follows another prompt, or goes beyond all of them.
+    last: whether it is applied to what all other edits leave (a server's policy), and not found together with them.
     """
 
     method: str
@@ -293,6 +294,7 @@ class EditSpec(Shared):
     scale: tuple[float, ...] = ()
     rows: str = ROWS[0]
     report: Callable[[str], None] | None = None  # told at the end of a run what the edit did in it
+    last: bool = False
 
     def __post_init__(self) -> None:
         complaint = complaint_about(self.strength, self.start_percent, self.end_percent, self.blocks)
@@ -340,13 +342,13 @@ class EditSpec(Shared):
     @cached_property
     def key(self) -> str:
         window = (self.start_percent, self.end_percent)
-        later = [self.scale] * bool(self.scale) + [self.rows] * (self.rows != ROWS[0])
+        later = [self.scale] * bool(self.scale) + [self.rows] * (self.rows != ROWS[0]) + ["last"] * self.last
         numbers = (self.strength, window, self.blocks, self.gate, self.options, *later)
         return digest((self.method, self.source.key, *numbers))
 
     @property
-    def order(self) -> tuple[int, str, str]:
-        return self.how.order, self.source.name, self.key
+    def order(self) -> tuple[bool, int, str, str]:
+        return self.last, self.how.order, self.source.name, self.key
 
 
 def complaint_about(strength: float, start_percent: float, end_percent: float, blocks: str) -> str | None:

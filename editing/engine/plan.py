@@ -131,6 +131,7 @@ class BlockEdits:
         self.heads = backbone.blocks[key].heads
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
         self.steering = [Steering(group, bind, values) for group in sets.solved]
+        self.then = None if sets.then is None else BlockEdits(sets.then, backbone, key, device, dtype, streams)
 
     def apply(
         self,
@@ -147,6 +148,7 @@ class BlockEdits:
 
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
+        given = q, k, v, s
         tokens = v
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         if self.joined:
@@ -158,7 +160,8 @@ class BlockEdits:
         taken = [steering.projection(A, q, tokens, s, observe, note) for steering in self.steering]
         for part in taken:
             A = A.float() - part
-        return A.flatten(-2)
+        A = A.flatten(-2)
+        return A if self.then is None else self.then.apply(A, *given, foreign=True, observe=observe, note=note)
 
 
 def projected(to_v: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -206,9 +209,11 @@ class Plan:
         valued = [i for i, spec in enumerate(self.specs) if spec.how.stage == "values"]
         self.texts |= dict.fromkeys(valued)
         told: dict[int, int] = dict.fromkeys(valued, 0)
-        for method in dict.fromkeys(self.specs[i].how for i in valued):
+        for turn in dict.fromkeys((self.specs[i].last, self.specs[i].how) for i in valued):
+            method = turn[1]
             for key in backbone.blocks:
-                here = [(i, self.specs[i]) for i in valued if self.specs[i].how is method and key in self.chosen[i]]
+                among = [(i, self.specs[i]) for i in valued if key in self.chosen[i]]
+                here = [(i, spec) for i, spec in among if (spec.last, spec.how) == turn]
                 if not here:
                     continue
                 change, untold = method.on_values(here, partial(projected, backbone.blocks[key].to_v, dtype), device)

@@ -97,7 +97,7 @@ def names_of(tokens: TokenSet) -> tuple[str, ...]:
 def prompts_of(sets: Iterable[TokenSets]) -> Iterator[tuple[list[str], Tensor]]:
     """All prompts that are needed, each once, by length: their names and encodings [M, T, W]."""
     by_length: dict[int, dict[str, Tensor]] = {}
-    for each in sets:
+    for each in (every for some in sets for every in ((some,) if some.then is None else (some, some.then))):
         solved = [part for group in each.solved for part in (*group.phrases, *group.keep, *group.instead)]
         for tokens in (*each.joined, *each.separate, *solved):
             for name, row in zip(names_of(tokens), tokens.k, strict=True):

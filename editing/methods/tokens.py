@@ -55,15 +55,24 @@ class Solved:
 
 @dataclass
 class TokenSets:
-    """The edits of a cross-attention by what is done with them (engine/plan.py), not yet bound to one."""
+    """The edits of a cross-attention by what is done with them (engine/plan.py), not yet bound to one.
+
+    then: those that are applied to what these leave.
+    """
 
     joined: list[TokenSet] = field(default_factory=list)  # into the prompt's softmax
     separate: list[TokenSet] = field(default_factory=list)  # a softmax of their own
     solved: list[Solved] = field(default_factory=list)
+    then: TokenSets | None = None
 
 
 def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device) -> TokenSets:
     """The token sets of the edits specs[i], i in `here`, on the device."""
+    others = [i for i in here if not specs[i].last]
+    if 0 < len(others) < len(here):
+        sets = gather(specs, others, device)
+        sets.then = gather(specs, [i for i in here if specs[i].last], device)
+        return sets
     sets = TokenSets()
     for method in methods():
         if mine := [(i, specs[i]) for i in here if specs[i].method == method.name]:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..files.header import Twins, json_of
 from ..presets.document import explained
-from ..presets.parts import AnyGate, Part
+from ..presets.parts import AnyGate, ImageGate, Part
 from ..presets.texts import Name
 
 MAX_BYTES = 256 * 1024
@@ -53,6 +53,8 @@ class Policy(Part):
 
     pictures: what happens to runs that begin with a picture (img2img, inpainting, ControlNet): "edit" keeps the edits
     on through all of their steps, whatever their windows are, and opens gates that look at the prompt.
+    pictures_gate: if given, only pictures that it flags count for that, and those that cannot be shown to it.
+    training: what happens to training nodes, which make no picture but weights.
     tell: whom it tells what the edits did: the host's log, the user on the sampler's node.
     """
 
@@ -62,6 +64,8 @@ class Policy(Part):
     pictures: Literal["edit", "refuse", "pass"] = "edit"
     tell: Annotated[tuple[Listener, ...], Field(max_length=2)] = ("log", "user")
     prompts: bool = False
+    pictures_gate: ImageGate | None = None
+    training: Choice = "pass"
     record: Keeping = Keeping()
 
     @model_validator(mode="after")

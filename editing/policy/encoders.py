@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -84,35 +85,69 @@ class Memory:
         return self.encoder.said[text]
 
 
-class Made:
-    """An encoding of a prompt, by which encoder, and its text if it is known."""
+@dataclass(frozen=True)
+class Said:
+    """What text encoders are told: one text, or one each, None where nobody knows all of it; pictures: whether they see
+    some too."""
 
-    def __init__(self, tensor: Tensor, encoder: Encoder, text: str | None, forget: Any) -> None:
-        self.tensor, self.encoder, self.text = weakref.ref(tensor, forget), encoder, text
+    texts: tuple[str, ...] | None = None
+    pictures: bool = False
+
+    @property
+    def text(self) -> str | None:
+        """For people."""
+        return None if self.texts is None else "\n".join(self.texts)
+
+
+UNKNOWN = Said()
+
+
+class Made:
+    """An encoding of a prompt, by which encoder, and of what."""
+
+    def __init__(self, tensor: Tensor, encoder: Encoder, said: Said, forget: Any) -> None:
+        self.tensor, self.encoder, self.said = weakref.ref(tensor, forget), encoder, said
 
 
 class Encoders:
     def __init__(self) -> None:
         self.known: OrderedDict[Any, Encoder] = OrderedDict()
         self.made: dict[int, Made] = {}  # by the encoding's id
-        self.texts: deque[tuple[Any, str]] = deque(maxlen=TEXTS)  # with the tokens of each
+        self.parts: deque[tuple[Any, Said]] = deque(maxlen=4 * TEXTS)  # tokens for one encoder, and what they say
         self.own = False  # whether a policy's words are being encoded
 
-    def tokenized(self, tokens: Any, text: Any) -> None:
-        if not self.own and isinstance(text, str):
-            self.texts.append((tokens, text))
+    def tokenized(self, tokens: Any, text: Any, **how: Any) -> None:
+        """The host's CLIP made tokens of a text. how: what else it was given, such as pictures or a template."""
+        if self.own or not isinstance(text, str):
+            return
+        pictures = any(name.startswith("image") and is_given(value) for name, value in how.items())
+        said = Said(None if any(map(is_given, how.values())) else (text,), pictures)
+        self.parts += [(part, said) for part in parts_of(tokens)]
+
+    def said(self, tokens: Any) -> Said:
+        """Of a prompt's tokens: nodes put together those that several encoders read, each of a text of its own."""
+        found = [self._said(part) for part in parts_of(tokens)]
+        pictures = any(said.pictures for said in found)
+        if any(said.texts is None for said in found) or not found:
+            return Said(None, pictures)
+        texts = [text for said in found for text in said.texts or ()]
+        return Said(tuple(dict.fromkeys(texts)), pictures)
+
+    def _said(self, part: Any) -> Said:
+        if isinstance(part, list) and not part:
+            return Said(())
+        return next((said for known, said in reversed(self.parts) if known is part), UNKNOWN)
 
     def encoded(self, clip: Any, tokens: Any, result: Any, words: Iterable[Words]) -> None:
         """What the host's CLIP made of a prompt's tokens; `words`, of the policy, are encoded as well."""
         tensor = tensor_of(result)
         if self.own or tensor is None:
             return
-        encoder = self.of(clip)
-        text = next((text for known, text in reversed(self.texts) if known is tokens), None)
-        if text is not None and isinstance(result, dict):  # CLIP Text Encode asks for one
-            encoder.hear(text, (tensor, result.get("pooled_output")))
+        encoder, said = self.of(clip), self.said(tokens)
+        if isinstance(result, dict) and len(said.texts or ()) == 1:  # CLIP Text Encode asks for one
+            encoder.hear((said.texts or ("",))[0], (tensor, result.get("pooled_output")))
         place = id(tensor)
-        self.made[place] = Made(tensor, encoder, text, lambda _: self.made.pop(place, None))
+        self.made[place] = Made(tensor, encoder, said, lambda _: self.made.pop(place, None))
         self.own = True
         try:
             for each in words:
@@ -141,29 +176,38 @@ class Encoders:
             self.known.popitem(last=False)
         return encoder
 
-    def behind(self, tensors: Iterable[Tensor], width: int) -> tuple[list[Encoder], list[str | None]]:
-        """The encoders that made these encodings, and the text of each encoding, None where it is not known.
+    def behind(self, tensors: Iterable[Tensor], width: int) -> tuple[list[Encoder], list[Said]]:
+        """The encoders that made these encodings, and what each encoding says.
 
         Where one is not as an encoder made it (averaged, joined, scaled), any of those of the model's text width may
         have had a part in it: then all of them. width: W of the encodings [B, T, W] that the model reads.
         """
         found: dict[int, Encoder] = {}
-        texts: list[str | None] = []
+        said: list[Said] = []
         for tensor in tensors:
             made = self.made.get(id(tensor))
             if made is not None and made.tensor() is tensor:
                 found[id(made.encoder)] = made.encoder
-                texts.append(made.text)
+                said.append(made.said)
             else:
                 found |= {id(each): each for each in self.of_width(width)}
-                texts.append(None)
-        return list(found.values()), texts
+                said.append(UNKNOWN)
+        return list(found.values()), said
 
     def of_width(self, width: int) -> Iterator[Encoder]:
         """Those that were in use last, and those whose encodings somebody holds: the words' own width tells."""
         for encoder in (*self.known.values(), *(made.encoder for made in list(self.made.values()))):
             if any(concept.width == width for concept in encoder.concepts.values()):
                 yield encoder
+
+
+def parts_of(tokens: Any) -> list[Any]:
+    """Tokens by the encoder that reads them."""
+    return list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+
+
+def is_given(value: Any) -> bool:
+    return value is not None and value is not False and not (isinstance(value, (list, dict)) and not value)
 
 
 def words_of(presets: Iterable[Preset]) -> list[Words]:

@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import comfy.samplers
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from comfy.sd import CLIP
 
@@ -30,13 +36,21 @@ from ..engine.conds import positive
 from ..engine.host import EDITS, RUN, carrying, edits_of, of_model, ordered
 from ..gates.decoders import preview
 from ..training.harness import _Body as Training
-from .document import Keeping
+from .document import Keeping, Rule
 from .encoders import Encoders, words_of
 from .file import Loaded, PolicyFile, Refused
-from .govern import NODE, Files, Sampling, edits_for, shown, together
+from .govern import NODE, Files, Sampling, edits_for, flags, seen_at_last, shown, together
 from .record import Record
 
-PICTURES = ("concat_latent_image", "reference_latents", "control", "unclip_conditioning", "guiding_frame_index")
+# Of a prompt: its text, where it counts, and what the host makes of it.
+TEXTUAL = ("cross_attn", "pooled_output", "attention_mask", "conditioning_", "mask", "hooks", "model_conds")
+PARTLY = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "area", "mask", "strength"}
+# Of a MODEL: what may change the guidance.
+CHANGED = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+CHANGED += ("sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler")
+GUIDING = [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE]
+GUIDING += [WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL]
+HOST_TRAINING = Path(comfy.samplers.__file__).parent.parent / "comfy_extras" / "nodes_train.py"
 MADE = ("edited", "closed", "passed")  # verdicts of runs that have a picture
 NEARLY = 0.9  # of the greatest noise level: a run that begins there has all of the timesteps
 
@@ -100,11 +114,8 @@ class Enforcement:
 
             if not self.held or not self.refresh() or sigmas.shape[-1] == 0:
                 return go()
-            if type(sampler) is Training:  # it returns the pictures that it was given
-                model = type(guider.model_patcher.model).__name__
-                self.note(None, "passed", {"model": model, "why": "a training, which gives back what it was given"})
-                with self.sampling(guider.model_patcher):
-                    return go()
+            if trains(sampler):
+                return self.training(guider, go)
             return self.governed(guider, latent_image, sigmas, go)
 
         return sample
@@ -115,7 +126,8 @@ class Enforcement:
                 raise self.refused(
                     Refused(
                         "a node samples this model by code of its own, past the host's guiders, where no edit can be "
-                        "put on it; use another sampler"
+                        "put on it; use another sampler (if the policy was turned on in the middle of this run, start "
+                        "it again)"
                     ),
                     {"model": type(model).__name__},
                 )
@@ -148,6 +160,18 @@ class Enforcement:
 
     # -- one run -------------------------------------------------------------------------------------------------------
 
+    def training(self, guider: Any, go: Callable[[], Any]) -> Any:
+        """A node that trains: it gives back the pictures that it was given, or none."""
+        about = {"model": type(guider.model_patcher.model).__name__}
+        try:
+            loaded = self.file.now()
+            self.others(loaded.policy.training, "a training, which makes no picture but weights", about)
+        except Refused as error:
+            raise self.refused(error, about) from None
+        self.note(loaded, "passed", about)
+        with self.sampling(guider.model_patcher):
+            return go()
+
     def governed(self, guider: Any, latent_image: Any, sigmas: torch.Tensor, go: Callable[[], Any]) -> Any:
         """One sampling run with the policy's edits; an error, and no picture, unless its account shows them.
 
@@ -169,9 +193,12 @@ class Enforcement:
             with carried(guider, ours), self.sampling(guider.model_patcher):
                 return go()
         try:
-            with carried(guider, ours), self.sampling(guider.model_patcher), listening() as accounts:
-                latents = go()
-            account = shown(accounts, ours)
+            latents, account = self.carry(guider, ours, go)
+            if (again := self.missed(guider, ours, account, latents)) is not None:
+                about["again"] = "a gate saw in the finished picture what it had not seen on the way"
+                ours = again
+                latents, account = self.carry(guider, ours, go)
+            shown([account], ours)
         except Refused as error:
             raise self.refused(error, about) from None
         except BaseException as error:
@@ -183,6 +210,18 @@ class Enforcement:
         about |= {key: document[key] for key in ("edits", "gates", "steps")}
         self.note(loaded, "edited", {**about, "seconds": round(time.monotonic() - start, 3)})
         return latents
+
+    def carry(self, guider: Any, ours: Sequence[EditSpec], go: Callable[[], Any]) -> tuple[Any, Account]:
+        """What a guider samples with these edits, and the account that shows them. Raises Refused if none does."""
+        with carried(guider, ours), self.sampling(guider.model_patcher), listening() as accounts:
+            latents = go()
+        return latents, shown(accounts, ours)
+
+    def missed(self, guider: Any, ours: Sequence[EditSpec], account: Account, latents: Any) -> list[EditSpec] | None:
+        """The edits with those gates open that see in the finished pictures what they had closed for; None: none."""
+        verdicts = {id: tuple(what["opens"]) for id, what in account.gates.items()}
+        form = guider.model_patcher.model.latent_format
+        return seen_at_last(ours, verdicts, lambda flight: flight.look(latents.float(), form))
 
     def edits(
         self, loaded: Loaded, guider: Any, latent_image: Any, sigmas: torch.Tensor, about: dict[str, Any]
@@ -201,13 +240,12 @@ class Enforcement:
         except ValueError as error:
             self.others(policy.others, str(error).removeprefix(f"{NODE}: "), about)
             return None
-        picture = brings_picture(latent_image, [cond for _, cond in conds_of(guider)])
-        if picture and policy.pictures != "edit":
-            self.others(policy.pictures, "this run begins with a picture, or is led by one", about)
-            return None
-        run, texts = self.seen(guider, backbone, latent_image, sigmas, picture)
+        run, texts = self.seen(loaded, rule, guider, backbone, latent_image, sigmas)
         if policy.prompts:
             about["prompts"] = texts
+        if run.picture and policy.pictures != "edit":
+            self.others(policy.pictures, "this run begins with a picture, or is led by one", about)
+            return None
         specs = edits_for(loaded, rule, run, self.files)
         try:
             for spec in specs:
@@ -223,18 +261,30 @@ class Enforcement:
         about["why"] = why
 
     def seen(
-        self, guider: Any, backbone: Backbone, latents: Any, sigmas: torch.Tensor, picture: bool
+        self, loaded: Loaded, rule: Rule, guider: Any, backbone: Backbone, latents: Any, sigmas: torch.Tensor
     ) -> tuple[Sampling, list[str | None]]:
         """A run, and the texts of its prompts. sigmas: noise levels [steps + 1], in units of the clean latent."""
-        encoded = [(name, cond["cross_attn"]) for name, cond in conds_of(guider) if "cross_attn" in cond]
-        encoders, texts = self.encoders.behind([tensor for _, tensor in encoded], backbone.width)
-        asked = [text for (name, _), text in zip(encoded, texts, strict=True) if positive(name)]
-        text = None if None in asked else "\n".join(filter(None, asked))
-        greatest = float(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(0.01))
-        whole = float(sigmas[0]) >= NEARLY * greatest and float(sigmas[-1]) == 0
-        everyone = not ordered(guider) or getattr(guider, "cfg", 1.0) < 1
-        image = looked_at(latents, guider.model_patcher) if picture else None
-        return Sampling(backbone.family, encoders, text, picture, image, whole, everyone), texts
+        conds = conds_of(guider)
+        encoded = [(name, cond["cross_attn"]) for name, cond in conds if "cross_attn" in cond]
+        encoders, said = self.encoders.behind([tensor for _, tensor in encoded], backbone.width)
+        everyone = not plain(guider)
+        asked = [each.texts for (name, _), each in zip(encoded, said, strict=True) if everyone or positive(name)]
+        texts = None if None in asked else tuple(dict.fromkeys(text for some in asked for text in some or ()))
+        led = any(led_by_picture(cond) for _, cond in conds) or any(each.pictures for each in said)
+        image = None if led else looked_at(latents, guider.model_patcher)
+        picture = led or begins_with_picture(latents)
+        gate = loaded.policy.pictures_gate
+        if gate is not None and image is not None:
+            picture = flags(gate, image, loaded, rule, self.files)
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        levels = [float(sigma) for sigma in sigmas]
+        run = Sampling(
+            *(backbone.family, encoders, texts or None, picture, image),
+            whole=is_whole(levels, sampling),
+            steps=lambda start, end: share_between(levels, sampling, start, end),
+            everyone=everyone,
+        )
+        return run, [each.text for each in said]
 
     @contextmanager
     def sampling(self, patcher: ModelPatcher) -> Iterator[None]:
@@ -313,11 +363,51 @@ def listening() -> Iterator[list[Account]]:
         LISTENERS.remove(accounts.append)
 
 
-def brings_picture(latent_image: Any, conds: Sequence[dict[str, Any]]) -> bool:
-    """Whether a run begins with a picture, or its prompts bring one."""
+def plain(guider: Any) -> bool:
+    """Whether the picture follows the positive prompts alone: the host's own guidance from cfg 1 on, with nobody's
+    functions in it, and a positive prompt at every step."""
+    options = guider.model_options
+    foreign = any(options.get(name) for name in CHANGED)
+    held = options.get("transformer_options", {}).get("wrappers", {}), guider.model_patcher.wrappers
+    for wrappers in (some.get(kind, {}) for some in held for kind in GUIDING):
+        foreign = foreign or any(each for key, each in wrappers.items() if key != EDITS)
+    whole = any(positive(name) and not set(cond) & PARTLY for name, cond in conds_of(guider))
+    return ordered(guider) and getattr(guider, "cfg", 1.0) >= 1 and whole and not foreign
+
+
+def begins_with_picture(latent_image: Any) -> bool:
     parts = latent_image.unbind() if getattr(latent_image, "is_nested", False) else [latent_image]
-    drawn = any(torch.count_nonzero(part) > 0 for part in parts if isinstance(part, torch.Tensor))
-    return drawn or any(cond.get(key) is not None for cond in conds for key in PICTURES)
+    return any(torch.count_nonzero(part) > 0 for part in parts if isinstance(part, torch.Tensor))
+
+
+def led_by_picture(cond: dict[str, Any]) -> bool:
+    """Whether a prompt brings more than text and numbers: a ControlNet, latents, features of pictures, boxes."""
+    return any(not is_plain(value) for key, value in cond.items() if not key.startswith(TEXTUAL))
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, uuid.UUID))
+
+
+def is_whole(levels: Sequence[float], sampling: Any) -> bool:
+    """Whether noise levels [steps + 1], in units of the clean latent, go down through all of the timesteps."""
+    falling = all(a >= b for a, b in pairwise(levels))
+    return falling and levels[0] >= NEARLY * float(sampling.percent_to_sigma(0.01)) and levels[-1] == 0
+
+
+def share_between(levels: Sequence[float], sampling: Any, start: float, end: float) -> float:
+    """The share of the steps of noise levels [steps + 1], in units of the clean latent, between two percents."""
+    above, below = float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+    return sum(below < level <= above for level in levels[:-1]) / max(1, len(levels) - 1)
+
+
+def trains(sampler: Any) -> bool:
+    """Whether it is no sampler, but a training in a sampler's place: ours, or the host's."""
+    kind = type(sampler)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return kind is Training or (kind.__name__ == "TrainSampler" and Path(file) == HOST_TRAINING)
 
 
 def looked_at(latents: Any, patcher: ModelPatcher) -> torch.Tensor | None:

@@ -7,9 +7,10 @@ says which file to mend.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..presets.document import MAX_FILE, Preset
 from ..presets.document import read as read_preset
@@ -83,6 +84,11 @@ class PolicyFile:
             raise ValueError(f"its name ends in {self.path.suffix!r}; a policy is a .toml or a .json file")
         policy = read(contents(self.path, MAX_BYTES), self.path.suffix)
         presets = {name: self._preset(name) for rule in policy.rules for name in rule.presets}
+        for name, gate in gates_of(policy, presets):
+            if getattr(gate, "decode", "preview") != "preview":
+                raise ValueError(
+                    f'{name}: its in-flight gate decodes with a VAE, and a policy has none; set decode to "preview"'
+                )
         return Loaded(policy, presets)
 
     def _preset(self, name: str) -> Preset:
@@ -96,6 +102,15 @@ class PolicyFile:
             ) from None
         except (ValueError, OSError) as error:
             raise ValueError(f'the preset "{name}": {error}') from None
+
+
+def gates_of(policy: Policy, presets: Mapping[str, Preset]) -> Iterator[tuple[str, Any]]:
+    """Each with the name of whose it is."""
+    for number, rule in enumerate(policy.rules, 1):
+        yield f"rule {number}", rule.gate
+    for name, preset in presets.items():
+        for edit in preset.edits:
+            yield f'the preset "{name}"', edit.gate
 
 
 def contents(path: Path, most: int) -> bytes:

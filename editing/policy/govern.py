@@ -1,47 +1,65 @@
 """Which edits a policy puts on one sampling run: its presets as edits, as strict as the run makes necessary.
 
 What a gate cannot look at, it does not close for: a gate that asks for the prompt is open where the prompt is not
-known, or where a picture says what the prompt need not say.
+known, or where a picture says what the prompt need not say; one that looks at the picture, where a prompt says more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from ..edits.spec import ROWS, EditSpec, Gate
+from ..edits.spec import ROWS, EditSpec, Gate, InFlight, opened
 from ..engine.account import Account
 from ..files.artefacts import Artefact
 from ..gates.features import Features
 from ..presets.apply import Given, Maker, specs_of
 from ..presets.document import Preset
-from ..presets.parts import LearnedFile
+from ..presets.parts import ImageGate, LearnedFile
 from .document import Rule
 from .encoders import Encoder, words_of
 from .file import Loaded, Refused
 
 NODE = "ConceptGuard policy"
+Verdicts = Mapping[str, tuple[float, ...]]
+Look = Callable[[InFlight], list[float]]
+
+
+HURRIED = 0.5  # of the steps that a window's share of the timesteps would have
+Schedule = Callable[[float, float], float]  # the share of a run's steps between two percents of the timesteps
 
 
 @dataclass(frozen=True)
 class Sampling:
     """One run, as far as a policy is concerned.
 
-    text: of all positive prompts, None where one is not known; picture: whether it begins with one, or is led by one;
-    image: that picture [B, h, w, 3] in [0, 1], if it can be looked at; whole: whether it has all of the timesteps;
-    everyone: whether its guidance may follow other prompts than the positive.
+    texts: of all prompts that it may follow, None where one is not known; picture: whether it begins with one, or is
+    led by one; image: that picture [B, h, w, 3] in [0, 1], if it can be looked at; whole: whether it has all of the
+    timesteps; steps: the share of them between two percents; everyone: whether its guidance may follow other prompts
+    than the positive.
     """
 
     family: str
     encoders: Sequence[Encoder]
-    text: str | None = None
+    texts: tuple[str, ...] | None = None
     picture: bool = False
     image: Tensor | None = None
     whole: bool = True
+    steps: Schedule = lambda start, end: end - start
     everyone: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether no prompt asks for anything."""
+        return self.texts is not None and not any(text.strip() for text in self.texts)
+
+    def hurries(self, start_percent: float, end_percent: float) -> bool:
+        """Whether its schedule leaves a window as good as out."""
+        share = end_percent - start_percent
+        return share > 0 and self.steps(start_percent, end_percent) < HURRIED * share
 
 
 @dataclass(frozen=True)
@@ -70,8 +88,22 @@ def edits_for(loaded: Loaded, rule: Rule, run: Sampling, files: Files) -> list[E
 
 
 def of_preset(preset: Preset, rule: Rule, run: Sampling, encoder: Encoder | None, files: Files) -> list[EditSpec]:
+    """Its edits. Prompt gates are asked about each prompt alone, for beside others it says less, and the one that opens
+    them the most counts."""
     clip = None if encoder is None else encoder.memory()
-    text = run.text if clip is not None and not run.picture else None
+    texts = run.texts if clip is not None and not run.picture else None
+    try:
+        found = [said_by(text, preset, rule, run, clip, encoder, files) for text in texts or (None,)]
+    except ValueError as error:
+        raise Refused(f'preset "{preset.name}": {str(error).removeprefix("preset: ")}') from None
+    widest = [max(each, key=lambda spec: max(spec.gate.values)) for each in zip(*found, strict=True)]
+    return [at_last(spec, run.everyone) for spec in widest]
+
+
+def said_by(
+    text: str | None, preset: Preset, rule: Rule, run: Sampling, clip: Any, encoder: Encoder | None, files: Files
+) -> list[EditSpec]:
+    """The edits of a preset as one prompt opens their gates."""
     given = Given(
         clip,
         files.find,
@@ -81,32 +113,69 @@ def of_preset(preset: Preset, rule: Rule, run: Sampling, encoder: Encoder | None
         concept=None if encoder is None else encoder.concept,
     )
     strict = preset.model_copy(update={"edits": tuple(stricter(edit, run, given) for edit in preset.edits)})
-    try:
-        outer = Gate()
-        if rule.gate is not None and can_look(rule.gate, given):
-            if rule.gate.discriminator is None:
-                raise ValueError("a rule's gate needs a discriminator, or give the gate to a preset's edits")
-            outer = Maker(preset, given, 1.0, Gate(), NODE).gate(rule.gate, None)
-        specs = specs_of(strict, given, rule.strength, outer, NODE)
-    except ValueError as error:
-        raise Refused(f'preset "{preset.name}": {str(error).removeprefix("preset: ")}') from None
-    rows = ROWS[1] if run.everyone else None
-    return [spec if rows is None or spec.how.stage == "guidance" else replace(spec, rows=rows) for spec in specs]
+    outer = Gate()
+    if rule.gate is not None and can_look(rule.gate, given, run):
+        if rule.gate.kind == "prompt" and rule.gate.discriminator is None:
+            raise ValueError("a rule's prompt gate needs a discriminator, or give the gate to a preset's edits")
+        outer = Maker(preset, given, 1.0, Gate(), NODE).gate(rule.gate, None)
+    return specs_of(strict, given, rule.strength, outer, NODE)
+
+
+def at_last(spec: EditSpec, everyone: bool) -> EditSpec:
+    """A policy's edit: it comes behind all those of the graph, so that none of them has the last word."""
+    if not everyone:
+        return replace(spec, last=True)
+    if spec.how.stage == "guidance" and not spec.idle:
+        raise Refused(
+            f'"{spec.source.name}" is held by guidance ({spec.how.label}), and this run\'s picture may follow other '
+            "prompts than the positive; use the host's plain CFG from 1 on, without nodes that change the guidance"
+        )
+    return replace(spec, last=True, rows=ROWS[1])
 
 
 def stricter(edit: Any, run: Sampling, given: Given) -> Any:
-    """An edit as this run needs it: through all steps of one that has some of them, without gates that see nothing."""
+    """An edit as this run needs it: through all steps of one that has some of them, or has too few of them in its
+    window, and without gates that see nothing."""
     more: dict[str, Any] = {}
-    if run.picture or not run.whole:
+    if run.picture or not run.whole or run.hurries(edit.start_percent, edit.end_percent):
         more |= {"start_percent": 0.0, "end_percent": 1.0}
-    if edit.gate is not None and not can_look(edit.gate, given):
+    if edit.gate is not None and not can_look(edit.gate, given, run):
         more["gate"] = None
     return edit.model_copy(update=more)
 
 
-def can_look(gate: Any, given: Given) -> bool:
-    """Whether a preset's gate has what it decides by."""
-    return {"prompt": given.text, "image": given.image}.get(gate.kind, gate) is not None
+def can_look(gate: Any, given: Given, run: Sampling) -> bool:
+    """Whether a preset's gate has all that it needs to close: the picture alone does not tell what a prompt adds."""
+    if gate.kind == "image":
+        return given.image is not None and run.silent
+    return gate.kind != "prompt" or given.text is not None
+
+
+def flags(gate: ImageGate, image: Tensor, loaded: Loaded, rule: Rule, files: Files) -> bool:
+    """Whether a policy's gate flags one of the pictures [B, h, w, 3] in [0, 1] that a run begins with."""
+    given = Given(None, files.find, lambda artefact: files.encoder(artefact, None), image=image)
+    try:
+        return any(Maker(loaded.of(rule)[0], given, 1.0, Gate(), NODE).gate(gate, None).values)
+    except ValueError as error:
+        raise Refused(f"pictures_gate: {error}") from None
+
+
+def seen_at_last(specs: Sequence[EditSpec], verdicts: Verdicts, look: Look) -> list[EditSpec] | None:
+    """The edits with their in-flight gates open for the images in whose finished picture they see what they missed on
+    the way; None where they see nothing new.
+
+    verdicts: what each gate decided in the run, by its id, one value an image; look: shows a gate the pictures.
+    """
+    again, missed = list(specs), False
+    for i, spec in enumerate(specs):
+        flight = spec.gate.inflight
+        if flight is None or spec.idle:
+            continue
+        now = opened(look(flight), flight.threshold, flight.soft)
+        then = verdicts.get(flight.id, (0.0,) * len(now))
+        missed |= any(late and not early for late, early in zip(now, then, strict=True))
+        again[i] = replace(spec, gate=spec.gate.decided(tuple(map(max, then, now))))
+    return again if missed else None
 
 
 def together(carried: Sequence[EditSpec], ours: Sequence[EditSpec]) -> list[EditSpec]:
