@@ -46,8 +46,10 @@ from .record import Record
 TEXTUAL = ("cross_attn", "pooled_output", "attention_mask", "conditioning_", "mask", "hooks", "model_conds")
 PARTLY = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "area", "mask", "strength"}
 # Of a MODEL: what may change the guidance.
-CHANGED = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
-CHANGED += ("sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler")
+CHANGED = (
+    *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"),
+    *("sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler"),
+)
 GUIDING = [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE]
 GUIDING += [WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL]
 HOST_TRAINING = Path(comfy.samplers.__file__).parent.parent / "comfy_extras" / "nodes_train.py"
