@@ -79,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TABLE", help="one table, or those of one beginning (again)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
-    parser.add_argument("--methods", metavar="A;B", help="of `peers`: these rows alone; the others stay as they were")
+    parser.add_argument(
+        "--methods", metavar="A;B", help="of `peers` and `attack`: these rows alone; the others stay as they were"
+    )
     parser.add_argument("--architectures", metavar="A;B", help="of `peers`: the same, of these demo models")
     parser.add_argument("--count", type=int, metavar="N", help="of `peers`: pictures of each kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
@@ -91,7 +93,7 @@ def main() -> None:
     part |= {"count": args.count} if args.count else {}
     tables = () if args.page else chosen(args.only) if args.only else TABLES
     if part and not (tables and all(table.key for table in tables)):
-        parser.error("--methods, --architectures and --count are of --only peers")
+        parser.error("--methods, --architectures and --count are of --only peers, or --only attack")
     start = time.time()
     for table in tables:
         print(f"\n{table.name}: {table.about}", flush=True)
