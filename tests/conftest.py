@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import shutil
@@ -31,6 +32,7 @@ for _name in ("input", "models", "output", "temp", "user"):
     (_base / _name).mkdir()
 _run["use_comfyui"](comfyui_path(), cpu=True, base_directory=_base)
 
+import halves  # noqa: E402
 import rungs  # noqa: E402
 
 rungs.guard()
@@ -39,6 +41,17 @@ rungs.guard()
 # A busy machine is no reason for a property test to fail.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := os.environ.get("CONCEPT_GUARD_SHARE"):
+        config.pluginmanager.register(halves.Half(Path(folder)))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: the host's many `gc.collect()` need not walk through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

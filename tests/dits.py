@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.ldm.cosmos.predict2
 import comfy.ldm.flux.math
 import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.pixart.blocks
 import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
 import comfy.sample
 import comfy.supported_models
 import torch
@@ -25,8 +28,9 @@ POOLED = 8
 
 @dataclass(frozen=True)
 class Family:
-    """attention: the module and the name of the host's attention there; blocks: joint attentions of a call; multiple,
-    least: of the tokens that the prompt becomes; heads_first: q, k, v are [B, H, L, d], not [B, L, H d]."""
+    """attention: the module and the name of the host's attention there; blocks: attentions of a call that read the
+    text; size: of the latent, if other than SIZE; multiple, least: of the tokens that the prompt becomes; heads_first:
+    q, k, v are [B, H, L, d], not [B, L, H d]."""
 
     config: str
     shape: dict[str, Any]
@@ -34,6 +38,7 @@ class Family:
     blocks: int
     heads: int = 4
     channels: int = 16
+    size: int | None = None
     frames: bool = False
     multiple: int = 1
     least: int = 0
@@ -168,9 +173,72 @@ FAMILIES = {
     ),
 }
 
+CROSS = {  # the text is read by cross-attentions
+    "Wan": Family(
+        "WAN21_T2V",
+        dict(image_model="wan2.1", model_type="t2v", dim=32, ffn_dim=32, num_heads=2, num_layers=2, text_dim=WIDTH),
+        (comfy.ldm.wan.model, "optimized_attention"),
+        2,
+        heads=2,
+        frames=True,
+    ),
+    "Cosmos-Predict2": Family(
+        "CosmosT2IPredict2",
+        dict(
+            image_model="cosmos_predict2",
+            max_img_h=16,
+            max_img_w=16,
+            max_frames=4,
+            in_channels=16,
+            out_channels=16,
+            patch_spatial=2,
+            patch_temporal=1,
+            model_channels=32,
+            concat_padding_mask=True,
+            crossattn_emb_channels=WIDTH,
+            pos_emb_cls="rope3d",
+            use_adaln_lora=True,
+            adaln_lora_dim=8,
+            num_blocks=2,
+            num_heads=2,
+        ),
+        (comfy.ldm.cosmos.predict2, "optimized_attention"),
+        2,
+        heads=2,
+        frames=True,
+    ),
+    "PixArt": Family(
+        "PixArtSigma",
+        dict(
+            image_model="pixart_sigma",
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=2.0,
+            caption_channels=WIDTH,
+            model_max_length=9,
+            micro_condition=False,
+            pe_interpolation=1,
+        ),
+        (comfy.ldm.pixart.blocks, "optimized_attention"),
+        2,
+        heads=2,
+        channels=4,
+        size=40,  # below 33 its positions divide by zero
+    ),
+}
+
+
+def weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A random weight of that name: strong enough for the text to matter; what multiplies a norm is near one."""
+    random = torch.randn(shape, generator=generator)
+    if name.endswith(("scale", "gamma")) or ("norm" in name and len(shape) < 2 and not name.endswith("bias")):
+        return 1 + 0.1 * random
+    return random * 0.8 * random[0].numel() ** -0.5 if len(shape) > 1 else 0.1 * random
+
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
-    family = FAMILIES[name]
+    family = {**FAMILIES, **CROSS}[name]
     shape = dict(family.shape)
     if "txt_ids_dims" in FluxParams.__dataclass_fields__ and family.config.startswith("Flux"):  # newer hosts
         shape["txt_ids_dims"] = []
@@ -178,16 +246,15 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    for key, weight in model.diffusion_model.named_parameters():
-        random = torch.randn(weight.shape, generator=generator)
-        gain = "norm" in key or "scale" in key
-        weight.data.copy_(
-            random * 0.8 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 1 + 0.1 * random if gain else 0.1 * random
-        )
-    for buffer in model.diffusion_model.buffers():
+    for key, parameter in model.diffusion_model.named_parameters():
+        parameter.data.copy_(weight(key, parameter.shape, generator))
+    for buffer in model.diffusion_model.buffers() if name in FAMILIES else ():
         buffer.data.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    model.to(dtype)
+    if name == "Wan":
+        model.diffusion_model.patch_embedding.float()  # as the host loads it
     cpu = torch.device("cpu")
-    return ModelPatcher(model.to(dtype), load_device=cpu, offload_device=cpu)
+    return ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
 def tokens(seed: int, length: int) -> Tensor:
@@ -209,8 +276,9 @@ def concept(phrases: int = 1, length: int = 7, seed: int = 100, **more: Any) -> 
 
 
 def latent(name: str, batch: int = 1) -> Tensor:
-    family = FAMILIES[name]
-    return torch.zeros(batch, family.channels, *[1] * family.frames, SIZE, SIZE)
+    family = {**FAMILIES, **CROSS}[name]
+    size = family.size or SIZE
+    return torch.zeros(batch, family.channels, *[1] * family.frames, size, size)
 
 
 def sample(

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import comfy.ldm.cosmos.predict2
-import comfy.ldm.pixart.blocks
-import comfy.ldm.wan.model
-import comfy.sample
-import comfy.supported_models
 import pytest
 import reference
 import tiny
 import torch
 from comfy.model_patcher import ModelPatcher
-from dits import concept, cond, tokens
+from dits import CROSS, build, concept, cond, latent, sample, tokens
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Direction, EditSpec, Gate
 from conceptguard.editing.engine.host import add_edit
-
-HEADS, WIDTH, DEPTH = 2, 16, 2
-
-
-@dataclass(frozen=True)
-class Family:
-    """attention: the module whose attention the host calls; keys_values: of a network, its attention and a text."""
-
-    config: str
-    shape: dict[str, Any]
-    module: Any
-    keys_values: Callable[[Any, Any, Tensor], tuple[Tensor, Tensor]]
-    latent: tuple[int, ...] = (16, 1, 8, 8)
 
 
 def of_wan(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +23,7 @@ def of_wan(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_cosmos(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    k = [attn.k_norm(head) for head in attn.k_proj(text).chunk(HEADS, -1)]
+    k = [attn.k_norm(head) for head in attn.k_proj(text).chunk(2, -1)]
     return torch.cat(k, -1), attn.v_proj(text)
 
 
@@ -51,84 +32,13 @@ def of_pixart(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
     return found[..., :32], found[..., 32:]
 
 
-FAMILIES = {
-    "Wan": Family(
-        "WAN21_T2V",
-        dict(image_model="wan2.1", model_type="t2v", dim=32, ffn_dim=32, num_heads=2, num_layers=2, text_dim=16),
-        comfy.ldm.wan.model,
-        of_wan,
-    ),
-    "Cosmos-Predict2": Family(
-        "CosmosT2IPredict2",
-        dict(
-            image_model="cosmos_predict2",
-            max_img_h=16,
-            max_img_w=16,
-            max_frames=4,
-            in_channels=16,
-            out_channels=16,
-            patch_spatial=2,
-            patch_temporal=1,
-            model_channels=32,
-            concat_padding_mask=True,
-            crossattn_emb_channels=16,
-            pos_emb_cls="rope3d",
-            use_adaln_lora=True,
-            adaln_lora_dim=8,
-            num_blocks=2,
-            num_heads=2,
-        ),
-        comfy.ldm.cosmos.predict2,
-        of_cosmos,
-    ),
-    "PixArt": Family(
-        "PixArtSigma",
-        dict(
-            image_model="pixart_sigma",
-            hidden_size=32,
-            depth=2,
-            num_heads=2,
-            mlp_ratio=2.0,
-            caption_channels=16,
-            model_max_length=9,
-            micro_condition=False,
-            pe_interpolation=1,
-        ),
-        comfy.ldm.pixart.blocks,
-        of_pixart,
-        (4, 40, 40),  # below 33 its positions divide by zero
-    ),
+# Of a network, one of its attentions and a text.
+KEYS_VALUES: dict[str, Callable[[Any, Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "Wan": of_wan,
+    "Cosmos-Predict2": of_cosmos,
+    "PixArt": of_pixart,
 }
-every_family = pytest.mark.parametrize("name", FAMILIES)
-
-
-def build(name: str, dtype: torch.dtype = torch.float32) -> ModelPatcher:
-    family = FAMILIES[name]
-    config = getattr(comfy.supported_models, family.config)(dict(family.shape))
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for part, weight in model.diffusion_model.named_parameters():
-        random = torch.randn(weight.shape, generator=generator)
-        few = random * 0.8 * weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1 * random
-        weight.data.copy_(1 + few if "norm" in part and "weight" in part else few)
-    cpu = torch.device("cpu")
-    model.to(dtype)
-    if name == "Wan":
-        model.diffusion_model.patch_embedding.float()  # as the host loads it
-    return ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
-def sample(
-    model: ModelPatcher, positive: Any = None, batch: int = 1, cfg: float = 1.0, steps: int = 1, negative: Any = None
-) -> Tensor:
-    family = next(each for each in FAMILIES.values() if each.config == type(model.model.model_config).__name__)
-    empty = torch.zeros(batch, *family.latent)
-    noise = comfy.sample.prepare_noise(empty, 5)
-    positive, negative = positive or cond(tokens(1, 9)), negative or cond(tokens(2, 9))
-    return comfy.sample.sample(
-        model, noise, steps, cfg, "euler", "simple", positive, negative, empty, disable_pbar=True, seed=5
-    )
+every_family = pytest.mark.parametrize("name", CROSS)
 
 
 def cre(model: ModelPatcher, **changes: Any) -> ModelPatcher:
@@ -140,8 +50,8 @@ class Outputs:
 
     def __init__(self, model: Any, name: str, text: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[Tensor, ...]] = []
-        module, outs = FAMILIES[name].module, []
-        plain = module.optimized_attention
+        (module, attention), outs = CROSS[name].attention, []
+        plain = getattr(module, attention)
 
         def watched(q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
             out = plain(q, k, v, heads, *args, **more)
@@ -151,7 +61,7 @@ class Outputs:
                 self.calls.append((q.clone(), k.clone(), v.clone()))
             return out
 
-        monkeypatch.setattr(module, "optimized_attention", watched)
+        monkeypatch.setattr(module, attention, watched)
         for block in model.model.diffusion_model.blocks:
             attn = block.cross_attn
             last = next(getattr(attn, each) for each in ("o", "output_proj", "proj") if hasattr(attn, each))
@@ -184,19 +94,19 @@ def test_cre_edits_what_the_picture_finds_in_the_text(
     model = build(name, dtype)
     edited = cre(model, strength=0.7)
     seen = Outputs(model, name, text, monkeypatch)
-    sample(edited, cond(tokens(1, text)), batch, cfg, negative=cond(tokens(2, text)))
+    sample(name, edited, cond(tokens(1, text)), cond(tokens(2, text)), batch=batch, cfg=cfg)
     network, moved = model.model.diffusion_model, 0.0
-    assert len(seen.calls) == len(seen.outs) == DEPTH
+    assert len(seen.calls) == len(seen.outs) == CROSS[name].blocks
     for block, (q, k, v), out in zip(network.blocks, seen.calls, seen.outs, strict=True):
         attn = block.cross_attn
         for row in range(len(q)):
             conditional = len(q) == batch or row >= batch
 
             def found(encoding: Tensor, attn: Any = attn, q: Tensor = q[row]) -> Tensor:
-                k, v = FAMILIES[name].keys_values(network, attn, encoding.to(dtype))
-                return reference.attention(q, k[0], v[0], HEADS)
+                k, v = KEYS_VALUES[name](network, attn, encoding.to(dtype))
+                return reference.attention(q, k[0], v[0], CROSS[name].heads)
 
-            A = reference.attention(q[row], k[row], v[row], HEADS)
+            A = reference.attention(q[row], k[row], v[row], CROSS[name].heads)
             At, A0 = [found(phrase.tokens) for phrase in concept(2).phrases], found(concept().baseline)
             s = [0.7 if conditional else 0.0] * 2
             want = reference.cre(A, At, s, 1, clip=True, joint=True, A0=A0)
@@ -208,10 +118,10 @@ def test_cre_edits_what_the_picture_finds_in_the_text(
 @every_family
 def test_off_is_bit_identical(name: str) -> None:
     model = build(name)
-    plain = sample(model, batch=2, cfg=5.0, steps=2)
+    plain = sample(name, model, batch=2, cfg=5.0, steps=2)
     for off in ({"strength": 0.0}, {"gate": Gate((0.0,))}, {"start_percent": 0.5, "end_percent": 0.5}):
-        assert torch.equal(sample(cre(model, **off), batch=2, cfg=5.0, steps=2), plain)
-    assert not torch.allclose(sample(cre(model), batch=2, cfg=5.0, steps=2), plain, atol=1e-3)
+        assert torch.equal(sample(name, cre(model, **off), batch=2, cfg=5.0, steps=2), plain)
+    assert not torch.allclose(sample(name, cre(model), batch=2, cfg=5.0, steps=2), plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["Wan", "Cosmos-Predict2"])
@@ -225,25 +135,25 @@ def test_another_packs_attention_is_kept(name: str) -> None:
     model = build(name)
     both = cre(model)
     both.model_options["transformer_options"]["optimized_attention_override"] = theirs
-    assert torch.equal(sample(both), sample(cre(model)))
-    assert len(calls) == 2 * DEPTH
+    assert torch.equal(sample(name, both), sample(name, cre(model)))
+    assert len(calls) == 2 * CROSS[name].blocks
 
 
 @every_family
 def test_a_text_as_long_as_the_picture_is_told_from_it(name: str) -> None:
-    model, n = build(name), FAMILIES[name].latent[-1] ** 2 // 4
+    model, n = build(name), latent(name).shape[-1] ** 2 // 4
     edited, (positive, longer) = cre(model), (cond(tokens(1, n)), cond(torch.cat([tokens(1, n)] * 2, 1)))
-    same = sample(edited, positive), sample(edited, longer)
+    same = sample(name, edited, positive), sample(name, edited, longer)
     torch.testing.assert_close(*same, rtol=1e-3, atol=1e-3)  # a text twice is found as once
-    assert not torch.allclose(same[0], sample(model, positive), atol=1e-2)
+    assert not torch.allclose(same[0], sample(name, model, positive), atol=1e-2)
 
 
 @every_family
 def test_nothing_stays_behind(name: str) -> None:
     model = build(name)
-    plain = sample(model)
-    sample(cre(model))
-    assert torch.equal(sample(model), plain)
+    plain = sample(name, model)
+    sample(name, cre(model))
+    assert torch.equal(sample(name, model), plain)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.diffusion_model.modules())
 
 
@@ -251,7 +161,7 @@ def test_nothing_stays_behind(name: str) -> None:
 def test_a_direction_is_added_to_the_positive_prompt(name: str) -> None:
     model, d = build(name), tokens(3, 1)[0]
     edited = add_edit(model, EditSpec("direction", Direction("d", d), 0.7, node="Test"))
-    expected = sample(model, cond(tokens(1, 9) + 0.7 * d), cfg=5.0, steps=2)
-    torch.testing.assert_close(sample(edited, cfg=5.0, steps=2), expected, rtol=1e-4, atol=1e-4)
+    expected = sample(name, model, cond(tokens(1, 9) + 0.7 * d), cfg=5.0, steps=2)
+    torch.testing.assert_close(sample(name, edited, cfg=5.0, steps=2), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match='Test: blocks is "block.1", but .* reads its text once'):
         add_edit(model, EditSpec("direction", Direction("d", d), blocks="block.1", node="Test"))

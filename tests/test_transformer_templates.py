@@ -40,9 +40,8 @@ from conceptguard.tools.workflow import to_api
 pytestmark = pytest.mark.slow
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "example_workflows"
-TEXT = 16  # the width of a text
 CLIP = dict(
-    hidden_size=TEXT,
+    hidden_size=dits.WIDTH,
     intermediate_size=32,
     num_attention_heads=2,
     num_hidden_layers=2,
@@ -51,12 +50,12 @@ CLIP = dict(
     vocab_size=49408,
     eos_token_id=49407,
     layer_norm_eps=1e-5,
-    projection_dim=TEXT,
+    projection_dim=dits.WIDTH,
 )
 T5 = dict(
     d_ff=32,
     d_kv=8,
-    d_model=TEXT,
+    d_model=dits.WIDTH,
     num_heads=2,
     num_layers=2,
     vocab_size=32128,
@@ -64,12 +63,19 @@ T5 = dict(
     is_gated_act=True,
     model_type="t5",
 )
-SMALL = dict(hidden_size=TEXT, intermediate_size=32, num_hidden_layers=3)
+SMALL = dict(hidden_size=dits.WIDTH, intermediate_size=32, num_hidden_layers=3)
+
+
+def of(name: str, *sizes: str) -> dict[str, Any]:
+    return {size: dits.FAMILIES[name].shape[size] for size in sizes}
+
+
 KNOWN = {  # by heart, for what is detected as a model of that name
-    "flux": dict(num_heads=4, axes_dim=[2, 2, 4], mlp_ratio=2.0),
+    "flux": of("Flux.1", "num_heads", "axes_dim", "mlp_ratio"),
     "lumina2": {k: v for k, v in dits.FAMILIES["Z-Image"].shape.items() if k not in ("image_model", "n_layers")},
-    "qwen_image": dict(
-        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=TEXT, axes_dims_rope=(2, 2, 4), out_channels=16
+    "qwen_image": of(
+        *("Qwen-Image", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope"),
+        "out_channels",
     ),
 }
 
@@ -104,16 +110,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.sd1_clip.SDClipModel, "__init__", init)
 
 
-@torch.no_grad()
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    generator, found = torch.Generator().manual_seed(0), {}
-    for name, w in module.state_dict().items():
-        random = torch.randn(w.shape, generator=generator)
-        gain = "norm" in name or "scale" in name or "gamma" in name
-        found[name] = random * 0.8 * w[0].numel() ** -0.5 if w.ndim > 1 and not gain else 1 + 0.1 * random * gain
-        if w.ndim <= 1 and not gain:
-            found[name] = 0.1 * random
-    return found
+    generator = torch.Generator().manual_seed(0)
+    return {name: dits.weight(name, w.shape, generator) for name, w in module.state_dict().items()}
 
 
 def unet(name: str) -> dict[str, Tensor]:
@@ -169,7 +168,7 @@ TEMPLATES: dict[str, dict[str, tuple[str, Callable[[], dict[str, Tensor]]]]] = {
 def flux() -> dict[str, Tensor]:
     """With a pooled text as wide as this CLIP's."""
     found = unet("Flux.1")
-    found["vector_in.in_layer.weight"] = torch.randn(32, TEXT) * 0.2
+    found["vector_in.in_layer.weight"] = torch.randn(32, dits.WIDTH) * 0.2
     return found
 
 
