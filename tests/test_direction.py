@@ -217,6 +217,7 @@ def test_an_interrupted_training_is_gone_on_with(monkeypatch: pytest.MonkeyPatch
     assert train(steps=7, resume=begun)[0].key == whole.key
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_as_one_that_was_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stopped in the middle of a step; the same queued again goes on, and its file is the same to the byte."""
     whole = train(steps=7, batch=2)[0]

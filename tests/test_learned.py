@@ -162,6 +162,7 @@ def test_stopped_anywhere_and_gone_on_is_as_never_stopped(
     assert torch.equal(prompt.k, again.k) and torch.equal(plot, plot_again) and not unfinished(folders)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_training(
     model: Any, clip: Any, never_stopped: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -196,6 +197,7 @@ def test_another_trainings_checkpoint_is_left_alone(
     assert not unfinished(folders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["kpop", "concept"])
 def test_a_checkpoint_of_an_older_version_is_gone_on_with(
     model: Any, clip: Any, folders: Path, monkeypatch: pytest.MonkeyPatch, what: str

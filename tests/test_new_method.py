@@ -122,17 +122,8 @@ def test_it_is_checked() -> None:
 
 
 def test_it_has_its_place_among_the_others_whatever_the_order_of_nodes(model: Any) -> None:
-    assert [each.name for each in methods()] == [
-        "filter",
-        "direction",
-        "values",
-        "prompt",
-        "erasure",
-        "halving",
-        "projection",
-        "prototype",
-        "guidance",
-    ]
+    names = [each.name for each in methods()]
+    assert names.index("erasure") < names.index("halving") < names.index("projection")
     others = EditSpec("projection", tiny.concept("c", 300), options=tiny.CRE, node="Test")
     one = add_edit(add_edit(model, spec()), others)
     two = add_edit(add_edit(model, others), spec())

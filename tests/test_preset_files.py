@@ -384,6 +384,7 @@ def with_changed_metadata(key: str, value: Any) -> None:
     [(with_changed_gates_and_files, 4000), (with_changed_bytes, 2000), (with_changed_metadata, 300)],
     ids=["gates and files", "bytes", "metadata"],
 )
+@pytest.mark.slow
 def test_the_fuzz_writes_no_file(fuzz: Any, least: int) -> None:
     for good in (GOOD, TEXT):
         agreed(good)

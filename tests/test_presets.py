@@ -217,6 +217,7 @@ def with_changed_places(value: Any, other: tuple[Any, ...], second: Any) -> None
         agreed(json.dumps(document))
 
 
+@pytest.mark.slow
 def test_ten_thousand_documents_with_changed_places() -> None:
     agreed(TEXT)
     FUZZ.read, FUZZ.done = 0, []
