@@ -13,7 +13,7 @@ from typing import Any
 import comfy.sd
 
 from ..demo import world
-from ..editing.edits.spec import EditSpec, Prompt
+from ..editing.edits.spec import EditSpec, PromptTokens
 from ..editing.engine.host import add_edit
 from ..editing.methods.kpop import edit_of
 from ..jobs.train import Course
@@ -79,7 +79,7 @@ def found(demo: Demo, model: Any, names: Sequence[str], count: int, seed: int) -
     return Rate.of([v.found(p.objects[0]) for p, v in zip(pictures, verdicts, strict=True)])
 
 
-def with_prompt(model: Any, prompt: Prompt) -> Any:
+def with_prompt(model: Any, prompt: PromptTokens) -> Any:
     method, source = edit_of(prompt)
     return add_edit(model, EditSpec(method, source, blocks=prompt.blocks))
 
@@ -97,7 +97,7 @@ def texts(towards: str | None, keep: Sequence[str]) -> tuple[str, str]:
 
 def trained(
     demo: Demo, towards: str | None = None, keep: Sequence[str] = KEPT, steps: int = STEPS, **settings: Any
-) -> tuple[Any, Prompt]:
+) -> tuple[Any, PromptTokens]:
     """The MODEL without the erased objects, as the host loads the file, and the key."""
     text, neutral = texts(towards, keep)
     recipe = Recipe(**{**SETTINGS, "neutral": neutral, **settings})

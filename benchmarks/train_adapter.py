@@ -106,7 +106,7 @@ def pairs_of(
     return torch.cat(looks), weakest(found, len(texts), grid)
 
 
-def report(adapter: adapters.Adapter, x: Tensor, w: Tensor) -> dict[str, Any]:
+def report(adapter: adapters.Regressor, x: Tensor, w: Tensor) -> dict[str, Any]:
     """How well pictures that it has not seen are told apart."""
     guess = adapter.weights(x)
     half = min(w.min().item(), -1e-6) / 2

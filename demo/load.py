@@ -17,11 +17,11 @@ from .witness import Witness
 
 WEIGHTS = Path(__file__).parent / "weights"
 MODEL_FILE, JUDGE_FILE = WEIGHTS / "demo-model.safetensors", WEIGHTS / "judge.safetensors"
-WITNESS_FILE = WEIGHTS / "witness.safetensors"  # made by `make train-demo`; not shipped yet
+WITNESS_FILE = WEIGHTS / "witness.safetensors"
 
 
 def transformer_file(architecture: str) -> Path:
-    """Made by `make train-demo`; not shipped yet."""
+    """A transformer's weights; its text encoder and decoder are MODEL_FILE's."""
     return WEIGHTS / f"demo-{architecture}.safetensors"
 
 

@@ -21,7 +21,7 @@ from ..editing.gates import discriminator
 from ..editing.gates.augment import perturbed
 from ..editing.gates.discriminator import Report
 from ..editing.gates.drawings import Drawings, save
-from ..editing.gates.features import SIDE, TRUNK_WIDTH, Trunk
+from ..editing.gates.features import NETWORK_WIDTH, SIDE, DrawingsNetwork
 from ..tools.environment import ROOT
 from . import world
 from .glyphs import Painter
@@ -37,9 +37,9 @@ def gate_file(name: str) -> Path:
     return GATES / f"{name.replace(' ', '-')}.safetensors"
 
 
-def first() -> Trunk:
+def first() -> DrawingsNetwork:
     """The convolutions of the demo model's reference encoder, which learned to say objects and styles."""
-    trunk, layers = Trunk(), list(load_reference())
+    trunk, layers = DrawingsNetwork(), list(load_reference())
     for i, own in enumerate(trunk.layers):
         for k in range(2):  # convolution and norm
             own[k].load_state_dict(layers[3 * i + k].state_dict())
@@ -52,7 +52,7 @@ class Namer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = first()
-        self.objects, self.styles = nn.Linear(TRUNK_WIDTH, len(NAMES)), nn.Linear(TRUNK_WIDTH, len(STYLES))
+        self.objects, self.styles = nn.Linear(NETWORK_WIDTH, len(NAMES)), nn.Linear(NETWORK_WIDTH, len(STYLES))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.trunk(x)

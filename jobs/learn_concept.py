@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..editing.edits.digest import digest
-from ..editing.edits.encode import own_tokens
+from ..editing.edits.encode import CONTEXT, own_tokens
 from ..editing.engine.host import fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.training.harness import Predictor
@@ -78,7 +78,7 @@ def checked(images: Any) -> Tensor:
 def place(clip: Any, caption: str, length: int, tokens: int) -> int:
     """The first position behind a caption's own tokens, where the learned ones go."""
     at = max(own_tokens(clip, caption), default=0) + 1
-    if length > 77 or at + tokens >= length:
+    if length > CONTEXT or at + tokens >= length:
         raise ValueError(
             f'captions: "{caption[:60]}" leaves no room for {tokens} tokens in one piece of prompt; shorten it'
         )

@@ -11,7 +11,7 @@ import torch
 
 from ..editing.edits.digest import digest
 from ..editing.edits.encode import lines_of
-from ..editing.edits.spec import Prompt
+from ..editing.edits.spec import PromptTokens
 from ..editing.engine.host import fingerprint_of
 from ..editing.files.artefacts import FORMAT, package_version
 from ..editing.training.changes import LoRA
@@ -72,7 +72,9 @@ class Recipe:
         return {key: value for key, value in asdict(self).items() if key != "name"}
 
 
-def train_kpop(model: Any, clip: Any, text: str, recipe: Recipe, course: Course) -> tuple[LoRA, Prompt, list[float]]:
+def train_kpop(
+    model: Any, clip: Any, text: str, recipe: Recipe, course: Course
+) -> tuple[LoRA, PromptTokens, list[float]]:
     """The weights' changes, the prompt, and the losses. text: what to erase, one concept a line."""
     lines = lines_of(text)
     if not lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..editing.pictures.chart import Series, plot
 from .files import DRAWINGS_FILE, changed, saved
 from .inputs import CATEGORY, named, prefix_input
 from .learned import file_input, loaded
+from .progress import ticking
 from .show import told
 from .types import DiscriminatorType
 
@@ -71,17 +71,6 @@ def calibration(report: Report, name: str, threshold: float) -> Tensor:
     points = Series("measured", reliability(report.pairs))
     title = f'"{name}": {100 * report.accuracy:.1f} % right of {len(report.pairs)} held out'
     return plot([points, ideal], title, "confidence", "share of the concept", (0.0, 1.0), shade=(threshold, 1.0))
-
-
-def ticking(total: int) -> Callable[[], None]:
-    """A progress bar of so many steps that an interrupt stops."""
-    bar = comfy.utils.ProgressBar(total)
-
-    def tick() -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(1)
-
-    return tick
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.edits.spec import Concept, EditSpec
+from ..editing.edits.spec import Concept, Direction, EditSpec, PromptTokens
 from ..editing.engine.host import add_edit
 from .bounds import schema_of
 from .inputs import UNLINKED, Where, check, expect, named, where
@@ -14,13 +14,13 @@ from .show import telling
 
 
 class EditNode(io.ComfyNode):
-    """A node that edits a MODEL with METHOD by a SOURCE, whose input is called like its kind; `options` makes the rest.
+    """A node that edits a MODEL with METHOD by a SOURCE, in the input of that kind; `options` makes the rest.
 
     What is not given to `execute` is what the schema has for it.
     """
 
     METHOD: str
-    SOURCE: type = Concept
+    SOURCE: type[Concept | PromptTokens | Direction] = Concept
 
     @classmethod
     def validate_inputs(
@@ -42,8 +42,7 @@ class EditNode(io.ComfyNode):
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         with named(node := schema_of(cls).node_id):
             given = {**defaults(cls), **inputs}
-            name = cls.SOURCE.__name__.lower()
-            source: Any = expect(given.pop(name), cls.SOURCE, name)
+            source: Any = expect(given.pop(cls.SOURCE.socket), cls.SOURCE, cls.SOURCE.socket)
             place, strength = place_of(given), given.pop("strength", 1.0)
             options = cls.options(source, **given)
         spec = EditSpec(cls.METHOD, source, strength, **place, options=options, node=node, report=telling(cls))

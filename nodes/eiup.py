@@ -124,9 +124,9 @@ class ConceptGuardEIUP(EditNode):
 
     @classmethod
     def options(cls, source: Concept, weight: float, form: str, weights: str, evidence: str, auto: str) -> EIUPOptions:
-        adapter = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
-        evidence = evidence if adapter is None else adapter.evidence
-        return EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, adapter)
+        regressor = None if auto == OFF else load(file_of(auto, "eiup-weight", "auto"))
+        evidence = evidence if regressor is None else regressor.evidence
+        return EIUPOptions(form, bounded(cls, parse_weights(weights, weight)), evidence, regressor)
 
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardEIUP]

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..editing.edits.spec import ROWS, Concept, Direction, Gate, Prompt, complaint_about
+from ..editing.edits.spec import ROWS, Concept, Direction, Gate, PromptTokens, complaint_about
 from .bounds import outside, schema_of
 from .types import GateType
 
@@ -163,7 +163,7 @@ def folded(each: Any) -> Any:
 SOURCES = {  # what to connect, for an input that has got something else
     Concept: "the output of a Concept node",
     Direction: "the output of a Load Direction or Train Direction node",
-    Prompt: "the output of Load Prompt or Train KPOP",
+    PromptTokens: "the output of Load PromptTokens or Train KPOP",
     Gate: "the GATE output of a ConceptGuard gate node",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..editing.edits.spec import EditSpec, Prompt
+from ..editing.edits.spec import EditSpec, PromptTokens
 from ..editing.engine.host import add_edit, fingerprint_of
 from ..editing.files.artefacts import Artefact
 from ..editing.files.header import packed
@@ -66,7 +66,7 @@ class ConceptGuardSaveWeights(io.ComfyNode):
 
 
 def learned(prompt: Any) -> Artefact:
-    if (artefact := expect(prompt, Prompt).artefact) is None:
+    if (artefact := expect(prompt, PromptTokens).artefact) is None:
         raise ValueError("prompt was not learned, and there is nothing to save; connect Train KPOP")
     return artefact
 
@@ -127,7 +127,7 @@ class ConceptGuardKPOP(EditNode):
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         with named(node := "ConceptGuardKPOP"):
             given = {**defaults(cls), **inputs}
-            prompt = expect(given.pop("prompt"), Prompt)
+            prompt = expect(given.pop("prompt"), PromptTokens)
             given["blocks"] = prompt.blocks
             place, strength = place_of(given), given.pop("strength")
         method, source = edit_of(prompt)

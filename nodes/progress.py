@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -29,3 +30,14 @@ class Shown:
         self.bar.update_absolute(done, most, preview)
         if words:
             show(self.node_id, words)
+
+
+def ticking(total: int) -> Callable[[], None]:
+    """A progress bar of so many steps that an interrupt stops."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def tick() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return tick

@@ -16,7 +16,7 @@ from foreign_rows import tiled
 from test_conditional import guided
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Prompt
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, PromptTokens
 from conceptguard.editing.engine.account import LISTENERS, Account
 from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import DEFAULTS, CREOptions
@@ -65,7 +65,9 @@ def test_an_edit_that_acts_everywhere(model: Any) -> None:
     "spec",
     [
         EditSpec("direction", Direction("d", torch.ones(1, tiny.WIDTH)), node="Test", blocks="middle,output"),
-        EditSpec("prompt", Prompt("p", tiny.tokens(60, 4), tiny.tokens(61, 4)), node="Test", blocks="middle,output"),
+        EditSpec(
+            "prompt", PromptTokens("p", tiny.tokens(60, 4), tiny.tokens(61, 4)), node="Test", blocks="middle,output"
+        ),
         EditSpec("erasure", tiny.concept(), options=EIUPOptions("joint"), node="Test", blocks="middle,output"),
         EditSpec("erasure", tiny.concept(), options=EIUPOptions(), node="Test", blocks="middle,output"),
     ],

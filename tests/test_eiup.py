@@ -23,7 +23,7 @@ from conceptguard.editing.methods import eiup_weight as adapters
 from conceptguard.editing.methods.attention import split_heads
 from conceptguard.editing.methods.cre import DEFAULTS as CRE
 from conceptguard.editing.methods.eiup import CHOICES, DEFAULTS, EIUPOptions, reweighted, share, steered
-from conceptguard.editing.methods.eiup_weight import Adapter
+from conceptguard.editing.methods.eiup_weight import Regressor
 from conceptguard.editing.methods.found import Found, Kept
 from conceptguard.nodes import files
 from conceptguard.nodes.eiup import ConceptGuardEIUP, parse_weights
@@ -154,13 +154,13 @@ def test_evidence_and_none_live_side_by_side(model: Any) -> None:
 NAMES = tuple(".".join(map(str, key)) for key in tiny.SD1_BLOCKS)
 
 
-def constant(w: float, evidence: str = "none", blocks: tuple[str, ...] = NAMES) -> Adapter:
+def constant(w: float, evidence: str = "none", blocks: tuple[str, ...] = NAMES) -> Regressor:
     """A regressor that always says w."""
     x = random(8, len(blocks)).abs()
     return adapters.train(x, torch.full((8,), w), blocks, evidence, steps=1)
 
 
-def sloped(blocks: tuple[str, ...] = NAMES) -> Adapter:
+def sloped(blocks: tuple[str, ...] = NAMES) -> Regressor:
     """One whose answer depends on what it is given."""
     x = random(64, len(blocks)).abs() * 0.05
     return adapters.train(x, -3 * x.mean(-1) / x.mean(), blocks, steps=200)

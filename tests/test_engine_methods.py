@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Prompt
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, PromptTokens
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.attention import split_heads
 from conceptguard.editing.methods.eiup import EIUPOptions, reweighted
@@ -103,7 +103,7 @@ def spec(kind: str, seed: int = 50, **inputs: Any) -> EditSpec:
     if kind == "direction":
         return EditSpec("direction", Direction(f"d{seed}", tiny.tokens(seed)[0]), node="Test", **inputs)
     if kind == "prompt":
-        prompt = Prompt(f"p{seed}", random(1, 10, w, seed=seed), random(1, 10, w, seed=seed + 1))
+        prompt = PromptTokens(f"p{seed}", random(1, 10, w, seed=seed), random(1, 10, w, seed=seed + 1))
         return EditSpec("prompt", prompt, node="Test", **inputs)
     if kind == "projection":
         return EditSpec("projection", tiny.concept("c", seed), options=tiny.CRE, node="Test", **inputs)
@@ -125,7 +125,7 @@ def expected(seen: tiny.Recorder, key: Any, call: dict[str, Tensor], edit: EditS
     q, k, v = (call[name][-1] for name in "qkv")
     A = reference.attention(q, k, v, h)
     source, options = edit.source, edit.options
-    if isinstance(source, Prompt):
+    if isinstance(source, PromptTokens):
         k_e, v_e = seen.project(key, "k", source.k[0]), seen.project(key, "v", source.v[0])
         return reference.appended(q, k, v, k_e, v_e, 1, h)
     assert isinstance(source, Concept) and isinstance(options, EIUPOptions)

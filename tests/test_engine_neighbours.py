@@ -12,7 +12,7 @@ import torch
 from foreign import Attn2Replace, couple, ip_adapter
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import EditSpec, Gate, Prompt
+from conceptguard.editing.edits.spec import EditSpec, Gate, PromptTokens
 from conceptguard.editing.engine.backbones.unet import cross_attentions
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.engine.run import OBSERVER
@@ -26,7 +26,7 @@ def cre(model: Any, seed: int = 100, **inputs: Any) -> Any:
 
 def prompt(model: Any, **inputs: Any) -> Any:
     return add_edit(
-        model, EditSpec("prompt", Prompt("p", tiny.tokens(60, 10), tiny.tokens(61, 10)), node="Test", **inputs)
+        model, EditSpec("prompt", PromptTokens("p", tiny.tokens(60, 10), tiny.tokens(61, 10)), node="Test", **inputs)
     )
 
 

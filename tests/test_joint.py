@@ -17,7 +17,7 @@ import torch
 from dits import FAMILIES, cond, tokens
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, Prompt
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, PromptTokens
 from conceptguard.editing.engine.backbones.joint import Joint
 from conceptguard.editing.engine.host import add_edit, add_watch
 from conceptguard.editing.engine.watch import Watch
@@ -294,7 +294,7 @@ def test_what_has_no_meaning_there_is_refused() -> None:
     with pytest.raises(ValueError, match="Map: cannot look for concepts in Flux .*; connect a model with cross-att"):
         add_watch(model, Watch(dits.concept(), "Map"))
     with pytest.raises(ValueError, match="Test: .* learned for a cross-attention, and Flux .* has none"):
-        add_edit(model, EditSpec("prompt", Prompt("soft", k, k), blocks="all", node="Test"))
+        add_edit(model, EditSpec("prompt", PromptTokens("soft", k, k), blocks="all", node="Test"))
     with pytest.raises(ValueError, match='Test: blocks is "single", but .* reads its text once'):
         add_edit(model, EditSpec("direction", Direction("d", k[0, :1]), blocks="single", node="Test"))
 

@@ -17,7 +17,7 @@ from comfy.sample import prepare_noise
 from torch import Tensor, nn
 from toy import Layer, Line, respond
 
-from conceptguard.editing.edits.spec import Direction, EditSpec, Prompt
+from conceptguard.editing.edits.spec import Direction, EditSpec, PromptTokens
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods import cre, eiup
 from conceptguard.editing.training.changes import Changes
@@ -347,7 +347,7 @@ def test_edits_of_the_model_follow_the_weights_that_are_trained(edit: str) -> No
     model, concept = tiny.sd1(), tiny.concept("knife", 30)
     source = {
         "direction": Direction("d", torch.randn(77, tiny.WIDTH, generator=torch.Generator().manual_seed(3))),
-        "prompt": Prompt("p", tiny.tokens(40)[:, :3], tiny.tokens(41)[:, :3], "concat", "all"),
+        "prompt": PromptTokens("p", tiny.tokens(40)[:, :3], tiny.tokens(41)[:, :3], "concat", "all"),
     }
     options = {"projection": cre.DEFAULTS, "erasure": eiup.DEFAULTS}.get(edit)
     spec = EditSpec(edit, source.get(edit, concept), options=options)

@@ -13,7 +13,7 @@ from foreign import couple, longer_context
 from foreign_rows import AttentionCouple
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import EditSpec, Prompt
+from conceptguard.editing.edits.spec import EditSpec, PromptTokens
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.attention import repetitions
 from conceptguard.editing.methods.eiup import EIUPOptions
@@ -23,7 +23,7 @@ K_E, V_E = tiny.tokens(60, 10), tiny.tokens(61, 10)
 
 
 def kpop(model: Any) -> Any:
-    return add_edit(model, EditSpec("prompt", Prompt("p", K_E, V_E), node="Test"))
+    return add_edit(model, EditSpec("prompt", PromptTokens("p", K_E, V_E), node="Test"))
 
 
 def eiup(model: Any, options: EIUPOptions) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TYPES = {
-    "Concept", "Prompt", "Direction", "CREOptions", "EIUPOptions", "Draw", "PresetGate",
+    "Concept", "PromptTokens", "Direction", "CREOptions", "EIUPOptions", "Draw", "PresetGate",
     "Words", "LearnedFile", "Edit", "ConceptEdit", "CREEdit", "EIUPEdit", "KPOPEdit", "DirectionEdit",
     "ImageGate", "PromptGate", "InFlightGate", "Backbone", "UNet",
     "UNetModel", "BasicTransformerBlock", "SpatialTransformer", "SpatialVideoTransformer",

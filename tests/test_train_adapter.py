@@ -56,7 +56,7 @@ def test_the_first_look_is_what_a_run_with_an_automatic_weight_sees(monkeypatch:
 
     seen: list[Tensor] = []
     auto = adapters.train(torch.rand(4, len(tiny.SD1_BLOCKS)), torch.zeros(4), names_of(model), steps=1)
-    monkeypatch.setattr(adapters.Adapter, "weights", lambda self, x: seen.append(x) or torch.zeros(x.shape[:-1]))
+    monkeypatch.setattr(adapters.Regressor, "weights", lambda self, x: seen.append(x) or torch.zeros(x.shape[:-1]))
     import comfy.sample
 
     edited = add_edit(model, spec(EIUPOptions(auto=auto)))

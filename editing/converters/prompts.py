@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..edits.encode import CONTEXT
 from ..files.artefacts import Artefact, data_of
 from ..files.names import file_in, safe
 from ..files.whole import numbered, put_beside
@@ -24,7 +25,6 @@ from ..methods.kpop import prompt_of
 from ..training.kpop import METHOD
 
 LIMIT = 2**26  # bytes of a file
-TEXT = 77  # tokens of a whole text
 PAIRS = ({"p_k", "p_v"}, {"k", "v"})  # names of what is for keys and what for values
 MEND = "only prompts of KPOP's authors can be turned into ours"
 
@@ -75,7 +75,7 @@ def made(name: str, value: Any, mechanism: str | None, blocks: str) -> Artefact:
     if k.shape != v.shape:
         raise ValueError(f'"{name[:40]}" has keys {list(k.shape)} and values {list(v.shape)}')
     n, width = k.shape
-    if mechanism is None and n == TEXT:
+    if mechanism is None and n == CONTEXT:
         raise Unclear(
             f'"{name[:40]}" has {n} tokens, as many as a whole text; say what it does: --mechanism additive if it is '
             "added to a text's encoding, --mechanism concat if it is appended to it. One that stands in a text's "

@@ -57,6 +57,7 @@ class Concept(Shared):
     pooled, pooled_instead: as the phrases', [1, P], of what it is compared with, and of what is drawn in its place.
     """
 
+    socket = "concept"  # what nodes call an input that takes one
     name: str
     phrases: tuple[Phrase, ...]
     empty: Tensor | None = None
@@ -106,13 +107,14 @@ class Concept(Shared):
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt(Shared):
+class PromptTokens(Shared):
     """Learned tokens that join the context, apart for keys and values. k, v: [1, n, W] fp32 on the CPU.
 
     mechanism and blocks: how and where they were learned (kpop.py). An edit appends them; what is to be added is a
     Direction.
     """
 
+    socket = "prompt"
     name: str
     k: Tensor
     v: Tensor
@@ -133,6 +135,7 @@ class Prompt(Shared):
 class Direction(Shared):
     """A learned shift of the text encoding. d: [T, W] fp32 on the CPU, or [1, W] for the same shift at every token."""
 
+    socket = "direction"
     name: str
     d: Tensor
     artefact: Artefact | None = None  # what a file of it holds
@@ -283,7 +286,7 @@ class EditSpec(Shared):
     """
 
     method: str
-    source: Any  # of the method's own type: a Concept, a Prompt, a Direction
+    source: Any  # of the method's own type: a Concept, a PromptTokens, a Direction
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..edits.blocks import BlockKey, know_sides, select_blocks
-from ..edits.spec import Concept, Direction, EditSpec, Prompt
+from ..edits.spec import Concept, Direction, EditSpec, PromptTokens
 from ..methods.attention import split_heads
 from ..methods.tokens import TokenSet
 from .binding import KV
@@ -102,11 +102,11 @@ class Backbone:
         spec.how.admit(spec, self)
         self.chosen(spec.blocks, spec.node)
 
-    def admit_source(self, source: Concept | Prompt | Direction, node: str) -> None:
+    def admit_source(self, source: Concept | PromptTokens | Direction, node: str) -> None:
         """Raise if it was made with another text encoder than the model's."""
         if source.width == self.width:
             return
-        kind = type(source).__name__.lower()
+        kind = source.socket
         if learned_on := getattr(source, "backbone", ""):
             raise ValueError(
                 f'{node}: {kind} "{source.name}" was learned for {learned_on.split()[0]}, text width '

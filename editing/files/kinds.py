@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..gates.features import TRUNK
+from ..gates.features import CHANNELS
 
 if TYPE_CHECKING:
     from .artefacts import Artefact
@@ -52,10 +52,10 @@ class Kind:
     older: tuple[Older, ...] = ()  # from version 1 on
 
 
-def trunk_tensors() -> dict[str, Shape]:
+def network_tensors() -> dict[str, Shape]:
     return {
         f"layers.{i}.{name}": shape
-        for i, (a, b) in enumerate(pairwise(TRUNK))
+        for i, (a, b) in enumerate(pairwise(CHANNELS))
         for name, shape in (("0.weight", (b, a, 3, 3)), ("0.bias", (b,)), ("1.weight", (b,)), ("1.bias", (b,)))
     }
 
@@ -85,7 +85,7 @@ KINDS: dict[str, Kind] = {
         }
     ),
     "discriminator": Kind({"mean": ("F",), "spread": ("F",), "w": ("F",), "b": (1,), "probe": ("F",)}),
-    "features": Kind(trunk_tensors()),
+    "features": Kind(network_tensors()),
     "prompt": Kind({"k": ("T", "W"), "v": ("T", "W")}),
     "checkpoint": Kind(  # of any training: what is learned and Adam's moments, flat, and what it learns from
         {

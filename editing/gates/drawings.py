@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..edits.digest import Shared
 from ..files.artefacts import Artefact, read, write
-from .features import SIDE, Trunk, pattern, weights_digest
+from .features import SIDE, DrawingsNetwork, pattern, weights_digest
 
 
-def save(trunk: Trunk, path: Path, training: Mapping[str, Any]) -> None:
-    write(Artefact("features", "drawings", trunk.state_dict(), training=dict(training)), path)
+def save(network: DrawingsNetwork, path: Path, training: Mapping[str, Any]) -> None:
+    write(Artefact("features", "drawings", network.state_dict(), training=dict(training)), path)
 
 
 class Drawings(Shared):
@@ -28,8 +28,8 @@ class Drawings(Shared):
     models: tuple[Any, ...] = ()
 
     def __init__(self, path: Path) -> None:
-        self.trunk = Trunk().eval().requires_grad_(False)
-        self.trunk.load_state_dict(dict(read(path, "features").tensors))
+        self.network = DrawingsNetwork().eval().requires_grad_(False)
+        self.network.load_state_dict(dict(read(path, "features").tensors))
 
     @cached_property
     def probe(self) -> Tensor:
@@ -41,8 +41,8 @@ class Drawings(Shared):
 
     @cached_property
     def key(self) -> str:
-        return weights_digest(self.trunk.state_dict())
+        return weights_digest(self.network.state_dict())
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.trunk(part) for part in x.split(64)])
+        return torch.cat([self.network(part) for part in x.split(64)])

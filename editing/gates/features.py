@@ -1,7 +1,7 @@
 """What a discriminator's head looks at: numbers that an encoder finds in a picture.
 
-`Vision` takes any CLIP_VISION that the graph supplies. `Trunk` is the network behind the features that come with the
-pack (drawings.py), which learned on drawings.
+`Vision` takes any CLIP_VISION that the graph supplies. `DrawingsNetwork` is behind the features that come with the pack
+(drawings.py), and learned on drawings.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..edits.digest import Shared, digest
 
-TRUNK = (3, 32, 64, 128, 64)  # channels between its layers, each of which halves the picture
-TRUNK_WIDTH = 64 * 16 + 2 * 128
+CHANNELS = (3, 32, 64, 128, 64)  # channels between its layers, each of which halves the picture
+NETWORK_WIDTH = 64 * 16 + 2 * 128
 SIDE = 64  # pixels of the pictures that it takes
 
 
@@ -88,8 +88,8 @@ class Vision(Shared):
         return torch.cat(found)
 
 
-class Trunk(torch.nn.Module):
-    """A small convolutional network; pictures [B, 3, SIDE, SIDE] in [0, 1] -> [B, TRUNK_WIDTH].
+class DrawingsNetwork(torch.nn.Module):
+    """A small convolutional network; pictures [B, 3, SIDE, SIDE] in [0, 1] -> [B, NETWORK_WIDTH].
 
     Of its last layer every place, of the one before the mean and the greatest over all places.
     """
@@ -98,7 +98,7 @@ class Trunk(torch.nn.Module):
         super().__init__()
         nn = torch.nn
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.SiLU()) for i, o in pairwise(TRUNK)
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.SiLU()) for i, o in pairwise(CHANNELS)
         )
 
     def forward(self, x: Tensor) -> Tensor:

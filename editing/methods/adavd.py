@@ -25,12 +25,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..edits.encode import rows_of
+from ..edits.encode import CONTEXT, rows_of
 from ..edits.method import Method, OnValues, register
 from ..edits.spec import Concept, EditSpec
 from ..presets.parts import ConceptEdit
 from ..presets.texts import Percent
-from .attention import CONTEXT
 from .said import rows_of_all, tell
 
 MODES = ("auto", "published")

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONTEXT = 77  # tokens of one piece of prompt
+from ..edits.encode import CONTEXT
+
 SAME = 8.0  # roundings by which the keys of one token may differ from place to place
 
 

@@ -33,7 +33,7 @@ from ..presets.parts import ConceptEdit
 from .attention import attend, logits, repetitions
 from .cre import DEFAULTS as CRE
 from .cre import alike, less, likeness, neutral_needed
-from .eiup_weight import EVIDENCE, Adapter
+from .eiup_weight import EVIDENCE, Regressor
 from .found import Found
 from .said import floors
 from .tokens import TokenSet, TokenSets, solved_together
@@ -56,7 +56,7 @@ class EIUPOptions:
     form: str = "separate"
     weights: tuple[float, ...] = (-1.0,)
     evidence: str = "none"
-    auto: Adapter | None = None
+    auto: Regressor | None = None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -27,7 +27,7 @@ MEND = "choose a file that `make train-adapter` wrote, or set auto to off"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter(Shared):
+class Regressor(Shared):
     """w of a phrase from its mean attention in each of a model's cross-attentions.
 
     blocks: their names, the order of the inputs; mean, spread: [B], of the training inputs; low, high: the least and
@@ -44,7 +44,7 @@ class Adapter(Shared):
     network: nn.Sequential
 
     def __repr__(self) -> str:
-        return f"Adapter({self.key})"
+        return f"Regressor({self.key})"
 
     @cached_property
     def key(self) -> str:
@@ -71,7 +71,7 @@ def train(
     steps: int = 2000,
     seed: int = 0,
     name: str = "trained",
-) -> Adapter:
+) -> Regressor:
     """Fit to pairs. x: [n, B] mean attentions; w: [n] the weights that they call for."""
     if x.ndim != 2 or x.shape != (len(w), len(blocks)) or not len(w):
         raise ValueError(f"{tuple(x.shape)} mean attentions do not suit {len(w)} weights and {len(blocks)} blocks")
@@ -90,26 +90,26 @@ def train(
         adam.step()
         decay.step()
     network = network.eval().requires_grad_(False)
-    return Adapter(name, tuple(blocks), evidence, mean, spread, float(w.min()), float(w.max()), network)
+    return Regressor(name, tuple(blocks), evidence, mean, spread, float(w.min()), float(w.max()), network)
 
 
-def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    return {"mean": adapter.mean, "spread": adapter.spread, **adapter.network.state_dict()}
+def tensors_of(regressor: Regressor) -> dict[str, Tensor]:
+    return {"mean": regressor.mean, "spread": regressor.spread, **regressor.network.state_dict()}
 
 
-def save(adapter: Adapter, path: Path, about: Mapping[str, str] | None = None) -> None:
+def save(regressor: Regressor, path: Path, about: Mapping[str, str] | None = None) -> None:
     """`about` says how it was trained."""
     training = {
         **(about or {}),
-        "blocks": adapter.blocks,
-        "evidence": adapter.evidence,
-        "low": adapter.low,
-        "high": adapter.high,
+        "blocks": regressor.blocks,
+        "evidence": regressor.evidence,
+        "low": regressor.low,
+        "high": regressor.high,
     }
-    artefacts.write(Artefact("eiup-weight", path.stem, tensors_of(adapter), method="EIUP", training=training), path)
+    artefacts.write(Artefact("eiup-weight", path.stem, tensors_of(regressor), method="EIUP", training=training), path)
 
 
-def load(path: Path) -> Adapter:
+def load(path: Path) -> Regressor:
     """Raises ValueError, with the mend, for whatever is not a whole file of this kind."""
     found = artefacts.read(path, "eiup-weight")
     try:
@@ -119,7 +119,7 @@ def load(path: Path) -> Adapter:
         raise ValueError(f'cannot use "{path.name}": {why}; {MEND}') from error
 
 
-def _assembled(name: str, training: Mapping[str, Any], tensors: dict[str, Tensor]) -> Adapter:
+def _assembled(name: str, training: Mapping[str, Any], tensors: dict[str, Tensor]) -> Regressor:
     blocks, evidence = tuple(map(str, training["blocks"])), str(training["evidence"])
     low, high = float(training["low"]), float(training["high"])
     if evidence not in EVIDENCE or not -1e6 < low <= high < 1e6:
@@ -129,4 +129,4 @@ def _assembled(name: str, training: Mapping[str, Any], tensors: dict[str, Tensor
         raise ValueError("its mean and spread do not suit its blocks")
     network = mlp(len(blocks))
     network.load_state_dict(tensors)
-    return Adapter(name, blocks, evidence, mean, spread, low, high, network.eval().requires_grad_(False))
+    return Regressor(name, blocks, evidence, mean, spread, low, high, network.eval().requires_grad_(False))

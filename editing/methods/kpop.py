@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..edits.blocks import parse_blocks
 from ..edits.method import Method, register
-from ..edits.spec import Direction, EditSpec, Prompt
+from ..edits.spec import Direction, EditSpec, PromptTokens
 from ..files.artefacts import Artefact
 from ..presets.parts import LearnedEdit, LearnedFile
 from .attention import logits, repetitions
@@ -46,7 +46,7 @@ def append(A: Tensor, q: Tensor, k: Tensor, extra: list[tuple[Tensor, Tensor, Te
     return sum((w * (A_i - A) for w, A_i in zip(share[1:], attentions, strict=True)), torch.zeros_like(A))
 
 
-def prompt_of(found: Artefact) -> Prompt:
+def prompt_of(found: Artefact) -> PromptTokens:
     """The prompt that a file holds. Raises ValueError if no edit can use it."""
     if found.mechanism not in MECHANISMS:
         raise ValueError(
@@ -57,10 +57,10 @@ def prompt_of(found: Artefact) -> Prompt:
     k, v = found.tensors["k"][None], found.tensors["v"][None]
     if found.mechanism == "additive" and not torch.equal(k, v):
         raise ValueError(f'"{found.name}" is additive, but adds other things to keys than to values')
-    return Prompt(found.name, k, v, found.mechanism, found.blocks, found)
+    return PromptTokens(found.name, k, v, found.mechanism, found.blocks, found)
 
 
-def edit_of(prompt: Prompt) -> tuple[str, Prompt | Direction]:
+def edit_of(prompt: PromptTokens) -> tuple[str, PromptTokens | Direction]:
     """The method and source for it: tokens that are appended, or a shift of the text encoding."""
     if prompt.mechanism == "concat":
         return "prompt", prompt
@@ -79,7 +79,7 @@ class KPOPEdit(LearnedEdit):
 
 class KPOP(Method):
     name, label, order = "prompt", "KPOP", 20
-    source, document = Prompt, KPOPEdit
+    source, document = PromptTokens, KPOPEdit
 
     def complaint(self, spec: EditSpec) -> str | None:
         if spec.strength < 0:

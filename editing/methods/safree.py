@@ -28,11 +28,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..edits.digest import Shared, digest
-from ..edits.encode import encode, own_tokens, stored
+from ..edits.encode import CONTEXT, encode, own_tokens, stored
 from ..edits.method import Method, OnText, register
 from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
-from .attention import CONTEXT
 
 ALPHA = 0.01
 STEPS = 50  # that the self-validating filter reckons with

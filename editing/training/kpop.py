@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..edits.blocks import parse_blocks, within
-from ..edits.spec import Prompt
+from ..edits.spec import PromptTokens
 from ..files.artefacts import Artefact
 from ..methods.kpop import prompt_of
 from .changes import Changes
@@ -82,7 +82,7 @@ class LearnedPrompt:
             return n, context + k, value + v
         return n, torch.cat([context, k], 1), torch.cat([value, v], 1)
 
-    def result(self, name: str, **about: Any) -> Prompt:
+    def result(self, name: str, **about: Any) -> PromptTokens:
         """about: more of an Artefact's fields."""
         k, v = (x.detach()[0].to("cpu", torch.float32, copy=True) for x in (self.k, self.v))
         n, width = k.shape

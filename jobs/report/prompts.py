@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...editing.edits.encode import lines_of
+
 ERASE, KEEP, ATTACK = KINDS = "erase", "keep", "attack"
 MAX_BYTES = 256 * 1024**2
 MOST_SEED = 2**64 - 1
@@ -119,8 +121,7 @@ def parsed(text: str, suffix: str = ".txt", name: str = "prompts") -> list[Row]:
         return structured(text, suffix == ".jsonl", name)
     if suffix not in (".txt", ""):
         raise ValueError(f'"{name}" is of a kind that is not read ({suffix}); save it as .csv, .tsv, .json or .txt')
-    lines = (line.strip() for line in text.splitlines())
-    return [Row(line) for line in lines if line and not line.startswith("#")]
+    return [Row(line) for line in lines_of(text) if not line.startswith("#")]
 
 
 # --- tables and JSON -------------------------------------------------------------------------------------------------
