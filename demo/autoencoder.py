@@ -24,10 +24,10 @@ def build() -> nn.Module:
 
 
 def halves(vae: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
-    """The encoder's and the decoder's layers."""
+    """The encoder's and the decoder's layers, in plain Sequentials: the classes of newer hosts cannot be sliced."""
     encoder, decoder = vae.get_submodule("taesd_encoder"), vae.get_submodule("taesd_decoder")
     assert isinstance(encoder, nn.Sequential) and isinstance(decoder, nn.Sequential)
-    return encoder, decoder
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
 def initialise(module: nn.Module) -> None:
