@@ -10,6 +10,7 @@ from typing import Any
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
 from . import (
+    account,
     attack,
     causal,
     direction,
@@ -37,6 +38,7 @@ TABLES: tuple[Table, ...] = (
     *readings.TABLES,
     *eiup.TABLES,
     *overhead.TABLES,
+    *account.TABLES,
     *gates.TABLES,
     *mitigation.TABLES,
     *causal.TABLES,

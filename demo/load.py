@@ -25,6 +25,9 @@ def transformer_file(architecture: str) -> Path:
     return WEIGHTS / f"demo-{architecture}.safetensors"
 
 
+LEFT_AWAY = ("norm_final.weight",)  # of NextDiT, whose forward never used it
+
+
 class WeightsError(RuntimeError):
     """The weights cannot be used; the message names the file and the mend."""
 
@@ -49,9 +52,10 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """Load a state dict that must fit exactly; the module keeps its dtype, also where a newer host makes its weights
-    of what comes in."""
+    """Load a state dict that must fit exactly, but for what newer hosts have left away; the module keeps its dtype,
+    also where a newer host makes its weights of what comes in."""
     known = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in known or name not in LEFT_AWAY}
     own = getattr(module, "dtype", None)  # of a host's network whose weights are not there yet
     try:
         module.load_state_dict(
@@ -146,7 +150,8 @@ def load_transformer(
         },
     )
     anew = load_transformer, (architecture, weights, tensors, path)
-    return patched(made(dict(transformers.CONFIGS[architecture])), weights, path, anew, disable_dynamic)
+    config = made(transformers.config(architecture))
+    return patched(config, config.process_unet_state_dict(dict(weights)), path, anew, disable_dynamic)
 
 
 def load_clip(tensors: dict[str, Tensor]) -> Any:

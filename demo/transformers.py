@@ -4,7 +4,8 @@ latents, and predict the flow from picture to noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ LUMINA: dict[str, Any] = {
 CONFIGS = {"flux": FLUX, "lumina": LUMINA}
 
 
+def config(architecture: str) -> dict[str, Any]:
+    """With what the classes of newer hosts ask for beside: the axes along which text counts."""
+    from comfy.ldm.flux.model import FluxParams
+
+    newer = architecture == "flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__
+    return {**CONFIGS[architecture], **({"txt_ids_dims": []} if newer else {})}
+
+
 def build(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     import comfy.ops
     from comfy.ldm.flux.model import Flux
@@ -60,7 +69,7 @@ def build(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     kind: Any = {"flux": Flux, "lumina": NextDiT}[architecture]
     return kind(
-        **CONFIGS[architecture],
+        **config(architecture),
         dtype=dtype,
         device=torch.get_default_device(),
         operations=comfy.ops.disable_weight_init,
@@ -73,7 +82,8 @@ def initialise(net: nn.Module) -> None:
     from .autoencoder import initialise as weights
 
     weights(net)
-    ones = ("norm.scale", "norm1.weight", "norm2.weight", "q_norm.weight", "k_norm.weight", "norm_final.weight")
+    ones = ("norm.scale", "norm1.weight", "norm2.weight", "norm_final.weight")
+    ones += ("q_norm.weight", "k_norm.weight", "query_norm.weight", "key_norm.weight")
     silent = ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
     for name, w in net.named_parameters():
         if name.endswith((*ones, "cap_embedder.0.weight")):
@@ -142,8 +152,22 @@ def out_of_place(net: Any) -> dict[str, Any]:
     return {"patches_replace": {"dit": blocks}}
 
 
+@contextmanager
+def told_of_training() -> Iterator[None]:
+    """Newer hosts have kernels that no gradient passes, and take others while this says so."""
+    import comfy.model_management as mm
+
+    before = getattr(mm, "in_training", False)
+    mm.in_training = True
+    try:
+        yield
+    finally:
+        mm.in_training = before
+
+
 def flow(architecture: str, net: nn.Module, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
     """The predicted flow noise - picture at time t [b] of x [b, 4, 16, 16], through which gradients go."""
-    if architecture == "flux":
-        return net(x, t, context, pooled, transformer_options=out_of_place(net))
-    return net(x, t, context, context.shape[1], transformer_options={})  # its blocks are out of place as they are
+    with told_of_training():
+        if architecture == "flux":
+            return net(x, t, context, pooled, transformer_options=out_of_place(net))
+        return net(x, t, context, context.shape[1], transformer_options={})  # its blocks are out of place as they are

@@ -15,6 +15,7 @@ import comfy.ldm.wan.model
 import comfy.sample
 import comfy.supported_models
 import torch
+from comfy.ldm.chroma.model import ChromaParams
 from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -45,6 +46,12 @@ class Family:
     heads_first: bool = True
 
 
+# What the classes of newer hosts are told beside: the axes along which text counts, and no pooled text.
+NEWER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Flux": (FluxParams, {"txt_ids_dims": []}),
+    "Flux2": (FluxParams, {"txt_ids_dims": [3]}),
+    "Chroma": (ChromaParams, {"txt_ids_dims": [], "vec_in_dim": None}),
+}
 _FLUX = dict(
     in_channels=16,
     out_channels=16,
@@ -239,10 +246,9 @@ def weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
     family = {**FAMILIES, **CROSS}[name]
-    shape = dict(family.shape)
-    if "txt_ids_dims" in FluxParams.__dataclass_fields__ and family.config.startswith("Flux"):  # newer hosts
-        shape["txt_ids_dims"] = []
-    config = getattr(comfy.supported_models, family.config)(shape)
+    params, newer = NEWER.get(family.config, (FluxParams, {}))
+    asked = {name: value for name, value in newer.items() if name in params.__dataclass_fields__}
+    config = getattr(comfy.supported_models, family.config)({**family.shape, **asked})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
     generator = torch.Generator().manual_seed(seed)

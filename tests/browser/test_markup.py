@@ -1,4 +1,4 @@
-"""Text of strangers in the page: names, files, errors and menus that hold markup show it, and nothing runs."""
+"""Text of strangers in the page: names, files, errors, presets and menus that hold markup show it, and nothing runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page import PATIENCE, ROOT, Browser
+from page import PATIENCE, ROOT, Browser, kept
 
 from conceptguard.editing.files import artefacts
+from conceptguard.editing.presets import versions
 from conceptguard.nodes.files import DEMO
 from conceptguard.tools.host import Host
 
@@ -22,6 +23,7 @@ TAG = "<img src=x onerror=window.hit=1>"  # without a slash and quotes: a file m
 LINKS = "[[mugs|https:example.invalid]] [[x|javascript:window.hit=1]] __LNK9__ www.example.invalid"
 MARK = f"{TAG} {LINKS}"
 SHOWN = "onerror=window.hit=1"
+SHIPPED = len(list((ROOT / "presets").glob("*.json")))
 PRESET = json.loads((ROOT / "presets" / "no-weapons.json").read_text(encoding="utf-8"))
 
 
@@ -208,3 +210,59 @@ def test_menus_leave_out_names_with_tags(page: Browser) -> None:
         page.js("values => { new LiteGraph.ContextMenu(values, {}) }", values)
         nothing_ran(page)
         page.js("() => LiteGraph.closeAllContextMenus?.(window)")
+
+
+def full_of_markup() -> dict[str, Any]:
+    """A preset with it in every field that holds words, and in a file's name."""
+    concept = {name: [MARK] for name in ("phrases", "keep", "instead")} | {"name": MARK}
+    learned = {"method": "safe region", "direction": {"file": "strange.safetensors", "sha256": "0" * 64}, "why": MARK}
+    measured = {"checkpoint": TAG, "sha256": "0" * 64, "left": 0.0, "left_of": 9, "kept": 1.0, "kept_of": 9}
+    return {
+        **PRESET,
+        **{name: TAG for name in ("name", "author", "licence")},
+        "schema_version": versions.newest(),
+        "needs": [],
+        "description": MARK,
+        "edits": [{"method": "CRE", "concept": concept, "why": MARK}, learned],
+        "measured": [measured],
+    }
+
+
+@pytest.fixture
+def panel(page: Browser) -> Iterator[Any]:
+    """The panel, with a file among the user's own that is no preset."""
+    strange = page.host.base / f"user/default/concept_guard/presets/{TAG}.json"
+    strange.parent.mkdir(parents=True, exist_ok=True)
+    strange.write_text(json.dumps({MARK: MARK}), encoding="utf-8")
+    page.open()  # free of the errors' dialogs
+    if not page.page.locator(".cg-presets").count():
+        page.js("() => app.extensionManager.sidebarTab.toggleSidebarTab('ConceptGuard')")
+    page.wait(f"() => document.querySelectorAll('.cg-presets details').length >= {SHIPPED}")
+    yield page.page.locator(".cg-presets")
+    for file in {strange, *kept(page.host)}:
+        file.unlink(missing_ok=True)
+
+
+def test_the_panel(page: Browser, panel: Any) -> None:
+    """Errors, each field of a preset, those that are kept, and the node that holds one."""
+    panel.locator("summary").get_by_text("onerror").first.wait_for()  # the strange file
+    card = panel.locator(".card.new")
+    paste = page.page.get_by_placeholder("Paste a preset's text here")
+    for text in (json.dumps({**PRESET, MARK: MARK}), MARK, json.dumps(full_of_markup())):
+        paste.fill(text)
+        card.get_by_text("onerror" if text != MARK else "not a JSON object").first.wait_for()
+        nothing_ran(page)
+    page.picture("markup-panel")
+    told = card.inner_text()
+    fields = ("name", "description", "author", "licence", "why", "phrases", "keep", "instead", "measured")
+    assert told.count(SHOWN) >= len(fields) and "strange.safetensors" in told
+    card.get_by_role("button", name="Keep").click()
+    mine = panel.locator(".card", has_text=TAG).filter(has=page.page.get_by_role("button", name="Insert"))
+    mine.first.get_by_role("button", name="Rename").click()
+    page.page.get_by_label("New name").wait_for()
+    nothing_ran(page)
+    page.page.get_by_label("New name").press("Escape")
+    page.js("() => app.graph.clear()")
+    mine.first.get_by_role("button", name="Insert").click()
+    page.page.locator(".cg-does").get_by_text("onerror").first.wait_for()
+    nothing_ran(page)

@@ -65,14 +65,15 @@ class Segment:
 @dataclass
 class Place(Shared):
     """What one model call's attentions consist of. text, image: tokens; height, width: the picture's; segments: texts
-    behind the prompt's; rows: which of the batch have any use for them; calls, count: attentions that have been
-    called, and joint ones among them."""
+    behind the prompt's; rows: which of the batch have any use for them; placed: how often positions were asked for;
+    calls, count: attentions that have been called, and joint ones among them."""
 
     text: int
     height: int
     width: int
     segments: list[Segment] = field(default_factory=list)
     rows: Tensor | None = None
+    placed: int = 0
     calls: int = 0
     count: int = 0
 
@@ -97,12 +98,15 @@ def from_the_first(ids: Tensor, place: Place) -> Tensor:
 def to_the_picture(ids: Tensor, place: Place) -> Tensor:
     """The picture begins behind the prompt, and there every text ends: in Lumina they count on along an axis.
 
-    ids: [B, L, axes].
+    ids: [B, L, axes], of text and picture, or, as newer hosts ask, of all text first and then of the picture.
     """
-    placed = from_the_first(ids, place)
-    placed[:, place.behind : place.behind + place.image, 0] -= place.behind - place.text
-    for each in place.segments:
-        placed[:, each.at, 0] += place.text - (each.at.stop - each.at.start)
+    start, place.placed = place.behind if place.placed == 0 else 0, place.placed + 1
+    placed = ids.clone()
+    if start:
+        placed = from_the_first(ids, place)
+        for each in place.segments:
+            placed[:, each.at, 0] += place.text - (each.at.stop - each.at.start)
+    placed[:, start : start + place.image, 0] -= place.behind - place.text  # nothing is there where text is alone
     return placed
 
 

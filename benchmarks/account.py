@@ -1,0 +1,114 @@
+"""What a run's account costs: whole edited runs with it and without, in turns, by the CPU time of the process.
+
+Without: the engine does all that it does, and nobody counts. The CPU time of one process leaves out what else runs on
+the machine; each run with an account is compared with those before and after it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..editing.engine import run as runs
+from ..editing.engine.account import Account
+from ..editing.engine.host import add_edit
+from .overhead import SHAPE, cre
+from .sampling import CFG, SAMPLER, SCHEDULER, demo
+from .shapes import build, conditioning
+from .table import Row, Table
+
+GOAL = 1.005
+
+
+class Silent(Account):
+    """An account that nothing is put down in."""
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    due = called = acted = guided = predicted = guided_to = _nothing  # type: ignore[assignment]
+
+
+def uncounted(run: Callable[[], Tensor]) -> Tensor:
+    with patch.object(runs, "Account", Silent), patch.object(runs.Call, "note", Silent._nothing):
+        return run()
+
+
+def seconds(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    start = time.process_time()
+    return run(), time.process_time() - start
+
+
+def cost(what: str, run: Callable[[], Tensor], pairs: int) -> Row:
+    """run: samples with edits."""
+    without = partial(uncounted, run)
+    run()  # warms up
+    (_, before), ratios, same = seconds(without), [], True
+    times = [before]
+    for _ in range(pairs):
+        first, counted = seconds(run)
+        second, after = seconds(without)
+        ratios.append(2 * counted / (before + after))
+        same = same and torch.equal(first, second)
+        before = after
+        times.append(after)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "runs of": what,
+        "CPU time over a run without": middle,
+        "quartiles": f"{low:.4f}-{high:.4f}",
+        "pairs": pairs,
+        "goal": GOAL,
+        "a run without, CPU s": statistics.median(times),
+        "the same picture": same,
+    }
+
+
+def sampled(model: Any, positive: Any, negative: Any, side: int, steps: int) -> Tensor:
+    latent = torch.zeros(1, 4, side, side)
+    noise = comfy.sample.prepare_noise(latent, 1)
+    return comfy.sample.sample(
+        model, noise, steps, CFG, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=1
+    )
+
+
+def of_demo(steps: int, pairs: int) -> Row:
+    own = demo()
+    edited = own.erase(own.concept("a beer mug"))
+    prompts = own.encode("a beer mug beside a cat"), own.encode("")
+    return cost(f"demo model, {steps} steps, CRE", lambda: sampled(edited, *prompts, 16, steps), pairs)
+
+
+def of_shape(side: int, steps: int, pairs: int) -> Row:
+    edited = build(SHAPE)
+    for spec in cre(SHAPE, 1):
+        edited = add_edit(edited, spec)
+    prompts = [[[conditioning(SHAPE, 1, seed)[0], {}]] for seed in (1, 2)]
+    what = f"{SHAPE}'s shape, {side}x{side} latents, {steps} steps, CRE"
+    return cost(what, lambda: sampled(edited, *prompts, side, steps), pairs)
+
+
+def rows(demo_pairs: int, side: int, pairs: int) -> Iterator[Row]:
+    with torch.inference_mode():
+        yield of_demo(20 if pairs > 2 else 2, demo_pairs)
+        yield of_shape(side, 2, pairs)
+
+
+TABLES = (
+    Table(
+        "overhead-account",
+        "What the account of a run costs",
+        "Whole edited runs over the same runs in which nothing is counted, by the CPU time of the process; each over "
+        "those before and after it, medians of pairs that take turns. The edit finds something in every block.",
+        partial(rows, 60, 32, 15),
+        partial(rows, 2, 8, 2),
+    ),
+)
