@@ -34,7 +34,7 @@ class Silent(Account):
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    due = called = acted = guided = predicted = guided_to = _nothing  # type: ignore[assignment]
+    due = called = acted = guided = predicted = guided_to = _nothing
 
 
 def uncounted(run: Callable[[], Tensor]) -> Tensor:
@@ -91,9 +91,9 @@ def of_shape(side: int, steps: int, pairs: int) -> Row:
     edited = build(SHAPE)
     for spec in cre(SHAPE, 1):
         edited = add_edit(edited, spec)
-    prompts = [[[conditioning(SHAPE, 1, seed)[0], {}]] for seed in (1, 2)]
+    positive, negative = ([[conditioning(SHAPE, 1, seed)[0], {}]] for seed in (1, 2))
     what = f"{SHAPE}'s shape, {side}x{side} latents, {steps} steps, CRE"
-    return cost(what, lambda: sampled(edited, *prompts, side, steps), pairs)
+    return cost(what, lambda: sampled(edited, positive, negative, side, steps), pairs)
 
 
 def rows(demo_pairs: int, side: int, pairs: int) -> Iterator[Row]:

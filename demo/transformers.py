@@ -82,8 +82,8 @@ def initialise(net: nn.Module) -> None:
     from .autoencoder import initialise as weights
 
     weights(net)
-    ones = ("norm.scale", "norm1.weight", "norm2.weight", "norm_final.weight")
-    ones += ("q_norm.weight", "k_norm.weight", "query_norm.weight", "key_norm.weight")
+    norms = ("norm1", "norm2", "norm_final", "q_norm", "k_norm", "query_norm", "key_norm")
+    ones = ("norm.scale", *(f"{norm}.weight" for norm in norms))
     silent = ("_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
     for name, w in net.named_parameters():
         if name.endswith((*ones, "cap_embedder.0.weight")):
