@@ -164,10 +164,22 @@ class PatchTypeTransformer:
         return result
 
 
+class PatchTypeSamplerPostCfgFunction(PatchTypeTransformer):
+    """And for functions behind the guidance."""
+
+    def of(self, model_options: Any) -> list[Any]:
+        return model_options.get(self.name, [])
+
+    def __call__(self, key: Any, model_options: Any, said: Any) -> Any:
+        for patch in self.of(model_options):
+            said = {**said, "denoised": patch(said)}
+        return said["denoised"]
+
+
 class ModelPatchConditional:
     """ComfyUI-bleh (blepping): one MODEL's patches within a range of the timesteps, another's outside of it. It copies
-    the kinds of patches that it has a list of, from the options of both, into a clone of one; no wrapper, no other key
-    of transformer_options is among them."""
+    the kinds of patches that it has a list of, from the options of both, into a clone of one, functions behind the
+    guidance among them; no wrapper, no other key of transformer_options is."""
 
     def __init__(
         self, model_default: Any, model_matched: Any, start_percent: float = 0.0, end_percent: float = 1.0
@@ -182,7 +194,8 @@ class ModelPatchConditional:
         start, end = (sampling.percent_to_sigma(percent) for percent in (self.start_percent, self.end_percent))
 
         def handler(*args: Any) -> Tensor:
-            matched = end <= float(args[-1]["sigmas"][0]) <= start
+            said = args[-1]
+            matched = end <= float(said["sigmas" if "sigmas" in said else "sigma"][0]) <= start
             return pt(key, self.options_matched if matched else self.options_default, *args)
 
         return handler
@@ -200,6 +213,9 @@ class ModelPatchConditional:
             if keys:
                 replace = made.model_options["transformer_options"].setdefault("patches_replace", {})
                 replace[name] = {key: self.mk_patch_handler(slots, key) for key in keys}
+        guided = PatchTypeSamplerPostCfgFunction("sampler_post_cfg_function")
+        if guided.of(self.options_default) or guided.of(self.options_matched):
+            made.model_options[guided.name] = [self.mk_patch_handler(guided)]
         made.model_options["disable_cfg1_optimization"] = False
         return made
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import dits
 import foreign_bypass as packs
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from test_conditional import guided
 
 from conceptguard.editing.edits.encode import concept_from_conditioning, concept_from_text
 from conceptguard.editing.edits.spec import Direction, EditSpec
-from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import CREOptions
 from conceptguard.editing.methods.eiup import EIUPOptions
 
@@ -112,6 +113,42 @@ def test_patches_for_a_range_of_timesteps(model: Any) -> None:
         tiny.sample(packs.ModelPatchConditional(ip(model), ip(cre(model))).patch())
     both = packs.ModelPatchConditional(ip(cre(model)), ip(model)).patch()
     assert torch.equal(tiny.sample(both), tiny.sample(cre(packs.ModelPatchConditional(ip(model), ip(model)).patch())))
+
+
+def test_patches_for_a_range_with_edits_on_both_sides(model: Any) -> None:
+    """The edit of the one is there, and answers for itself alone."""
+    other = EditSpec("projection", tiny.concept("mug", 200), options=tiny.CRE, node="Other")
+    with pytest.raises(ValueError, match="Other: the edit was not applied.*ModelPatchConditional"):
+        tiny.sample(packs.ModelPatchConditional(cre(model), add_edit(model, other)).patch())
+    edited = cre(model)
+    assert torch.equal(tiny.sample(packs.ModelPatchConditional(edited, ip(edited), 1.0).patch()), tiny.sample(edited))
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Z-Image", "SD3"])
+def test_patches_for_a_range_of_a_transformers_timesteps(name: str) -> None:
+    """None of its patches are those of a UNet's blocks."""
+    made = dits.build(name)
+    edited = add_edit(made, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test"))
+    with pytest.raises(ValueError, match=f"{NOT_APPLIED}.*ModelPatchConditional"):
+        dits.sample(name, packs.ModelPatchConditional(made, edited).patch(), cfg=4.0)
+    with pytest.raises(ValueError, match=f"{NOT_APPLIED}.*ModelPatchConditional"):
+        dits.sample(name, packs.ModelPatchConditional(made, edited).patch())  # at cfg 1
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [("Flux.1", EasyCacheNode), ("Flux.1", LazyCacheNode), ("Z-Image", EasyCacheNode), ("SD3", LazyCacheNode)],
+)
+def test_steps_that_a_cache_leaves_out_of_a_transformer_are_no_error(name: str, node: Any) -> None:
+    """Its attentions are not called there, neither for the prompt nor for the concept."""
+    made = dits.build(name)
+    edited = add_edit(made, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test"))
+    cached = node.execute(edited, 3.0, 0.1, 0.9, False).args[0]
+    negative = dits.cond(dits.tokens(2, 6))  # calls of their own
+    dits.sample(name, cached, negative=negative, steps=8, cfg=4.0)
+    ((_, account),) = accounts_of(edited).runs
+    (only,) = account.entries.values()
+    assert 0 < len(only.acted) < 8 and "left out by a cache" in only.line(8) and account.applied
 
 
 def ip(model: Any) -> Any:

@@ -56,7 +56,7 @@ def carrying(model: ModelPatcher, specs: Sequence[EditSpec]) -> ModelPatcher:
     options[EDITS] = list(specs)
     options.setdefault(ACCOUNTS, Accounts())
     model.set_attachments(EDITS, tuple(specs))
-    bear_witness(model, specs)
+    bear_witness(model.model_options, specs)
     for flight in [spec.gate.inflight for spec in specs if spec.gate.inflight]:
         loaded = model.get_additional_models_with_key(EDITS)
         more = [each for each in flight.models if not any(each.is_clone(known) for known in loaded)]
@@ -95,12 +95,17 @@ def woken(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def bear_witness(model: ModelPatcher, specs: Sequence[EditSpec]) -> None:
-    """Puts a Witness of its edits among the patches of the MODEL."""
-    options = model.model_options["transformer_options"]
+def bear_witness(model_options: dict[str, Any], specs: Sequence[EditSpec]) -> None:
+    """Puts a Witness of its edits among the patches of a MODEL, and behind its guidance, in place of an older one."""
+    options, witness = model_options["transformer_options"], Witness(specs)
     patches = options.get("patches", {})
-    others = [patch for patch in patches.get(PLACE, ()) if not isinstance(patch, Witness)]
-    options["patches"] = {**patches, PLACE: [*others, Witness(specs)]}
+    options["patches"] = {**patches, BLOCK: [*others_in(patches, BLOCK), witness]}
+    model_options[GUIDED] = [*others_in(model_options, GUIDED), witness]
+
+
+def others_in(held: dict[str, Any], name: str) -> list[Any]:
+    """A list of other packs' patches."""
+    return [patch for patch in held.get(name, ()) if not isinstance(patch, Witness)]
 
 
 def accounts_of(model: ModelPatcher) -> Accounts | None:
@@ -120,11 +125,11 @@ def settled(model: ModelPatcher) -> str | None:
     """
     options = model.model_options
     known = {EDITS, ACCOUNTS, OBSERVER, WATCH, "wrappers", "patches"}
-    foreign = set(options["transformer_options"]) - known or set(options) - {"transformer_options"}
+    foreign = set(options["transformer_options"]) - known or set(options) - {"transformer_options", GUIDED}
     for kinds in (model.wrappers, model.callbacks):
         foreign = foreign or {key for kind in kinds.values() for key in kind if key != EDITS and kind[key]}
     patches = options["transformer_options"].get("patches", {})
-    foreign = foreign or {patch for some in patches.values() for patch in some if not isinstance(patch, Witness)}
+    foreign = foreign or others_in(options, GUIDED) or any(others_in(patches, name) for name in patches)
     held = (model.object_patches, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
     if foreign or model.patches or any(map(holds, held)):
         return None
@@ -552,24 +557,31 @@ class Witness(Shared):
     """A patch that does nothing but see that the MODEL's edits are there where its patches are.
 
     Packs that put one MODEL's patches into another (ComfyUI-bleh's ModelPatchConditional) copy the kinds that they
-    know, this one among them, and nothing else.
+    know, these among them, and nothing else.
     """
 
     def __init__(self, specs: Sequence[EditSpec]) -> None:
         self.live = [spec for spec in specs if not spec.idle]
 
-    def __call__(self, h: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        lost = self.live and RUN not in options and CALL not in options
-        if lost and not any(self.live[0] in run.carried for _, run in AWAKE):  # else the account will tell
-            raise self.live[0].error(
-                "the edit was not applied: another node (such as ModelPatchConditional) took the patches of its MODEL "
-                "over into another one, and left the edit behind; put the edit behind that node, and give it a window "
-                "of its own"
-            )
-        return h
+    def __call__(self, given: Any, options: dict[str, Any] | None = None) -> Any:
+        """As a patch of a block it gets that block's input [B, C, h, w] and transformer_options; behind the guidance
+        all that the host says of it in one dict."""
+        if options is None:
+            given, options = given["denoised"], given["model_options"].get("transformer_options", {})
+        runs = [run for _, run in AWAKE] + ([options[RUN]] if RUN in options else [])
+        by_hand = CALL in options and RUN not in options  # a model call with the edits, and no run around it
+        for spec in self.live:
+            if not by_hand and not any(spec in run.carried for run in runs):  # else the account will tell
+                raise spec.error(
+                    "the edit was not applied: another node (such as ModelPatchConditional) took the patches of its "
+                    "MODEL over into another one, and left the edit behind; put the edit behind that node, and give it "
+                    "a window of its own"
+                )
+        return given
 
 
-PLACE = "input_block_patch"  # of the Witness: called in every pass of a UNet, whatever its attentions do
+BLOCK = "input_block_patch"  # of the Witness: called in every pass of a UNet, whatever its attentions do
+GUIDED = "sampler_post_cfg_function"  # and of every model, once a step
 REMEMBERED = 64
 AWAKE: list[tuple[ModelPatcher, Run]] = []  # what is being sampled with the engine in it, the outermost first
 VERDICTS: dict[tuple[str, str], tuple[float, ...]] = {}  # of in-flight gates, by the latents that their run made

@@ -33,7 +33,7 @@ from ..edits.spec import EditSpec
 from ..engine.account import ACCOUNTS, LISTENERS, Account
 from ..engine.backbone import Backbone
 from ..engine.conds import positive
-from ..engine.host import EDITS, RUN, carrying, edits_of, of_model, ordered
+from ..engine.host import EDITS, RUN, bear_witness, carrying, edits_of, of_model, ordered
 from ..gates.decoders import preview
 from ..training.harness import _Body as Training
 from .document import Keeping, Rule
@@ -347,6 +347,7 @@ def carried(guider: Any, ours: Sequence[EditSpec]) -> Iterator[None]:
         options = create_model_options_clone(held[1])
         options.setdefault("transformer_options", {})[EDITS] = list(specs)
         options["transformer_options"].setdefault(ACCOUNTS, model.model_options["transformer_options"][ACCOUNTS])
+        bear_witness(options, specs)
     guider.model_patcher, guider.model_options = model, options
     try:
         yield

@@ -120,7 +120,7 @@ class Family:
     whether the host says in transformer_options which block is at work, or they are counted.
     appended: whether concepts' texts go behind the prompt's; positions: the module that makes them of ids, and ids of
     tokens as `placed` has them; refiners: how many attentions, the first of a call, are over the text alone.
-    pooled: as a Backbone's.
+    references: whether pictures to go by stand behind the picture; pooled: as a Backbone's.
     """
 
     name: str
@@ -136,6 +136,7 @@ class Family:
     positions: str = "pe_embedder"
     placed: Callable[[Tensor, Place], Tensor] = from_the_first
     refiners: Callable[[Any], int] = lambda network: 0
+    references: bool = True
     pooled: Callable[[Any], int] = lambda network: 0
 
 
@@ -174,6 +175,7 @@ FAMILIES = (
         positions="rope_embedder",
         placed=to_the_picture,
         refiners=lambda network: len(network.context_refiner),
+        references=False,
     ),
     Family(
         "SD3",
@@ -199,6 +201,7 @@ class Joint(Backbone):
     supports = ", ".join(dict.fromkeys(family.name for family in FAMILIES))
     sides = tuple(dict.fromkeys(side for family in FAMILIES for side, _ in family.blocks))
     streamed = True
+    looked = False  # whether an attention over text and picture was ever called: a cache may leave out model calls
     kind: Family
     network: Any
 
@@ -248,6 +251,11 @@ class Joint(Backbone):
         """The text as edits of the text make it, and the concepts' streams."""
         if made.more.get("c_crossattn") is None:
             raise call.plan.specs[0].error(f"{self.name} is called without a text; connect a prompt")
+        if made.more.get("ref_latents") and not self.kind.references and call.plan.specs:
+            raise call.plan.specs[0].error(
+                f"{self.name} reads reference pictures, with texts of their own, in front of the prompt, where an edit "
+                "would take one for the other; take them out of the conditioning"
+            )
         call.place = self.place(made)
         rows = call.plan.rows(call.served, len(made.x)) if call.plan.specs else None
         if rows is None:
@@ -310,7 +318,7 @@ class Joint(Backbone):
             mine = [call.served.parts[part[i]] for i in index.tolist()[:: call.served.images]]
             own = {OVERRIDE: recorder.attention, CALL: None, "cond_or_uncond": mine * len(names), "uuids": names}
             beside.with_options({**options, **own}).through(executor)
-        if not streams.found:
+        if not streams.found and not self.looked:
             raise call.plan.specs[0].error(self.unreached)
         return streams
 
@@ -329,6 +337,7 @@ class Joint(Backbone):
         else:
             key = tuple(self.blocks)[place.count % len(self.blocks)]
         place.count += 1
+        self.looked = True
         return key if key in self.blocks else None
 
 
@@ -355,7 +364,7 @@ class Appended(ModelCall):
             if kind.multiple(network) > 1:
                 stack.callback(network.cap_embedder.register_forward_hook(self.fill).remove)
             out = super().through(executor)
-        if not place.count:
+        if not place.count and not self.backbone.looked:
             raise self.plan.specs[0].error(self.backbone.unreached)
         return out
 
