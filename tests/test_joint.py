@@ -6,9 +6,11 @@ concept becomes in each block is what the unedited model makes of it as its prom
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
+import comfy.ldm.lumina.model
 import dits
 import pytest
 import reference
@@ -18,8 +20,9 @@ from dits import FAMILIES, cond, tokens
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, PromptTokens
-from conceptguard.editing.engine.backbones.joint import Joint
-from conceptguard.editing.engine.host import add_edit, add_watch
+from conceptguard.editing.engine.backbones.joint import Joint, sections
+from conceptguard.editing.engine.host import add_edit, add_watch, of_model
+from conceptguard.editing.engine.streams import ModelCall
 from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods.eiup import EIUPOptions
 
@@ -287,6 +290,26 @@ def test_attention_that_no_override_reaches_is_an_error(monkeypatch: pytest.Monk
     monkeypatch.setattr(math, "optimized_attention", own)
     with pytest.raises(ValueError, match="Test: .*attention of its own .*; load the model with the host's own loader"):
         dits.sample("Flux.1", cre(dits.build("Flux.1")))
+
+
+def test_all_layers_of_a_picture_are_edited() -> None:
+    """Newer hosts draw several at once with Qwen-Image, one behind the other in its attentions."""
+    backbone = of_model(dits.build("Qwen-Image"), "Test")
+    assert isinstance(backbone, Joint)
+    layers = torch.zeros(2, 16, 3, dits.SIZE, dits.SIZE)
+    place = backbone.place(ModelCall(layers, torch.ones(2), {"c_crossattn": tokens(1, 9)}))
+    assert sections(backbone.kind, place, 9 + 4 * IMAGE) == (slice(0, 9), slice(9, 9 + 3 * IMAGE))
+
+
+def test_reference_pictures_in_front_of_the_prompt_are_refused() -> None:
+    """Older hosts leave them away."""
+    edited = add_edit(dits.build("Z-Image"), EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test"))
+    positive = cond(tokens(1, 9), reference_latents=[dits.latent("Z-Image")])
+    if "ref_latents" in inspect.signature(comfy.ldm.lumina.model.NextDiT._forward).parameters:
+        with pytest.raises(ValueError, match="Test: .* reads reference pictures.*take them out"):
+            dits.sample("Z-Image", edited, positive)
+    else:
+        assert torch.equal(dits.sample("Z-Image", edited, positive), dits.sample("Z-Image", edited))
 
 
 def test_what_has_no_meaning_there_is_refused() -> None:

@@ -129,9 +129,9 @@ def settled(model: ModelPatcher) -> str | None:
     for kinds in (model.wrappers, model.callbacks):
         foreign = foreign or {key for kind in kinds.values() for key in kind if key != EDITS and kind[key]}
     patches = options["transformer_options"].get("patches", {})
-    foreign = foreign or others_in(options, GUIDED) or any(others_in(patches, name) for name in patches)
+    patched = others_in(options, GUIDED) or any(others_in(patches, name) for name in patches)
     held = (model.object_patches, model.hook_patches, model.forced_hooks, model.weight_wrapper_patches)
-    if foreign or model.patches or any(map(holds, held)):
+    if foreign or patched or model.patches or any(map(holds, held)):
         return None
     return weights_digest(model.model.state_dict())
 

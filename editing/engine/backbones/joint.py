@@ -64,9 +64,9 @@ class Segment:
 
 @dataclass
 class Place(Shared):
-    """What one model call's attentions consist of. text, image: tokens; height, width: the picture's; segments: texts
-    behind the prompt's; rows: which of the batch have any use for them; placed: how often positions were asked for;
-    calls, count: attentions that have been called, and joint ones among them."""
+    """What one model call's attentions consist of. text, image: tokens; height, width: the picture's, of several layers
+    below each other; segments: texts behind the prompt's; rows: which of the batch have any use for them; placed: how
+    often positions were asked for; calls, count: attentions that have been called, and joint ones among them."""
 
     text: int
     height: int
@@ -245,7 +245,8 @@ class Joint(Backbone):
     def place(self, made: ModelCall) -> Place:
         patch = self.network.patch_size
         height, width = (-(-side // patch) for side in made.x.shape[-2:])
-        return Place(self.tokens(made.context), height, width)
+        layers = made.x.shape[2:-2].numel()  # of Qwen-Image's latents in newer hosts, which have a further axis
+        return Place(self.tokens(made.context), layers * height, width)
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         """The text as edits of the text make it, and the concepts' streams."""
