@@ -33,7 +33,7 @@ from ..edits.spec import EditSpec
 from ..engine.account import ACCOUNTS, LISTENERS, Account
 from ..engine.backbone import Backbone
 from ..engine.conds import positive
-from ..engine.host import EDITS, RUN, bear_witness, carrying, edits_of, of_model, ordered
+from ..engine.host import EDITS, GUIDED, RUN, bear_witness, carrying, edits_of, of_model, ordered, others_in
 from ..gates.decoders import preview
 from ..training.harness import _Body as Training
 from .document import Keeping, Rule
@@ -45,9 +45,9 @@ from .record import Record
 # Of a prompt: its text, where it counts, and what the host makes of it.
 TEXTUAL = ("cross_attn", "pooled_output", "attention_mask", "conditioning_", "mask", "hooks", "model_conds")
 PARTLY = {"start_percent", "end_percent", "clip_start_percent", "clip_end_percent", "area", "mask", "strength"}
-# Of a MODEL: what may change the guidance.
+# Of a MODEL: what may change the guidance, beside what stands behind it.
 CHANGED = (
-    *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"),
+    *("sampler_cfg_function", "sampler_pre_cfg_function"),
     *("sampler_calc_cond_batch_function", "model_function_wrapper", "context_handler"),
 )
 GUIDING = [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE]
@@ -370,7 +370,7 @@ def plain(guider: Any) -> bool:
     """Whether the picture follows the positive prompts alone: the host's own guidance from cfg 1 on, with nobody's
     functions in it, and a positive prompt at every step."""
     options = guider.model_options
-    foreign = any(options.get(name) for name in CHANGED)
+    foreign = any(options.get(name) for name in CHANGED) or bool(others_in(options, GUIDED))
     held = options.get("transformer_options", {}).get("wrappers", {}), guider.model_patcher.wrappers
     for wrappers in (some.get(kind, {}) for some in held for kind in GUIDING):
         foreign = foreign or any(each for key, each in wrappers.items() if key != EDITS)
