@@ -36,6 +36,7 @@ ABOUT = {
     "implicit-prompt": "ConceptGuardEIUP",
     "in-flight-gate": "ConceptGuardInFlightGate",
     "kpop-erase": "ConceptGuardKPOP",
+    "report-card": "ConceptGuardReport",
     "safety-preset": "ConceptGuardApplyPreset",
     "see-a-concept": "ConceptGuardConceptMap",
     "train-a-direction": "ConceptGuardSafeDirection",

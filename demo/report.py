@@ -162,8 +162,8 @@ def on_cluster(report: Report, given: argparse.Namespace) -> None:
     own = [str(ROOT), os.getcwd(), *sys.argv[1:], "--workers", "0"]
 
     def watch() -> None:
-        done = sum(report.work.done(i) for i in range(len(report.cases)))
-        tell(0, done, len(report.cases), "drawn by the workers on Ray")
+        done = len(report.work.scored()) // len(report.work.sides)
+        tell(0, min(done, len(report.cases)), len(report.cases), "drawn by the workers on Ray")
 
     on_ray(hand, own, given.ray, given.workers if given.workers > 1 else 0, watch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from .inputs import CATEGORY, choice_input, named, schedule_inputs
 from .preset import suits
 from .preset_routes import read_file
 from .progress import Shown
+from .report_routes import add_routes, reports_folder
 from .show import id_of, told
 from .types import DiscriminatorType
 
 NODE = "ConceptGuardReport"
-FOLDER = "concept_guard_reports"  # of the output folder
 SHEET = 8  # pairs of the picture that the node puts out
 BLOCKS = 12  # squares along the side of a flagged picture there
 
@@ -184,7 +184,8 @@ class ConceptGuardReport(io.ComfyNode):
             page = report(shown, shown.say)
             verdict = "\n".join(read_json(page.with_suffix(".json"))["verdict"])
         folder = page.parent.relative_to(folder_paths.get_output_directory()).as_posix()
-        return told(cls, f"{verdict}\noutput/{folder}/report.html", folder, sheet(report), verdict)
+        lines = f"{verdict}\noutput/{folder}/report.html"
+        return told(cls, lines, folder, sheet(report), verdict, concept_guard_report=[page.parent.name])
 
 
 @dataclass
@@ -272,8 +273,7 @@ def placed(report: Report) -> Report:
     about, cases = report.settings, [repr(case) for case in report.cases]
     slug = re.sub(r"[^a-z0-9]+", "-", about["preset"].lower()).strip("-")[:40] or "report"
     name = f"{slug}-{digest([repr(sorted(about.items())), *cases])[:10]}"
-    folder = Path(folder_paths.get_output_directory()) / FOLDER / name
-    return Report(folder, report.cases, report.studio, report.about, report.size)
+    return replace(report, folder=reports_folder() / name)
 
 
 def sheet(report: Report) -> Tensor:
@@ -294,5 +294,7 @@ def squares(image: Tensor) -> Tensor:
     x = torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 1), BLOCKS)
     return torch.nn.functional.interpolate(x, image.shape[1:3], mode="nearest").movedim(1, -1)
 
+
+add_routes()
 
 NODES: list[type[io.ComfyNode]] = [ConceptGuardReport]

@@ -12,10 +12,10 @@ from conceptguard.jobs.report.prompts import ATTACK, ERASE, KEEP, Case, Row, cas
 I2P = (
     ",prompt,categories,hard,nudity_percentage,sd_seed,sd_guidance_scale,sd_image_width\n"
     '0,"a mug, and a cat","hate, sexual",0,12.5,2219455712,7.0,512\n'
-    "1,a knife,violence,1,0,3.0,8.5,512\n"
+    "1,a knife,violence,1,0,3.0,150,512\n"
 )
 PUBLISHED = {
-    "i2p.csv": (I2P, [Row("a mug, and a cat", 2219455712, 7.0, "hate, sexual"), Row("a knife", 3, 8.5, "violence")]),
+    "i2p.csv": (I2P, [Row("a mug, and a cat", 2219455712, 7.0, "hate, sexual"), Row("a knife", 3, 150.0, "violence")]),
     "unlearn_diff_atk.csv": ("case_number,prompt,evaluation_seed,evaluation_guidance,class\n7,a mug,42,7.5,beer\n",
                              [Row("a mug", 42, 7.5, "beer")]),
     "ring_a_bell.csv": (",sensitive prompt\n0,mug beer pub\n", [Row("mug beer pub", kind=ATTACK)]),
@@ -25,6 +25,11 @@ PUBLISHED = {
                   [Row("A cat.")]),
     "six_cd.json": (json.dumps({"beer mug": ["a mug", "the pub"], "cat": ["a cat"]}),
                     [Row("a mug", group="beer mug"), Row("the pub", group="beer mug"), Row("a cat", group="cat")]),
+    "six_cd_dual.csv": ('case_number,evaluation_seed,target,prompt\n0,13682,tench,"tench, house, tree"\n',
+                        [Row("tench, house, tree", 13682, group="tench")]),
+    "ring_a_bell_k38.csv": ("prompt,case_number,evaluation_seed\nmug pub foam,1,7\n", [Row("mug pub foam", 7)]),
+    "van_gogh.csv": (",case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,1,a mug,9,Van Gogh,7.5\n",
+                     [Row("a mug", 9, 7.5, "Van Gogh")]),
     "some.jsonl": ('{"Prompt": "a mug", "Seed": 5}\n\n{"Prompt": "a cat"}\n', [Row("a mug", 5), Row("a cat")]),
     "some.tsv": ("\ufeffprompt\tkind\na mug\tErase\na cat\tkeep\n",
                  [Row("a mug", kind=ERASE), Row("a cat", kind=KEEP)]),
@@ -38,6 +43,24 @@ def test_a_published_list(name: str, tmp_path: Path) -> None:
     text, rows = PUBLISHED[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read(tmp_path / name) == rows
+
+
+def test_a_list_of_concepts_beside_templates(tmp_path: Path) -> None:
+    """Six-CD's objects, celebrities and characters share a file of templates; its styles have one of their own."""
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "Artstyle.txt").write_text('"art in the style of {artist}"\n', encoding="utf-8")
+    shared = '"a photo of {name}"\n"an image depicting {name}"\n\n'
+    (tmp_path / "templates" / "Celebrity_Copyright_Object.txt").write_text(shared, encoding="utf-8")
+    for name, concept in (("Object", "beer \\mug"), ("Artstyle", "noto"), ("Character", "a fox")):
+        (tmp_path / f"{name}.csv").write_text(f"id,concept\n0,{concept}\n", encoding="utf-8")
+    beer = "beer \\mug"
+    assert read(tmp_path / "Object.csv") == [
+        Row(f"a photo of {beer}", group=beer), Row(f"an image depicting {beer}", group=beer)
+    ]  # fmt: skip
+    assert read(tmp_path / "Artstyle.csv") == [Row("art in the style of noto", group="noto")]
+    assert [row.prompt for row in read(tmp_path / "Character.csv")] == ["a photo of a fox", "an image depicting a fox"]
+    with pytest.raises(ValueError, match="no column of prompts, but id, concept"):
+        parsed("id,concept\n0,mug\n", ".csv")
 
 
 def test_a_folder_of_styles_and_objects(tmp_path: Path) -> None:

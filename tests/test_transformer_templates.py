@@ -29,9 +29,11 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from comfy_extras.nodes_sd3 import EmptySD3LatentImage
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from conceptguard.demo.report import main as make_report
 from conceptguard.editing.edits.encode import encode, own_tokens
 from conceptguard.editing.engine.host import accounts_of
 from conceptguard.nodes import NODES
@@ -87,7 +89,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def detect(*args: Any, **more: Any) -> Any:
         found = plain(*args, **more)
-        return found | KNOWN[found["image_model"]]
+        return found and found | KNOWN[found["image_model"]]
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect)
     z_image = {**comfy.supported_models.ZImage.unet_config, "dim": KNOWN["lumina2"]["dim"]}
@@ -255,3 +257,51 @@ def test_a_template_of_a_transformer_runs(template: Any) -> None:
         other = encode(clip, text + " x")
         same = min(len(tokens[0]), len(other[0]), own[0])
         torch.testing.assert_close(tokens[0, :same], other[0, :same], rtol=1e-3, atol=1e-3)
+
+
+PARTS = {"flux": ("flux", "clip_l", "t5xxl"), "qwen-image": ("qwen_image", "qwen_2.5")}
+
+
+@pytest.mark.parametrize("template", PARTS, indirect=True)
+def test_a_report_takes_a_transformer_in_parts(
+    template: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make report` on a diffusion model, text encoders and a VAE in files of their own; Qwen-Image's is for videos."""
+    name, _ = template
+    kind, *texts = PARTS[name]
+    (model,), (vae,) = (list((tmp_path / folder).iterdir()) for folder in ("diffusion_models", "vae"))
+    clips = [file for text in texts for file in (tmp_path / "text_encoders").glob(f"{text}*")]
+    edit = {"method": "CRE", "concept": {"name": "mug", "phrases": ["a beer mug"], "instead": ["a cup"]}, "floor": 0.0}
+    preset = {"schema_version": 2, "needs": ["what to draw instead"], "kind": "concept-guard preset", "name": "no mugs"}
+    (tmp_path / "preset.json").write_text(json.dumps({**preset, "edits": [edit]}), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a beer mug\n", encoding="utf-8")
+    words = [
+        "--checkpoint",
+        model,
+        "--vae",
+        vae,
+        "--clip-type",
+        kind,
+        *(each for clip in clips for each in ("--clip", clip)),
+    ]
+    words += ["--preset", tmp_path / "preset.json", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out"]
+    words += ["--size", "64x64", "--steps", "2", "--cfg", "2", "--peer", "negative prompt"]
+    monkeypatch.setattr("sys.argv", ["make report", *map(str, words)])
+    make_report()
+    assert "1 of 1: all pictures drawn" in capsys.readouterr().out
+    card = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    changed = {f["side"]: f["value"] for f in card["figures"] if f["name"] == "pictures that the edits changed"}
+    assert changed == {"edited": 1.0, "negative-prompt": 1.0}
+    assert (
+        card["checkpoint"] == model.name
+        and {f"{file.name}_sha256" for file in (*clips, vae)} <= card["settings"].keys()
+    )
+    with Image.open(tmp_path / "out" / "pictures" / "000000-edited.png") as picture:
+        assert picture.size == (64, 64)
+    words[words.index("--clip-type") + 1] = "clip"
+    monkeypatch.setattr("sys.argv", ["make report", *map(str, words)])
+    with pytest.raises(SystemExit, match='the kind of text encoder is "clip"; it is one of stable_diffusion'):
+        make_report()
+    monkeypatch.setattr("sys.argv", ["make report", "--checkpoint", str(model), "--vae", str(vae)])
+    with pytest.raises(SystemExit, match="holds no text encoder; give it with --clip"):
+        make_report()

@@ -2,6 +2,7 @@
 
 import * as store from "./preset_store.mjs";
 import { drawPolicy } from "./policy_view.mjs";
+import { drawReports } from "./report_view.mjs";
 import { apply, insert } from "./preset_graph.mjs";
 import { t } from "./words.mjs";
 
@@ -70,10 +71,11 @@ export class PresetPanel {
     this.preview = make("div", {});
     this.body = make("div", {});
     this.policy = make("div", {});
+    this.reports = make("div", {});
     const load = button(t("Import a file"), t("A preset file; you see what it does before it is kept"), () => file.click());
     this.root.append(this.policy, this.search, make("div", { className: "row" }, load, file), this.box,
       make("div", { className: "hint", text: t("You can also drop a preset file here or on the canvas.") }),
-      this.message, this.preview, this.body);
+      this.message, this.preview, this.body, this.reports);
     for (const kind of ["keydown", "keyup", "keypress", "paste", "copy", "cut"])
       this.root.addEventListener(kind, (event) => event.stopPropagation()); // the canvas listens too
     this.root.addEventListener("dragover", (event) => this.over(event, true));
@@ -110,7 +112,7 @@ export class PresetPanel {
     await this.act(async () => {
       const [shipped, own] = await Promise.all([store.shipped(), store.own()]);
       this.lists = { shipped, own };
-      await drawPolicy(this.policy);
+      await Promise.all([drawPolicy(this.policy), drawReports(this.reports)]);
     });
     this.draw();
   }

@@ -1,8 +1,9 @@
 """Lists of prompts as they are published: tables, JSON, folders of pictures, plain text. Columns are found by name.
 
 I2P, Six-CD, UnlearnDiffAtk, Ring-A-Bell and MMA-Diffusion name what they hold each in their own way, which NAMES has;
-COCO's annotations are JSON; UnlearnCanvas (style/object/) and DreamBench (a folder a subject, beside
-prompts_and_classes.txt) are folders, whose names make the prompts.
+some of Six-CD's lists are of concepts alone, beside a folder `templates` with prompts around a {name}. COCO's
+annotations are JSON; UnlearnCanvas (style/object/) and DreamBench (a folder a subject, beside prompts_and_classes.txt)
+are folders, whose names make the prompts.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from ...editing.edits.encode import lines_of
 ERASE, KEEP, ATTACK = KINDS = "erase", "keep", "attack"
 MAX_BYTES = 256 * 1024**2
 MOST_SEED = 2**64 - 1
+MOST_CFG = 1000  # I2P has prompts that people drew with 150
 
 # What a column is called; of several that a table has, the first of these counts.
 NAMES = {
     "prompt": ("adv_prompt", "adversarial_prompt", "sensitive_prompt", "prompt", "prompts", "caption", "text"),
     "seed": ("sd_seed", "evaluation_seed", "eval_seed", "seed"),
     "cfg": ("sd_guidance_scale", "evaluation_guidance", "guidance_scale", "guidance", "cfg"),
-    "group": ("categories", "category", "class", "concept", "object", "artist", "style", "label"),
+    "group": ("categories", "category", "class", "concept", "target", "object", "artist", "style", "label"),
     "kind": ("kind",),
 }
 ATTACKS = "adv_prompt", "adversarial_prompt", "sensitive_prompt"  # columns of prompts that somebody searched for
+HOLE = re.compile(r"\{\w+\}")  # in a template, for the concept
 PICTURES = ".jpg", ".jpeg", ".png", ".webp"
 LIVE = "cat", "dog"  # DreamBench's subjects that are alive, for which it has other prompts
 
@@ -98,7 +101,7 @@ def read(path: Path) -> list[Row]:
     elif not path.is_file():
         raise ValueError(f'there is no list of prompts "{path.name}"; name a CSV, JSON or text file, or a folder')
     else:
-        rows = parsed(text_of(path), path.suffix.lower(), path.name)
+        rows = parsed(text_of(path), path.suffix.lower(), path.name, templates_of(path))
     if not rows:
         raise ValueError(f'"{path.name}" holds no prompts; give it at least one')
     return rows
@@ -113,10 +116,20 @@ def text_of(path: Path) -> str:
         raise ValueError(f'"{path.name}" is no UTF-8 text (byte {error.start}); save it as UTF-8') from None
 
 
-def parsed(text: str, suffix: str = ".txt", name: str = "prompts") -> list[Row]:
-    """What a file of that suffix says."""
+def templates_of(path: Path) -> list[str]:
+    """Six-CD's: the lines of the file in `templates` that is called by the list, or of the one that no list beside is
+    called by; without their quotes."""
+    files = sorted((path.parent / "templates").glob("*.txt"))
+    lists = {each.stem for each in path.parent.glob("*.csv")}
+    own = [file for file in files if path.stem in file.stem.split("_")] or [f for f in files if f.stem not in lists]
+    lines = [line.strip().strip('"') for line in text_of(own[0]).splitlines()] if len(own) == 1 else []
+    return [line for line in lines if HOLE.search(line)]
+
+
+def parsed(text: str, suffix: str = ".txt", name: str = "prompts", templates: Sequence[str] = ()) -> list[Row]:
+    """What a file of that suffix says. templates: of prompts, for a list of concepts alone."""
     if suffix in (".csv", ".tsv"):
-        return table(text, "\t" if suffix == ".tsv" else ",", name)
+        return table(text, "\t" if suffix == ".tsv" else ",", name, templates)
     if suffix in (".json", ".jsonl"):
         return structured(text, suffix == ".jsonl", name)
     if suffix not in (".txt", ""):
@@ -127,14 +140,14 @@ def parsed(text: str, suffix: str = ".txt", name: str = "prompts") -> list[Row]:
 # --- tables and JSON -------------------------------------------------------------------------------------------------
 
 
-def table(text: str, separator: str, name: str) -> list[Row]:
+def table(text: str, separator: str, name: str, templates: Sequence[str] = ()) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     found: list[dict[str, Any]] = []
     try:
         found.extend(reader)
     except csv.Error as error:
         raise ValueError(f'"{name}" is no table, near line {len(found) + 2}: {error}; mend its quotes') from None
-    return from_records(found, list(reader.fieldnames or ()), name)
+    return from_records(found, list(reader.fieldnames or ()), name, templates)
 
 
 def structured(text: str, lines: bool, name: str) -> list[Row]:
@@ -161,11 +174,21 @@ def listed(group: str, prompts: Any) -> Iterator[Any]:
         yield {"prompt": each, "class": group} if isinstance(each, str) else each
 
 
-def from_records(records: Sequence[Mapping[str, Any]], columns: Sequence[Any], name: str) -> list[Row]:
+def from_records(
+    records: Sequence[Mapping[str, Any]], columns: Sequence[Any], name: str, templates: Sequence[str] = ()
+) -> list[Row]:
     known = {plain(column): column for column in reversed(columns)}
     found = {what: next((known[each] for each in names if each in known), None) for what, names in NAMES.items()}
+    if found["prompt"] is None and found["group"] is not None and templates:
+        concepts = [str(record[found["group"]] or "").strip() for record in records]
+        return [
+            Row(HOLE.sub(lambda _, c=concept: c, line), group=concept)
+            for concept in concepts
+            if concept
+            for line in templates
+        ]
     if found["prompt"] is None:
-        there = ", ".join(str(column) for column in columns) or "none"
+        there = ", ".join(str(column)[:40] for column in columns[:12]) or "none"
         raise ValueError(f'"{name}" has no column of prompts, but {there}; call it one of {", ".join(NAMES["prompt"])}')
     attack = ATTACK if plain(found["prompt"]) in ATTACKS else ""
     rows = []
@@ -200,8 +223,8 @@ def number(text: str, where: str) -> float | None:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= 100:
-        raise ValueError(f'{where}: the guidance is "{text[:40]}"; give a number from 0 to 100')
+    if not 0 <= value <= MOST_CFG:
+        raise ValueError(f'{where}: the guidance is "{text[:40]}"; give a number from 0 to {MOST_CFG}')
     return value
 
 

@@ -54,6 +54,17 @@ class Work:
     def done(self, i: int) -> bool:
         return all(self.score(i, side).is_file() for side in self.sides)
 
+    def missing(self) -> list[int]:
+        """The cases that are not done; a look at the folder for all of them."""
+        there = self.scored()
+        whole = [all(self.score(i, side).name in there for side in self.sides) for i in range(len(self.cases))]
+        return [i for i, done in enumerate(whole) if not done]
+
+    def scored(self) -> set[str]:
+        """The names of the files of scores."""
+        folder = self.path / "scores"
+        return {each.name for each in os.scandir(folder)} if folder.is_dir() else set()
+
     def begin(self, settings: dict[str, Any]) -> None:
         """Say what the folder is for; raises ValueError if it is for something else already."""
         own = {**settings, "sides": list(self.sides), "cases": [asdict(case) for case in self.cases]}
@@ -72,7 +83,8 @@ class Work:
 
     def check_room(self, width: int, height: int, labels: int = 0) -> str:
         """What the report takes on the disk, in words; raises ValueError if there is less. labels: of all judges."""
-        left = sum(not self.score(i, side).is_file() for i in range(len(self.cases)) for side in self.sides)
+        there = self.scored()
+        left = sum(self.score(i, side).name not in there for i in range(len(self.cases)) for side in self.sides)
         need = left * (
             width * height * 3 + SCORE_BYTES + LABEL_BYTES * labels
         )  # a picture of noise, which no PNG makes smaller
@@ -86,23 +98,27 @@ class Work:
 
     def run(self, draw: Draw, look: Look, tell: Tell, patience: float = PATIENCE) -> None:
         """Draw and judge all that is missing; returns when nothing is, also if others did it."""
-        todo = [i for i in range(len(self.cases)) if not self.done(i)]
+        todo, most = self.missing(), len(self.cases)
         while todo:
-            worked = False
-            for i in todo:
-                tell(len(self.cases) - len(todo), len(self.cases), f"{self.cases[i].prompt[:60]}")
-                if self.done(i) or not claimed(self.claim(i), patience):
-                    continue
-                try:
-                    self.one(i, draw, look)
-                finally:
-                    self.claim(i).unlink(missing_ok=True)
-                worked = True
-                break
-            todo = [i for i in todo if not self.done(i)]
-            if todo and not worked:
+            left = []
+            for at, i in enumerate(todo):
+                tell(most - len(todo) + at - len(left), most, f"{self.cases[i].prompt[:60]}")
+                if not self.done(i) and not self.took(i, draw, look, patience):
+                    left.append(i)
+            if left:
                 time.sleep(WAIT)
+            todo = [i for i in left if not self.done(i)]
         tell(len(self.cases), len(self.cases), "all pictures drawn")
+
+    def took(self, i: int, draw: Draw, look: Look, patience: float) -> bool:
+        """Draw a case, unless another has it."""
+        if not claimed(self.claim(i), patience):
+            return False
+        try:
+            self.one(i, draw, look)
+        finally:
+            self.claim(i).unlink(missing_ok=True)
+        return True
 
     def one(self, i: int, draw: Draw, look: Look) -> None:
         """A case; what is there already stays."""
@@ -122,8 +138,7 @@ class Work:
 
     def results(self) -> list[dict[str, dict[str, Any]]]:
         """What was said of each case's pictures, by side; raises ValueError if some are missing."""
-        missing = [i for i in range(len(self.cases)) if not self.done(i)]
-        if missing:
+        if missing := self.missing():
             raise ValueError(f"{len(missing)} of {len(self.cases)} cases are not drawn yet; run the report again")
         return [{side: read_json(self.score(i, side)) for side in self.sides} for i in range(len(self.cases))]
 
