@@ -79,8 +79,8 @@ def filtered(model: Any, clip: Any, concepts: Sequence[Concept], prompt: str) ->
 
 
 def in_weights(model: Any, clip: Any, concept: Concept, method: str) -> Any:
-    """A closed form in the weights that make keys and values of the text. SPEED preserves the concept's neighbours alone:
-    ordinary prompts leave it no room in narrow models."""
+    """A closed form in the weights of keys and values. SPEED preserves the concept's neighbours alone: ordinary prompts
+    leave it no room in narrow models."""
     W = projections(model, concept, "keys and values", NODE)
     empty = encode(clip, "") if concept.empty is None else concept.empty
     keep = () if method == "SPEED" else encode_lines(clip, NEUTRAL, "preserve")
