@@ -100,7 +100,7 @@ class Work:
         """Draw and judge all that is missing; returns when nothing is, also if others did it."""
         todo, most = self.missing(), len(self.cases)
         while todo:
-            left = []
+            left: list[int] = []
             for at, i in enumerate(todo):
                 tell(most - len(todo) + at - len(left), most, f"{self.cases[i].prompt[:60]}")
                 if not self.done(i) and not self.took(i, draw, look, patience):
