@@ -181,12 +181,7 @@ def from_records(
     found = {what: next((known[each] for each in names if each in known), None) for what, names in NAMES.items()}
     if found["prompt"] is None and found["group"] is not None and templates:
         concepts = [str(record[found["group"]] or "").strip() for record in records]
-        return [
-            Row(HOLE.sub(lambda _, c=concept: c, line), group=concept)
-            for concept in concepts
-            if concept
-            for line in templates
-        ]
+        return [Row(line_with(concept, line), group=concept) for concept in concepts if concept for line in templates]
     if found["prompt"] is None:
         there = ", ".join(str(column)[:40] for column in columns[:12]) or "none"
         raise ValueError(f'"{name}" has no column of prompts, but {there}; call it one of {", ".join(NAMES["prompt"])}')
@@ -201,6 +196,10 @@ def from_records(
             where = f'"{name}", prompt {i}'
             rows.append(Row(prompt, whole(seed, where), number(cfg, where), group, sort(kind, where) or attack))
     return rows
+
+
+def line_with(concept: str, template: str) -> str:
+    return HOLE.sub(lambda _: concept, template)
 
 
 def plain(column: Any) -> str:
