@@ -21,6 +21,7 @@ from ..editing.policy.file import Refused, chosen
 from ..editing.policy.govern import Files
 from ..editing.policy.record import Record
 from .discriminator import encoder_of
+from .policy_early import Problem, answer, problems
 from .preset_routes import SHIPPED, read_file
 from .show import show
 
@@ -32,6 +33,7 @@ SHOWN = ("time", "verdict", "why", "model", "family", "seconds")  # of an entry,
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 asking: ContextVar[str | None] = ContextVar("asking", default=None)  # the user of the request that is answered now
+refusing: ContextVar[list[Problem] | None] = ContextVar("refusing", default=None)  # what is wrong with its prompt
 
 
 def running_server() -> Any:
@@ -119,9 +121,12 @@ def add_routes(policy: Enforcement | None) -> None:
 
     @web.middleware
     async def who(request: web.Request, handler: Any) -> Any:
+        found: list[Problem] = []
         if request.method == "POST" and request.path.removeprefix("/api") == "/prompt":
             asking.set(user_behind(server, request))
-        return await handler(request)
+            refusing.set(found)
+        answered = await handler(request)
+        return web.json_response(answer(found), status=400) if found else answered
 
     def prompted(data: dict[str, Any]) -> dict[str, Any]:
         """The host's own hook for prompts that come in: here the file is read again also while the policy is off."""
@@ -131,10 +136,23 @@ def add_routes(policy: Enforcement | None) -> None:
             more.pop(USER, None)
             if (user := asking.get()) is not None:
                 more[USER] = user
+        refuse_early(policy, data)
         return data
 
     server.app.middlewares.append(who)
     server.add_on_prompt_handler(prompted)
+
+
+def refuse_early(policy: Enforcement, data: dict[str, Any]) -> None:
+    """Takes a prompt away that the policy would refuse anyway: the host then queues nothing."""
+    box = refusing.get()
+    if box is None or not policy.held or not (found := problems(policy, data.get("prompt"))):
+        return
+    box += found
+    del data["prompt"]
+    who = {} if asking.get() is None else {"user": asking.get()}
+    for id, kind, why in found:
+        policy.note(None, "refused", {**who, "node_id": id, "node": kind, "why": why})
 
 
 def user_behind(server: Any, request: Any) -> str | None:

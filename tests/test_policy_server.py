@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_policy_early import header
 from test_policy_record import LINE
 from test_server import RUNNABLE, shortened, workflow
+from test_server_nodes import VARIANTS, graph_of
 
 from conceptguard.demo import lora
 from conceptguard.tools.host import Host, HostError
@@ -105,6 +109,78 @@ def test_two_users_are_told_apart_and_nobody_can_say_who_he_is(server: Host) -> 
     assert "user" not in entries(server)[-1]
 
 
+def test_two_users_at_once_have_a_line_each(server: Host) -> None:
+    """The second prompt waits in the queue while the first runs."""
+    users = [json.loads(asked(server, "/users", {"username": name})[1]) for name in ("cay", "dan")]
+    count = len(entries(server))
+
+    def post(i: int) -> str:
+        headers = {"comfy-user": users[i], "Content-Type": "application/json"}
+        answer = asked(server, "/prompt", {"prompt": graph(seed=30 + i)}, **headers)[1]
+        return str(json.loads(answer)["prompt_id"])
+
+    with ThreadPoolExecutor(2) as pool:
+        prompts = list(pool.map(post, range(2)))
+    for each in prompts:
+        ended(server, each)
+    who = {entry["prompt_id"]: entry["user"] for entry in entries(server)[count:]}
+    assert who == dict(zip(prompts, users, strict=True))
+
+
+def test_a_model_that_the_policy_refuses_is_refused_before_it_is_loaded(server: Host) -> None:
+    """A file of which there is no more than its header, which could not be loaded at all."""
+    header(server.base / "models" / "diffusion_models" / "aura.safetensors", "aura")
+    prompt = graph(seed=40)
+    prompt["8"] = {"class_type": "UNETLoader", "inputs": {"unet_name": "aura.safetensors", "weight_dtype": "default"}}
+    prompt["5"]["inputs"]["model"] = ["8", 0]
+    with pytest.raises(HostError, match=r"KSampler \(node 5\): ConceptGuard policy: cannot edit AuraFlow"):
+        server.run(prompt)
+    entry = entries(server)[-1]
+    assert (entry["verdict"], entry["node_id"]) == ("refused", "5") and "prompt_id" not in entry
+    assert server.get("/concept_guard/policy")["refused_count"] >= 1
+
+
+def lora_training() -> dict[str, Any]:
+    """The host's own training node, on pictures that are there."""
+    prompt = graph(seed=41)
+    inputs = {"model": ["1", 0], "latents": ["9", 0], "positive": ["2", 0], "steps": 1, "batch_size": 1, "rank": 2}
+    inputs |= {"grad_accumulation_steps": 1, "learning_rate": 0.001, "optimizer": "SGD", "loss_function": "MSE"}
+    inputs |= {"seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "lora"}
+    inputs |= {"gradient_checkpointing": False, "existing_lora": "[None]"}
+    prompt["8"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}}
+    prompt["9"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["8", 0], "vae": ["1", 2]}}
+    prompt["10"] = {"class_type": "TrainLoraNode", "inputs": inputs}
+    prompt["5"]["inputs"]["model"] = ["10", 0]
+    return prompt
+
+
+def test_the_hosts_training_passes_with_a_line_and_what_it_trained_is_edited(server: Host) -> None:
+    count = len(entries(server))
+    assert server.images(server.run(lora_training()))
+    said = [(entry["verdict"], entry.get("why", "")[:10]) for entry in entries(server)[count:]]
+    assert said == [("passed", "a training"), ("edited", "")]
+
+
+OWN = {"ConceptGuardCausalPeriod", "ConceptGuardConceptMap", "ConceptGuardLearnConcept", "ConceptGuardReport"}
+OWN |= {"ConceptGuardTrainDirection", "ConceptGuardTrainErasure", "ConceptGuardTrainKPOP"}
+
+
+def test_every_node_of_ours_that_samples_or_trains_runs_in_a_graph_under_it() -> None:
+    """All but the report card's in an example; whoever adds one has it in an example, or below."""
+    ask = re.compile(r"comfy\.sample|jobs\.(measure|search|train\w*|map|report)|from \.\.jobs|sampler_inputs")
+    asking = {path for path in (ROOT / "nodes").glob("*.py") if ask.search(path.read_text(encoding="utf-8"))}
+    ids = {id for path in asking for id in re.findall(r'"(ConceptGuard\w+)"', path.read_text(encoding="utf-8"))}
+    shown = "".join(path.read_text(encoding="utf-8") for path in RUNNABLE)
+    assert ids >= OWN and not [id for id in OWN - {"ConceptGuardReport"} if f'"{id}"' not in shown]
+
+
+def test_the_report_card_draws_under_it(server: Host) -> None:
+    count = len(entries(server))
+    server.run(graph_of("Report", VARIANTS["Report"][0]))
+    verdicts = {entry["verdict"] for entry in entries(server)[count:]}
+    assert verdicts == {"edited"}
+
+
 def test_its_counters_are_for_monitors_and_not_for_other_sites(server: Host) -> None:
     status, text, headers = asked(server, "/concept_guard/policy/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -163,3 +239,25 @@ def test_an_example_graph_runs_under_it(server: Host, path: Path) -> None:
     made = [entry for entry in lines if not entry.get("why", "").startswith("a training")]  # which draws no picture
     assert made and {entry["verdict"] for entry in made} == {"edited"}, [entry.get("why") for entry in lines]
     assert all("knife" in [edit["source"] for edit in entry["edits"]] for entry in made)
+
+
+def test_a_kill_in_the_middle_of_a_run_costs_that_run_alone(tmp_path: Path) -> None:
+    """The server that comes after it goes on with the same record, behind a line that was torn."""
+    folder = tmp_path / "user" / "__concept_guard"
+    folder.mkdir(parents=True)
+    (folder / "policy.toml").write_text(TEXT)
+    (folder / "knives.json").write_text(json.dumps(KNIVES))
+    with Host(base=tmp_path) as first:
+        first.run(graph(seed=1))
+        first.post("/prompt", {"prompt": graph(seed=2, steps=500)})
+        while not first.get("/queue")["queue_running"]:
+            time.sleep(0.05)
+        assert first.process is not None
+        first.process.kill()
+    with (folder / "record" / "record.jsonl").open("ab") as file:
+        file.write(b'{"verdict": "edi')
+    with Host(base=tmp_path) as second:
+        second.run(graph(seed=3))
+        assert second.get("/concept_guard/policy")["on"]
+    lines = (folder / "record" / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and [json.loads(lines[i])["verdict"] for i in (0, 2)] == ["edited", "edited"]

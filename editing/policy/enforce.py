@@ -31,12 +31,12 @@ from comfy.sd import CLIP
 
 from ..edits.spec import EditSpec
 from ..engine.account import ACCOUNTS, LISTENERS, Account
-from ..engine.backbone import Backbone
+from ..engine.backbone import Backbone, backbone_of
 from ..engine.conds import positive
 from ..engine.host import EDITS, GUIDED, RUN, bear_witness, carrying, edits_of, of_model, ordered, others_in
 from ..gates.decoders import preview
 from ..training.harness import _Body as Training
-from .document import Keeping, Rule
+from .document import Keeping, Policy, Rule
 from .encoders import Encoders, words_of
 from .file import Loaded, PolicyFile, Refused
 from .govern import NODE, Files, Sampling, edits_for, flags, seen_at_last, shown, together
@@ -236,9 +236,7 @@ class Enforcement:
         try:
             backbone = of_model(patcher, NODE)
             about["family"] = backbone.family
-            rule = policy.rule(backbone.family)
-            if rule is None:
-                raise ValueError(f"no rule of the policy covers {backbone.family} models")
+            rule = ruled(policy, backbone)
         except ValueError as error:
             self.others(policy.others, str(error).removeprefix(f"{NODE}: "), about)
             return None
@@ -256,6 +254,14 @@ class Enforcement:
             self.others(policy.others, str(error).removeprefix(f"{NODE}: "), about)
             return None
         return specs
+
+    def suits(self, network: torch.nn.Module, name: str) -> None:
+        """Raises Refused for a kind of model that it does not sample. name: for people."""
+        policy = self.file.now().policy
+        try:
+            ruled(policy, backbone_of(network, name, NODE))
+        except ValueError as error:
+            self.others(policy.others, str(error).removeprefix(f"{NODE}: "), {})
 
     def others(self, choice: str, why: str, about: dict[str, Any]) -> None:
         if choice == "refuse":
@@ -327,6 +333,13 @@ class Enforcement:
                     "the record cannot be written, and no picture leaves this server without its line; whoever runs "
                     f"the server sees to its disk ({error.strerror or error})"
                 ) from error
+
+
+def ruled(policy: Policy, backbone: Backbone) -> Rule:
+    """The rule for a model. Raises ValueError if there is none."""
+    if (rule := policy.rule(backbone.family)) is None:
+        raise ValueError(f"no rule of the policy covers {backbone.family} models")
+    return rule
 
 
 def conds_of(guider: Any) -> list[tuple[str, dict[str, Any]]]:
