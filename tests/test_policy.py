@@ -240,6 +240,35 @@ def test_every_guider_carries_them(model: Any, clip: Any, tmp_path: Path, kind: 
     assert verdicts(enforcement) == ["edited"] and not edits_of(model)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_guider_within_a_guider_is_edited(model: Any, clip: Any, tmp_path: Path, shared: bool) -> None:
+    """Which samples another MODEL at each step of its own, with options of its own or with those of the outer run."""
+    other, mine = tiny.sd1(seed=4), (prompt(clip, "a knife"), prompt(clip, ""))
+
+    class Outer(comfy.samplers.CFGGuider):
+        def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
+            inner = comfy.samplers.CFGGuider(other)
+            inner.set_conds(*mine)
+            if shared:
+                inner.model_options = model_options
+            sigmas = torch.cat([timestep[:1], torch.zeros(1)])
+            sampler, start = comfy.samplers.sampler_object("euler"), torch.zeros_like(x)
+            return inner.sample(x / timestep[0], start, sampler, sigmas, seed=5)
+
+    free = run(Outer(model), *mine)
+    mine = (prompt(clip, "a knife"), prompt(clip, ""))
+    with governed(tmp_path) as enforcement:
+        mine = (prompt(clip, "a knife"), prompt(clip, ""))
+        try:
+            made = run(Outer(model), *mine)
+        except ValueError as error:
+            assert "ConceptGuard policy: " in str(error) and "refused" in verdicts(enforcement)
+            return
+    assert not torch.equal(made, free) and set(verdicts(enforcement)) == {"edited"}
+    acted = [edit["steps"]["acted"] for entry in enforcement.record.entries() for edit in entry["edits"]]
+    assert acted and all(acted)
+
+
 def test_a_guider_that_hides_whose_prompts_it_asks_for_is_refused(model: Any, clip: Any, tmp_path: Path) -> None:
     with governed(tmp_path) as enforcement, pytest.raises(ValueError, match="ConceptGuard policy: cannot tell which"):
         run(Nameless(model), prompt(clip, "a knife"), prompt(clip, ""))
