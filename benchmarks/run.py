@@ -26,6 +26,7 @@ from . import (
     policy,
     presets,
     readings,
+    transformers,
 )
 from .measured import KEPT, cell, section, write_page
 from .table import Record, Table, run
@@ -39,6 +40,7 @@ TABLES: tuple[Table, ...] = (
     *eiup.TABLES,
     *overhead.TABLES,
     *account.TABLES,
+    *transformers.TABLES,
     *gates.TABLES,
     *mitigation.TABLES,
     *causal.TABLES,

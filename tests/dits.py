@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.ldm.cosmos.predict2
 import comfy.ldm.flux.math
+import comfy.ldm.hidream.model
 import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.pixart.blocks
@@ -20,11 +23,13 @@ from comfy.ldm.flux.model import FluxParams
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from conceptguard.editing.edits.digest import digest
 from conceptguard.editing.edits.spec import Concept, Phrase
 
 WIDTH = 16  # of the text
 SIZE = 8  # of the latent: 16 tokens
 POOLED = 8
+LLAMA_WIDTH, LLAMA_LENGTH = 8, 6  # of a second encoder's states
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Family:
     multiple: int = 1
     least: int = 0
     heads_first: bool = True
+    text_first: bool = True
+    beside: int = 0  # of the text's tokens, those of a second encoder
+    appended: bool = True
+    patch: int = 2
 
 
 # What the classes of newer hosts are told beside: the axes along which text counts, and no pooled text.
@@ -108,6 +117,7 @@ FAMILIES = {
         4,
         channels=128,
         least=512,
+        patch=1,
     ),
     "Chroma": Family(
         "Chroma",
@@ -178,7 +188,53 @@ FAMILIES = {
         heads=1,
         heads_first=False,
     ),
+    "HiDream": Family(
+        "HiDream",
+        dict(
+            image_model="hidream",
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[WIDTH, LLAMA_WIDTH],
+            text_emb_dim=POOLED,
+            axes_dims_rope=(8, 4, 4),
+            llama_layers=[2, 0],
+        ),
+        (comfy.ldm.hidream.model, "optimized_attention"),
+        2,
+        heads=2,
+        heads_first=False,
+        text_first=False,
+        beside=2 * LLAMA_LENGTH,
+        appended=False,
+    ),
 }
+if hasattr(comfy.supported_models, "Krea2"):  # newer hosts
+    FAMILIES["Krea 2"] = Family(
+        "Krea2",
+        dict(
+            image_model="krea2",
+            features=32,
+            tdim=16,
+            txtdim=WIDTH // 2,
+            heads=2,
+            kvheads=1,
+            multiplier=2,
+            layers=2,
+            txtlayers=2,
+            txtheads=2,
+            txtkvheads=2,
+        ),
+        (importlib.import_module("comfy.ldm.krea2.model"), "optimized_attention_masked"),
+        2,
+        heads=2,
+        frames=True,
+    )
+APPENDED = [name for name, family in FAMILIES.items() if family.appended]
 
 CROSS = {  # the text is read by cross-attentions
     "Wan": Family(
@@ -236,6 +292,14 @@ CROSS = {  # the text is read by cross-attentions
 }
 
 
+_COSMOS = CROSS["Cosmos-Predict2"]  # of whose class Anima's is
+ADAPTED = {  # the text passes an adapter first
+    "Anima": replace(
+        _COSMOS, config="Anima", shape={**_COSMOS.shape, "image_model": "anima", "crossattn_emb_channels": 1024}
+    )
+}
+
+
 def weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """A random weight of that name: strong enough for the text to matter; what multiplies a norm is near one."""
     random = torch.randn(shape, generator=generator)
@@ -245,7 +309,7 @@ def weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
-    family = {**FAMILIES, **CROSS}[name]
+    family = {**FAMILIES, **CROSS, **ADAPTED}[name]
     params, newer = NEWER.get(family.config, (FluxParams, {}))
     asked = {name: value for name, value in newer.items() if name in params.__dataclass_fields__}
     config = getattr(comfy.supported_models, family.config)({**family.shape, **asked})
@@ -271,18 +335,34 @@ def pooled(seed: int) -> Tensor:
     return torch.randn(1, POOLED, generator=torch.Generator().manual_seed(1000 + seed))
 
 
+def llama(encodings: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A second encoder's states in three layers, of a prompt by its first encoding, or their mean: [1, 3, L, W]."""
+    states = []
+    for encoding in encodings:
+        generator = torch.Generator().manual_seed(int(encoding.double().sum().mul(1e6).abs()))
+        states.append(torch.randn(1, 3, LLAMA_LENGTH, LLAMA_WIDTH, generator=generator))
+    return {"conditioning_llama3": torch.cat(states).mean(0, keepdim=True)}
+
+
 def cond(encoding: Tensor, y: Tensor | None = None, **extra: Any) -> list[list[Any]]:
-    return [[encoding, {"pooled_output": pooled(1) if y is None else y, **extra}]]
+    return [[encoding, {"pooled_output": pooled(1) if y is None else y, **llama([encoding]), **extra}]]
+
+
+def told(concept: Concept) -> Concept:
+    """With what a second encoder says of its prompts."""
+    texts = [each.tokens for each in (*concept.phrases, *concept.keep)]
+    texts += [each for each in (concept.empty, concept.neutral, concept.instead) if each is not None]
+    return replace(concept, beside={digest((each[0],)): (llama([each]),) for each in texts})
 
 
 def concept(phrases: int = 1, length: int = 7, seed: int = 100, **more: Any) -> Concept:
     """Of phrases that are as long as they are, and of an empty prompt that is shorter."""
     said = tuple(Phrase(f"knife {i}", tokens(seed + i, length), (1, 2)) for i in range(phrases))
-    return Concept("knife", said, tokens(7, 5), **more)
+    return told(Concept("knife", said, tokens(7, 5), **more))
 
 
 def latent(name: str, batch: int = 1) -> Tensor:
-    family = {**FAMILIES, **CROSS}[name]
+    family = {**FAMILIES, **CROSS, **ADAPTED}[name]
     size = family.size or SIZE
     return torch.zeros(batch, family.channels, *[1] * family.frames, size, size)
 

@@ -31,12 +31,15 @@ def cre(
     floor: float | Sequence[float] = 0.0,
     keep: Sequence[Sequence[Tensor]] = (),
     instead: Sequence[Tensor | None] = (),
+    taken: list[Tensor] | None = None,
 ) -> Tensor:
     """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width.
 
     floor: of all concepts, or one each; keep: for each concept what is found in its neighbours' prompts, [N, C] each;
     instead: for each what is found in what takes its place, [N, C], if anything.
+    taken: is given how much of each concept was taken away, [N, len(At)], for heads = 1.
     """
+    shares = torch.zeros(A.shape[0], len(At), dtype=torch.double)
     least = [floor] * len(At) if isinstance(floor, float) else floor
     out = A.double().clone()
     for position in range(A.shape[0]):
@@ -64,7 +67,10 @@ def cre(
             for k, c_k, t in zip(near, c, steer, strict=True):
                 if instead and (drawn := instead[k]) is not None:
                     t = At[k][position, part].double() - drawn[position, part].double()
-                out[position, part] -= s[k] * (max(c_k, torch.zeros(())) if clip else c_k) * t
+                shares[position, k] = s[k] * (max(c_k, torch.zeros(())) if clip else c_k)
+                out[position, part] -= shares[position, k] * t
+    if taken is not None:
+        taken.append(shares)
     return out
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import comfy.supported_models
 import pytest
 import reference
 import tiny
@@ -13,8 +15,12 @@ from comfy.model_patcher import ModelPatcher
 from dits import CROSS, build, concept, cond, latent, sample, tokens
 from torch import Tensor
 
-from conceptguard.editing.edits.spec import Direction, EditSpec, Gate
-from conceptguard.editing.engine.host import add_edit
+from conceptguard.editing.edits.digest import digest
+from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Phrase
+from conceptguard.editing.engine.host import add_edit, add_watch
+from conceptguard.editing.engine.watch import Watch
+from conceptguard.editing.methods.eiup import EIUPOptions
+from conceptguard.editing.methods.eiup_weight import train
 
 
 def of_wan(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +121,56 @@ def test_cre_edits_what_the_picture_finds_in_the_text(
     assert moved > 3 * close
 
 
+def prompt_of_anima(seed: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Its encoding, and the T5 tokens that the model's adapter reads with it: more of them, or fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 30000, (length + seed % 3 - 1,), generator=generator)
+    return torch.randn(1, length, 1024, generator=generator), {
+        "t5xxl_ids": ids,
+        "t5xxl_weights": torch.rand(len(ids), generator=generator) + 0.5,
+    }
+
+
+@pytest.mark.skipif(not hasattr(comfy.supported_models, "Anima"), reason="this host has no Anima")
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 5.0)])
+def test_anima_reads_a_concept_through_its_adapter(batch: int, cfg: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the prompts that the baseline is the mean of, and then their mean."""
+    (knife, said), *ordinary = (prompt_of_anima(seed, 5) for seed in (3, 4, 5))
+    neutral = torch.cat([x for x, _ in ordinary]).mean(0, keepdim=True)
+    beside = {digest((knife[0],)): ({"tokens": knife, **said},)}
+    beside[digest((neutral[0],))] = tuple({"tokens": x, **more} for x, more in ordinary)
+    it = Concept("knife", (Phrase("knife", knife, (1,)),), neutral, beside=beside)
+    model, (words, of_words) = build("Anima"), prompt_of_anima(1, 7)
+    spec = EditSpec("projection", it, 0.7, options=tiny.CRE, node="Test")
+    edited = add_edit(model, spec)
+    seen = Outputs(model, "Cosmos-Predict2", 512, monkeypatch)
+    with torch.inference_mode():
+        negative = cond(prompt_of_anima(2, 7)[0], **of_words)
+        sample("Anima", edited, cond(words, **of_words), negative, batch=batch, cfg=cfg)
+        network, moved = model.model.diffusion_model, 0.0
+
+        def adapted(x: Tensor, more: dict[str, Tensor]) -> Tensor:
+            out = network.llm_adapter(x, more["t5xxl_ids"][None]) * more["t5xxl_weights"][None, :, None]
+            return torch.cat([out, torch.zeros(1, 512 - out.shape[1], 1024)], 1)
+
+        texts = [adapted(knife, said), (adapted(*ordinary[0]) + adapted(*ordinary[1])) / 2]
+        assert len(seen.calls) == len(seen.outs) == 2
+        for block, (q, k, v), out in zip(network.blocks, seen.calls, seen.outs, strict=True):
+            for row in range(len(q)):
+                A = reference.attention(q[row], k[row], v[row], 2)
+                At, A0 = (
+                    reference.attention(q[row], *(x[0] for x in of_cosmos(network, block.cross_attn, text)), 2)
+                    for text in texts
+                )
+                s = 0.7 if len(q) == batch or row >= batch else 0.0
+                want = reference.cre(A, [At], [s], 1, clip=True, joint=True, A0=A0)
+                torch.testing.assert_close(out[row].double(), want, rtol=2e-4, atol=2e-4)
+                moved = max(moved, float((want - A).abs().max()))
+        assert moved > 1e-3
+    with pytest.raises(ValueError, match='Test: concept "knife" lacks what Anima .* reads of a prompt beside'):
+        add_edit(model, replace(spec, source=replace(it, beside={})))
+
+
 @every_family
 def test_off_is_bit_identical(name: str) -> None:
     model = build(name)
@@ -146,6 +202,33 @@ def test_a_text_as_long_as_the_picture_is_told_from_it(name: str) -> None:
     same = sample(name, edited, positive), sample(name, edited, longer)
     torch.testing.assert_close(*same, rtol=1e-3, atol=1e-3)  # a text twice is found as once
     assert not torch.allclose(same[0], sample(name, model, positive), atol=1e-2)
+
+
+@every_family
+def test_a_map_and_a_weight_that_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the watch sees of a concept's own tokens, and a weight that a first look finds by it."""
+    model, it = build(name), concept()
+    watch, plain = Watch(it, "Test"), sample(name, model, batch=2)
+    seen = Outputs(model, name, 9, monkeypatch)
+    assert torch.equal(sample(name, add_watch(model, watch), batch=2), plain)
+    network = model.model.diffusion_model
+    for block, (q, _, _), (maps,) in zip(network.blocks, seen.calls, watch.maps.values(), strict=True):
+        K, _ = KEYS_VALUES[name](network, block.cross_attn, it.phrases[0].tokens)
+        for row in range(2):
+            heads = zip(
+                q[row].double().chunk(CROSS[name].heads, -1), K[0].double().chunk(CROSS[name].heads, -1), strict=True
+            )
+            A_e = torch.stack([torch.softmax(a @ b.T / b.shape[-1] ** 0.5, -1) for a, b in heads], 1)
+            want = A_e[..., list(it.phrases[0].own)].sum(-1).mean(-1)
+            torch.testing.assert_close(maps[0, row].flatten().double(), want, rtol=1e-3, atol=1e-5)
+    x = watch.features(watch.maps)[0]
+    auto = train(x.repeat(8, 1), torch.full((16,), -20.0), ["block.0.0", "block.1.0"], steps=1)
+    found, given = (
+        add_edit(model, EditSpec("erasure", it, options=EIUPOptions(**options), node="Test"))
+        for options in ({"auto": auto}, {"weights": (-20.0,)})
+    )
+    torch.testing.assert_close(sample(name, found, batch=2), sample(name, given, batch=2), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(sample(name, found, batch=2), plain, atol=1e-2)
 
 
 @every_family

@@ -120,7 +120,7 @@ BAD = [
     (changed("name", value=["x"]), "name: Input should be a valid string"),
     (changed("author", value="a\nb"), r"U\+000A"),
     (changed("description", value="\x1b[31m"), r"U\+001B"),
-    (changed("base_models", value=["Flux"]), "base_models"),
+    (changed("base_models", value=["Flux.9"]), "base_models"),
 ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .digest import digest
 from .spec import Concept, Phrase
 
 # Ordinary things: their mean encoding says "a picture of something", which is no part of any concept.
@@ -26,6 +27,19 @@ CONTEXT = 77  # tokens of one piece of prompt, where a text encoder pads
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
 ARTICLES = ("a", "an", "the", "some")
 KINDS = ("auto", "thing", "style")  # of a concept; auto: a style if all its phrases say that they are one
+LLAMA = "conditioning_llama3"  # what HiDream's Llama makes of a prompt in each layer, [1, layers, L, W]
+IDS = ("t5xxl_ids", "t5xxl_weights")  # a prompt's T5 tokens and their weights, [n], that Anima's adapter reads
+# Of text encoders by the host's names, what a conditioning says of a prompt beside its encoding, that models read.
+BESIDE = {"llama": (LLAMA,), "qwen3_06b": IDS}
+
+
+class Encoding(NamedTuple):
+    """A prompt's: tokens [1, T, W], pooled [1, P], if the encoder makes one, and what stands beside them; all of it on
+    the CPU."""
+
+    tokens: Tensor
+    pooled: Tensor | None
+    beside: Mapping[str, Tensor]
 
 
 def concept_from_text(
@@ -52,36 +66,48 @@ def concept_from_text(
         raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if not lines_of(text):
         raise ValueError("text is empty; write what to erase, one phrasing a line")
+    beside: dict[str, tuple[Mapping[str, Tensor], ...]] = {}
     style = kind == "style" or (kind == "auto" and all(map(says_style, lines_of(text))))
     if style:  # styles are no context for one another
         of_things = [line for line in lines_of(neutral) if not says_style(line)]
         lines = of_things or lines_of(NEUTRAL)
         phrases, kept, others = (
-            styles(clip, some, lines, what) for some, what in ((text, "text"), (keep, "keep"), (instead, "instead"))
+            styles(clip, some, lines, what, beside)
+            for some, what in ((text, "text"), (keep, "keep"), (instead, "instead"))
         )
-        replacement, of_replacement = [each.tokens for each in others], [each.pooled for each in others]
+        drawn = mean([each.tokens for each in others], "instead") if others else None
+        pooled_instead = mean_pooled([each.pooled for each in others])
+        if drawn is not None and (said := [x for each in others for x in beside.get(digest((each.tokens[0],)), ())]):
+            beside[digest((drawn[0],))] = beside_mean(said, "instead")
     else:
         lines = apart(lines_of(neutral), lines_of(text))
-        phrases, kept = encode_lines(clip, text, "text"), encode_lines(clip, keep, "keep")
+        phrases, kept = (encode_lines(clip, some, what, beside) for some, what in ((text, "text"), (keep, "keep")))
         phrases = (
             tuple(replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases) if lines else phrases
         )
-        drawn = lines_of(instead.strip() or (SOMETHING if neutral == NEUTRAL else ""))
-        replacement, of_replacement = encodings(clip, drawn)
-    ordinary, of_ordinary = encodings(clip, lines)
-    empty, of_empty = encoded(clip, "")
+        replacement = [
+            encoded(clip, line) for line in lines_of(instead.strip() or (SOMETHING if neutral == NEUTRAL else ""))
+        ]
+        drawn = mean_of(replacement, "instead", beside) if replacement else None
+        pooled_instead = mean_pooled([each.pooled for each in replacement])
+    ordinary = [encoded(clip, line) for line in lines]
+    empty = encoded(clip, "")
     return Concept(
         name.strip() or phrases[0].text,
         phrases,
-        empty,
-        mean(of_one_length(ordinary), "neutral") if ordinary else None,
+        mean_of([empty], "empty", beside),
+        mean_of(of_one_length(ordinary), "neutral", beside) if ordinary else None,
         neutral,
         kept,
-        instead=mean(replacement, "instead") if replacement else None,
+        instead=drawn,
         instead_text=instead.strip(),
-        ordinary=tuple(rows_of(x, own_tokens(clip, line, x.shape[1])) for x, line in zip(ordinary, lines, strict=True)),
-        pooled=mean_pooled(of_ordinary or [of_empty]),
-        pooled_instead=mean_pooled(of_replacement),
+        ordinary=tuple(
+            rows_of(each.tokens, own_tokens(clip, line, each.tokens.shape[1]))
+            for each, line in zip(ordinary, lines, strict=True)
+        ),
+        pooled=mean_pooled([each.pooled for each in ordinary or [empty]]),
+        pooled_instead=pooled_instead,
+        beside=beside,
         kind="style" if style else "thing",
     )
 
@@ -91,22 +117,22 @@ def says_style(line: str) -> bool:
     return bool(re.search(r"\bstyle\b|^by\s", line.lower()))
 
 
-def styles(clip: Any, text: str, contexts: Sequence[str], name: str) -> tuple[Phrase, ...]:
+def styles(clip: Any, text: str, contexts: Sequence[str], name: str, beside: dict[str, Any]) -> tuple[Phrase, ...]:
     """One phrase per line: the mean of what the contexts are encoded to with it behind them."""
-    return tuple(in_contexts(clip, phrase, contexts) for phrase in encode_lines(clip, text, name))
+    return tuple(in_contexts(clip, phrase, contexts, beside) for phrase in encode_lines(clip, text, name))
 
 
-def in_contexts(clip: Any, phrase: Phrase, contexts: Sequence[str]) -> Phrase:
+def in_contexts(clip: Any, phrase: Phrase, contexts: Sequence[str], beside: dict[str, Any]) -> Phrase:
     texts = [f"{context} {phrase.text}" for context in contexts]
-    encodings_, pooled = encodings(clip, texts)
-    own = [own_tokens(clip, text, x.shape[1]) for text, x in zip(texts, encodings_, strict=True)]
-    tokens = mean(of_one_length(encodings_), phrase.text)
+    found = [encoded(clip, text) for text in texts]
+    own = [own_tokens(clip, text, each.tokens.shape[1]) for text, each in zip(texts, found, strict=True)]
+    tokens = mean_of(of_one_length(found), phrase.text, beside)
     return replace(
         phrase,
         tokens=tokens,
         own=tuple(i for i in sorted({i for each in own for i in each}) if i < tokens.shape[1]),
-        like=tuple(map(rows_of, encodings_, own)),
-        pooled=mean_pooled(pooled),
+        like=tuple(rows_of(each.tokens, mine) for each, mine in zip(found, own, strict=True)),
+        pooled=mean_pooled([each.pooled for each in found]),
     )
 
 
@@ -142,10 +168,12 @@ def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def encode_lines(clip: Any, text: str, name: str) -> tuple[Phrase, ...]:
+def encode_lines(clip: Any, text: str, name: str, beside: dict[str, Any] | None = None) -> tuple[Phrase, ...]:
+    """beside: as a Concept's, is given the phrases'."""
     phrases = []
     for line in lines_of(text):
-        tokens, pooled = encoded(clip, line)
+        tokens, pooled, _ = encoding = encoded(clip, line)
+        mean_of([encoding], name, {} if beside is None else beside)
         own = own_tokens(clip, line, tokens.shape[1])
         if not own:
             raise ValueError(f'{name}: the text encoder finds no word in "{line}"; write a word, or drop the line')
@@ -170,6 +198,11 @@ def concept_from_conditioning(
     kept = phrases_of(keep, "keep", f"{name}, kept") if keep is not None else ()
     given = {"empty": empty, "neutral": neutral, "instead": instead}
     means = {what: mean(checked(entries, what), what) for what, entries in given.items() if entries is not None}
+    beside: dict[str, tuple[Mapping[str, Tensor], ...]] = {}
+    for what, entries in {"conditioning": conditioning, "keep": keep, **given}.items():
+        groups = [entries or ()] if what in given else [[entry] for entry in entries or ()]
+        for group in filter(None, groups):
+            mean_of([encoding_of(entry) for entry in group], what, beside)
     width = phrases[0].tokens.shape[-1]
     for what, tokens in (*means.items(), *(("keep", phrase.tokens) for phrase in kept)):
         if tokens.shape[-1] != width:
@@ -186,7 +219,14 @@ def concept_from_conditioning(
         instead=means.get("instead"),
         pooled=mean_pooled(pooled_in(neutral or empty or ())),
         pooled_instead=mean_pooled(pooled_in(instead or ())),
+        beside=beside,
     )
+
+
+def encoding_of(entry: Sequence[Any]) -> Encoding:
+    """Of an entry of a CONDITIONING."""
+    (tokens,) = checked([entry], "conditioning")
+    return Encoding(tokens, None, said_beside(entry[1]) if len(entry) > 1 else {})
 
 
 def phrases_of(conditioning: Sequence[Any], what: str, name: str) -> tuple[Phrase, ...]:
@@ -205,13 +245,30 @@ def pooled_in(conditioning: Sequence[Any]) -> list[Tensor | None]:
     return [pooled_of(entry[1].get("pooled_output")) if len(entry) > 1 else None for entry in conditioning]
 
 
-def of_one_length(encodings: Sequence[Tensor]) -> list[Tensor]:
-    """Where a text encoder does not pad, those of the commonest length, [1, T, W] each; else all of them."""
-    lengths = [tokens.shape[1] for tokens in encodings]
+def of_one_length(encodings: Sequence[Encoding]) -> list[Encoding]:
+    """Where a text encoder does not pad, those of the commonest length; else all of them."""
+    lengths = [each.tokens.shape[1] for each in encodings]
     if all(length % CONTEXT == 0 for length in lengths):
         return list(encodings)  # pieces of prompt: one of two pieces is too long, and `mean` says so
     commonest = max(lengths, key=lengths.count)
-    return [tokens for tokens in encodings if tokens.shape[1] == commonest]
+    return [each for each in encodings if each.tokens.shape[1] == commonest]
+
+
+def mean_of(encodings: Sequence[Encoding], name: str, beside: dict[str, Any]) -> Tensor:
+    """[1, T, W]; beside: as a Concept's, is given that mean's."""
+    tokens = mean([each.tokens for each in encodings], name)
+    if all(each.beside for each in encodings):
+        beside[digest((tokens[0],))] = beside_mean([{"tokens": each.tokens, **each.beside} for each in encodings], name)
+    return tokens
+
+
+def beside_mean(said: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Mapping[str, Tensor], ...]:
+    """Llama's states are as good as their mean; T5's tokens have none: then all of it, each with its encoding."""
+    if not all(LLAMA in each for each in said):
+        return tuple(said)
+    if len({each[LLAMA].shape for each in said}) > 1:
+        raise ValueError(f"{name} mixes prompts of several lengths; keep each of its lines under 75 tokens")
+    return ({LLAMA: torch.cat([each[LLAMA] for each in said]).mean(0, keepdim=True)},)
 
 
 def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
@@ -223,22 +280,27 @@ def mean(encodings: Sequence[Tensor], name: str) -> Tensor:
 
 def encode(clip: Any, text: str) -> Tensor:
     """[1, T, W] fp32 on the CPU."""
-    return encoded(clip, text)[0]
+    return encoded(clip, text).tokens
 
 
-def encoded(clip: Any, text: str) -> tuple[Tensor, Tensor | None]:
-    """And the pooled text [1, P], if the encoder makes one; both fp32 on the CPU."""
-    tokens, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+def encoded(clip: Any, text: str) -> Encoding:
+    """In fp32."""
+    pieces = clip.tokenize(text)
+    asked = [name for encoder, names in BESIDE.items() if encoder in pieces for name in names]
+    if asked:
+        given = dict(clip.encode_from_tokens(pieces, return_pooled=True, return_dict=True))
+        tokens, pooled = given.pop("cond"), given.pop("pooled_output")
+    else:
+        (tokens, pooled), given = clip.encode_from_tokens(pieces, return_pooled=True), {}
     tokens, pooled = undoubled(stored(tokens)), pooled_of(pooled)
     if not all(torch.isfinite(x).all() for x in (tokens, pooled) if x is not None):
         raise ValueError(f'clip encodes "{text}" to NaN or infinity; run the text encoder in fp32')
-    return tokens, pooled
+    return Encoding(tokens, pooled, said_beside(given, asked))
 
 
-def encodings(clip: Any, lines: Sequence[str]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The same of some lines."""
-    found = [encoded(clip, line) for line in lines]
-    return [tokens for tokens, _ in found], [pooled for _, pooled in found]
+def said_beside(given: Mapping[str, Any], asked: Sequence[str] = (LLAMA, *IDS)) -> dict[str, Tensor]:
+    """What a conditioning says of its prompt beside the encoding."""
+    return {name: x.detach().to("cpu", copy=True) for name in asked if isinstance(x := given.get(name), Tensor)}
 
 
 def pooled_of(pooled: Any) -> Tensor | None:

@@ -55,6 +55,8 @@ class Concept(Shared):
     instead: what is drawn in its place, [1, T, W], and its text; None: what it is compared with.
     ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py.
     pooled, pooled_instead: as the phrases', [1, P], of what it is compared with, and of what is drawn in its place.
+    beside: of an encoding, by its digest, what its text encoder says of the prompt beside it, for models that read that
+    as well (encode.BESIDE): of each of the prompts that it is the mean of.
     """
 
     socket = "concept"  # what nodes call an input that takes one
@@ -73,6 +75,7 @@ class Concept(Shared):
     kind: Literal["thing", "style"] = (
         "thing"  # of a style, phrases are what ordinary prompts become with it (encode.py)
     )
+    beside: Mapping[str, tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         encodings = [phrase.tokens for phrase in (*self.phrases, *self.keep)]
@@ -103,7 +106,8 @@ class Concept(Shared):
     def key(self) -> str:
         later = [x for x in (*self.ordinary, self.instead, self.pooled, self.pooled_instead) if x is not None]
         phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))
-        return digest((self.baseline_key, *phrases, *later))
+        further = [x for prompts in self.beside.values() for said in prompts for x in said.values()]
+        return digest((self.baseline_key, *phrases, *later, *further))
 
 
 @dataclass(frozen=True, eq=False)

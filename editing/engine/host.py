@@ -475,7 +475,9 @@ def apply_model(executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **k
         def look(first: Watch) -> None:
             """One more model call, of the unedited model, whose result nobody needs."""
             holder[key] = run.install(options, run.plan((), *place), served, first)
-            executor(x, t, *map(unused, arguments), **{name: unused(value) for name, value in kwargs.items()})
+            call = holder[key][CALL]
+            given = [unused(value) for value in arguments], {name: unused(value) for name, value in kwargs.items()}
+            run.backbone.prepare(run, call, ModelCall.of(x, t, *given), executor).through(executor)
 
         sigma = float(options.get("sigmas", t).max())  # the one look at the device per call
         active = run.decide(run.active(specs, sigma), served.images, served.window, look)

@@ -5,8 +5,9 @@ Made at the first model call that needs it, when the weights are loaded and patc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from torch import Tensor
 from ..edits.blocks import BlockKey, select_blocks
 from ..edits.method import OnText, OnValues
 from ..edits.spec import EditSpec
-from ..methods.attention import attend, logits, split_heads
+from ..methods.attention import attend, attend_and_weigh, logits, split_heads
 from ..methods.eiup import reweighted, share
-from ..methods.found import Found, Kept
+from ..methods.found import Found, Kept, Weight
 from ..methods.kpop import append
-from ..methods.said import UNKNOWN, said_test
+from ..methods.said import UNKNOWN, Said, said_test
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
@@ -37,13 +38,19 @@ class Steering:
     """Concepts that are solved together in one attention, their prompts by length; the baseline, if any, is the very
     first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M].
 
-    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit.
+    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit;
+    least: what they say at the least.
     """
 
     def __init__(
-        self, group: Solved, bind: Callable[[TokenSet], KV], values: Callable[[Tensor], Tensor | None] = lambda _: None
+        self,
+        group: Solved,
+        bind: Callable[[TokenSet], KV],
+        tests: Mapping[int, Said] = MappingProxyType({}),
+        least: float = 0.0,
     ) -> None:
-        self.group = group
+        self.least = least
+        self.group, self.tests = group, {i: test for i, test in tests.items() if i in group.tested}
         sets = (group.phrases, group.keep, group.instead)
         self.prompts, self.keep, self.instead = ([bind(part) for part in parts] for parts in sets)
         self.owner = torch.cat([kv.owner for kv in self.prompts])
@@ -56,44 +63,57 @@ class Steering:
         if self.instead:
             replaced = [owner for part in group.instead for owner in part.owner]
             self.place = [replaced.index(i) if i in replaced else -1 for i in self.owners]
-        found = {i: said_test(concept, values) for i, concept in group.tested.items()}
-        self.tests = {i: test for i, test in found.items() if test is not None}
 
     def found(self, A: Tensor, q: Tensor, said: Tensor | None = None) -> Found:
         """What the queries find. A, q: [R, N, H, d]; said: of the rows, [K, R, 1]."""
-        At, A0, Ar = found_in(self.prompts, q), None, None
+        (At, Z), (drawn, Zr) = found_in(self.prompts, q), found_in(self.instead, q)
+        A0, Ar = None, None
         if self.group.compared:
             A0, At = At[0], At[1:]
         if self.instead:
-            drawn = [*found_in(self.instead, q), torch.zeros_like(A) if A0 is None else A0]
-            Ar = torch.stack([drawn[i] for i in self.place])
-        return Found(A, At, A0, Ar, Kept(found_in(self.keep, q), self.kept_for) if self.keep else None, said)
+            every = [*drawn, torch.zeros_like(A) if A0 is None else A0]
+            Ar = torch.stack([every[i] for i in self.place])
+        kept = Kept(found_in(self.keep, q)[0], self.kept_for) if self.keep else None
+        return Found(A, At, A0, Ar, kept, said, self.weight(Z, Zr))
+
+    def weight(self, Z: Tensor, drawn: Tensor) -> Weight | None:
+        """Beside a picture. Z: the logs of the prompts' weights; drawn: of what is drawn instead; [M, R, N, H, 1]."""
+        if not len(Z):
+            return None
+        remains, Z = (Z[:1].expand_as(Z[1:]), Z[1:]) if self.group.compared else (Z, Z)
+        if self.instead:
+            places = zip(self.place, remains, strict=True)
+            remains = torch.stack([drawn[i] if i >= 0 else otherwise for i, otherwise in places])
+        return Weight(remains - Z)
 
     def said(self, v: Tensor) -> Tensor | None:
-        """How surely the tokens of values v [R, L, C] say each phrase's concept: [K, R, 1]; None: nobody asks."""
+        """How surely tokens of values v [R, L, C] say each phrase's concept: [K, R, 1]; None: nobody asks."""
         if not self.tests:
             return None
         of = {i: test(v).amax(0) for i, test in self.tests.items()}
         unknown = torch.full((len(v), 1), UNKNOWN, device=v.device)
-        return torch.stack([of.get(i, unknown) for i in self.owners])
+        return torch.stack([of.get(i, unknown) for i in self.owners]).clamp_min(self.least)
 
     def projection(
         self, A: Tensor, q: Tensor, v: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None
-    ) -> Tensor:
-        """What they take away. A, q: [R, N, H, d]; v: [R, L, C]; s: [edits, R]; returns fp32 [R, N, H, d]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """What they take away, fp32 [R, N, H, d], and where texts are weighed what the prompt's log Z gains by it,
+        [R, N, H, 1]. A, q: [R, N, H, d]; v: [R, L, C]; s: [edits, R]."""
         s = (s[self.owner] * self.scale[:, None])[:, :, None]
         sets = len(s) + sum(len(kv.owner) for kv in (*self.keep, *self.instead))
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         s = s[1:] if self.group.compared else s
         where: list[Tensor] = []  # at the positions of each piece
         said = self.said(v)
-        pieces = [
-            self._project(self.found(*piece, said), s, observe, where.append)
-            for piece in zip(A.split(step, 1), q.split(step, 1), strict=True)
-        ]
+        pieces, gained = [], []
+        for piece in zip(A.split(step, 1), q.split(step, 1), strict=True):
+            found = self.found(*piece, said)
+            pieces.append(self._project(found, s, observe, where.append))
+            if found.weight is not None and found.weight.gained is not None:
+                gained.append(found.weight.gained)
         if note is not None and where:
             note(self.owners, where[0] if len(where) == 1 else torch.cat(where, -1))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        return along_positions(pieces), along_positions(gained) if gained else None
 
     def _project(self, found: Found, s: Tensor, observe: Observer | None, note: Callable[[Tensor], None]) -> Tensor:
         """The same for some positions; s: [K, R, 1]."""
@@ -102,14 +122,36 @@ class Steering:
         return self.group.method.taken(found, s, self.group.options, note)
 
 
-def found_in(prompts: Sequence[KV], q: Tensor) -> Tensor:
-    """What the queries [R, N, H, d] find in each prompt: [M, R, N, H, d]."""
-    found = [attend(q, kv.K, kv.V) for kv in prompts]
-    return found[0] if len(found) == 1 else torch.cat(found)
+def tests_of(groups: Iterable[Solved], values: Callable[[Tensor], Tensor | None]) -> dict[int, Said]:
+    """Of the edits whose concepts bring examples; values: as `said_test` has them."""
+    found = {i: said_test(concept, values) for group in groups for i, concept in group.tested.items()}
+    return {i: test for i, test in found.items() if test is not None}
+
+
+def found_in(prompts: Sequence[KV], q: Tensor) -> tuple[Tensor, Tensor]:
+    """What the queries [R, N, H, d] find in each prompt, [M, R, N, H, d]; and the log of its weight beside a picture,
+    [M, R, N, H, 1], if its keys are those of a model call (streams.py)."""
+    found, weights = [], []
+    for kv in prompts:
+        if kv.K.ndim == 5:
+            A, Z = attend_and_weigh(q, kv.K, kv.V)
+            weights.append(Z)
+        else:
+            A = attend(q, kv.K, kv.V)
+        found.append(A)
+    return stacked(found), stacked(weights)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts)) if parts else torch.empty(0)
+
+
+def along_positions(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), 1)
 
 
 class BlockEdits:
-    """What happens to one attention's output."""
+    """What happens to one attention's output. tests: of the prompt's tokens, where they are the same in all."""
 
     def __init__(
         self,
@@ -119,6 +161,7 @@ class BlockEdits:
         device: torch.device,
         dtype: torch.dtype,
         streams: Streams | None = None,
+        tests: Mapping[int, Said] | None = None,
     ) -> None:
         def bind(tokens: TokenSet) -> KV:
             if streams is not None:
@@ -130,8 +173,12 @@ class BlockEdits:
 
         self.heads = backbone.blocks[key].heads
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
-        self.steering = [Steering(group, bind, values) for group in sets.solved]
-        self.then = None if sets.then is None else BlockEdits(sets.then, backbone, key, device, dtype, streams)
+        if tests is None:
+            self.steering = [Steering(group, bind, tests_of([group], values)) for group in sets.solved]
+        else:  # encodings say less surely than values that a word is not there: they never raise a floor
+            self.steering = [Steering(group, bind, tests, UNKNOWN) for group in sets.solved]
+        then = sets.then
+        self.then = None if then is None else BlockEdits(then, backbone, key, device, dtype, streams, tests)
 
     def apply(
         self,
@@ -143,13 +190,16 @@ class BlockEdits:
         foreign: bool,
         observe: Observer | None,
         note: Note | None = None,
-    ) -> Tensor:
-        """The edited A. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; returns fp32 or A's dtype [R, N, C].
+        text: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The edited A, fp32 or A's dtype [R, N, C], and what the prompt's log Z gains where texts are weighed, [R, N,
+        H, 1]. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; text: [R, L, W], whose
+        tokens say a concept, if v do not.
 
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
         given = q, k, v, s
-        tokens = v
+        tokens = v if text is None else text
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         if self.joined:
             base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2) if foreign else A
@@ -158,10 +208,14 @@ class BlockEdits:
             A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
         # All from the same A:
         taken = [steering.projection(A, q, tokens, s, observe, note) for steering in self.steering]
-        for part in taken:
+        for part, _ in taken:
             A = A.float() - part
+        gained = [gain for _, gain in taken if gain is not None]
         A = A.flatten(-2)
-        return A if self.then is None else self.then.apply(A, *given, foreign=True, observe=observe, note=note)
+        if self.then is not None:
+            A, more = self.then.apply(A, *given, foreign=True, observe=observe, note=note, text=text)
+            gained += [] if more is None else [more]
+        return A, torch.stack(gained).sum(0) if gained else None
 
 
 def projected(to_v: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -197,12 +251,15 @@ class Plan:
                 if not backbone.streamed:
                     self.blocks[key] = BlockEdits(gathered[here], backbone, key, device, dtype)
         self.prompts = list(prompts_of(gathered.values())) if backbone.streamed else []
+        stages = [stage for sets in gathered.values() for stage in sets.stages] if backbone.streamed else []
+        solved = [group for stage in stages for group in stage.solved]
+        self.tests = tests_of(solved, lambda rows: rows.to(device))  # of a text that no block has changed yet
 
     def edits(self, key: BlockKey, streams: Streams | None) -> BlockEdits | None:
         """What happens to one attention's output in a model call with these streams."""
         if streams is None or key not in self.sets:
             return self.blocks.get(key)
-        return BlockEdits(self.sets[key], self.backbone, key, self.device, self.dtype, streams)
+        return BlockEdits(self.sets[key], self.backbone, key, self.device, self.dtype, streams, self.tests)
 
     def _find_values(self, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
         """The edits of the text that values are made of, attention by attention."""

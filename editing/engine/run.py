@@ -44,11 +44,17 @@ class Call(Shared):
     watched: Collection[BlockKey] = ()
     previous: Mapping[Any, Attention] = field(default_factory=dict)  # other packs' replacements of an attention
     streams: Streams | None = None  # where a backbone needs them
+    seen: Streams | None = None  # the watch's
     place: Any = None  # of its tokens, for such a backbone
     # For the account: the attentions whose output was edited, whose text was, and where something was found.
     reached: dict[BlockKey, None] = field(default_factory=dict)
     read: dict[BlockKey, None] = field(default_factory=dict)
     noted: list[Noted] = field(default_factory=list)
+
+    @property
+    def who(self) -> str:
+        """The node that asks, for errors."""
+        return self.plan.specs[0].node if self.plan.specs or self.watch is None else self.watch.node
 
     def note(self, rows: Rows, shape: Sequence[int], owner: Sequence[int], found: Tensor) -> None:
         """Put down what was found, [K, R, N]. shape: the picture's at that attention, [B, C, h, w]."""
@@ -281,7 +287,7 @@ class Run(Shared):
         if edited is None:
             return A
         i = edited.index
-        return put(A, i, self.edited(key, edited, A[i], q[i], k[i], v[i], extra, foreign))
+        return put(A, i, self.edited(key, edited, A[i], q[i], k[i], v[i], extra, foreign)[0])
 
     def edited(
         self,
@@ -293,8 +299,11 @@ class Run(Shared):
         v: Tensor,
         extra: dict[str, Any],
         foreign: bool = False,
-    ) -> Tensor:
-        """The same for the edited rows alone: A, q: [R, N, C]; k, v: [R, L, C]; returns fp32 or A's dtype."""
+        text: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for the edited rows alone: A, q: [R, N, C]; k, v: [R, L, C]; returns fp32 or A's dtype, and what the
+        prompt's log Z gains beside a picture, [R, N, H, 1]. text: [R, L, W], whose tokens say a concept, if v do not.
+        """
         call: Call = extra[CALL]
         edits = call.plan.edits(key, call.streams)
         assert edits is not None
@@ -302,7 +311,7 @@ class Run(Shared):
         note = partial(call.note, rows, extra.get("activations_shape") or (1, q.shape[1]))
         observe = extra.get(OBSERVER)
         observer = observe and partial(observe, block=key, specs=call.plan.specs)
-        return edits.apply(A, q, k, v, rows.s, foreign, observer, note)
+        return edits.apply(A, q, k, v, rows.s, foreign, observer, note, text)
 
     def text(self, key: BlockKey, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The text that an attention makes keys and values of, as the edits leave it. context, value: [B, L, W]."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..edits.blocks import BlockKey
-from ..edits.digest import Shared, digest
+from ..edits.digest import Shared
 from ..methods.tokens import TokenSet, TokenSets
 from .binding import KV
 
@@ -82,25 +82,22 @@ class Streams(Shared):
     found: dict[tuple[BlockKey, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def keys_values(self, key: BlockKey, tokens: TokenSet) -> KV:
-        found = [self.found[key, name] for name in names_of(tokens)]
+        found = [self.found[key, name] for name in tokens.named]
         K, V = (torch.stack(each) for each in zip(*found, strict=True))
         return KV.of(tokens, K, V)
 
 
-def names_of(tokens: TokenSet) -> tuple[str, ...]:
-    """The same for prompts of the same encoding."""
-    if tokens.names is None:
-        tokens.names = tuple(digest((each,)) for each in tokens.k.detach().cpu())
-    return tokens.names
+Prompts = tuple[list[str], Tensor, dict[str, Tensor]]
 
 
-def prompts_of(sets: Iterable[TokenSets]) -> Iterator[tuple[list[str], Tensor]]:
-    """All prompts that are needed, each once, by length: their names and encodings [M, T, W]."""
-    by_length: dict[int, dict[str, Tensor]] = {}
-    for each in (every for some in sets for every in ((some,) if some.then is None else (some, some.then))):
-        solved = [part for group in each.solved for part in (*group.phrases, *group.keep, *group.instead)]
-        for tokens in (*each.joined, *each.separate, *solved):
-            for name, row in zip(names_of(tokens), tokens.k, strict=True):
-                by_length.setdefault(len(row), {})[name] = row
+def prompts_of(sets: Iterable[TokenSets]) -> Iterator[Prompts]:
+    """All prompts that are needed, each once, by length: their names, encodings [M, T, W], and what stands beside them,
+    [M, ..] each."""
+    by_length: dict[int, dict[str, tuple[Tensor, Mapping[str, Tensor]]]] = {}
+    for tokens in (tokens for each in sets for tokens in each.all):
+        beside = tokens.beside or [()] * len(tokens.k)
+        for name, row, said in zip(tokens.named, tokens.k, beside, strict=True):
+            by_length.setdefault(len(row), {})[name] = row, said[0] if said else {}
     for rows in by_length.values():
-        yield list(rows), torch.stack(list(rows.values()))
+        encodings, beside = zip(*rows.values(), strict=True)
+        yield list(rows), torch.stack(encodings), {name: torch.cat([x[name] for x in beside]) for name in beside[0]}

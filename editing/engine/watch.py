@@ -7,9 +7,8 @@ prompt's output is like the concept's, and edits act.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,9 @@ from ..edits.digest import Shared
 from ..edits.spec import Concept, EditSpec
 from ..methods import eiup
 from ..methods.attention import logits, split_heads
-from ..methods.tokens import TokenSet
+from ..methods.tokens import TokenSet, TokenSets, gather
 from .backbone import Backbone
+from .binding import KV
 from .plan import Steering
 
 
@@ -43,11 +43,6 @@ class Watch(Shared):
 
     def admitted(self, backbone: Backbone) -> Collection[BlockKey]:
         """The attentions that it looks at; raises if the concept does not suit the model."""
-        if backbone.streamed:
-            raise ValueError(
-                f"{self.node}: cannot look for concepts in {backbone.name}, whose text and picture share an attention; "
-                "connect a model with cross-attention, or ask the account of an edit where it acted"
-            )
         for edit in self.edits:
             backbone.admit(edit)
         return backbone.chosen(self.blocks, self.node)
@@ -63,27 +58,34 @@ class Watch(Shared):
         rows: Sequence[int],
         images: int,
         shape: Sequence[int],
+        bind: Callable[[TokenSet], KV] | None = None,
     ) -> None:
         """One attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
 
-        rows: the positive prompts' rows, all images of one before the next; the prompts count alike.
+        rows: the positive prompts' rows, all images of one before the next; the prompts count alike. bind: what the
+        concept is there, if not what the attention's own weights make of it.
         """
+        bind = bind or (lambda tokens: backbone.keys_values(key, tokens, q.dtype))
         A, q, k = (split_heads(x[list(rows)], backbone.blocks[key].heads) for x in (A, q, k))
-        found = torch.stack([self._found(backbone, key, A, q, k, p) for p in range(len(self.phrases))])  # [P, R, N]
+        found = torch.stack([self._found(bind, A, q, k, p) for p in range(len(self.phrases))])  # [P, R, N]
         maps = found.unflatten(1, (-1, images)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
-    def _found(self, backbone: Backbone, key: BlockKey, A: Tensor, q: Tensor, k: Tensor, p: int) -> Tensor:
-        """A, q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
-
-        def bind(tokens: TokenSet) -> Any:
-            return backbone.keys_values(key, tokens, q.dtype)
-
+    def sets(self, device: torch.device) -> list[TokenSets]:
+        """What it needs of an attention, phrase by phrase."""
         if self.evidence == "alike":
-            (group,) = eiup.METHOD.token_sets([(0, self.edits[p])], q.device).solved
+            return [gather([edit], [0], device) for edit in self.edits]
+        tokens = [phrase.tokens.to(device) for phrase in self.phrases]
+        return [TokenSets(separate=[TokenSet([0], each, each)]) for each in tokens]
+
+    def _found(self, bind: Callable[[TokenSet], KV], A: Tensor, q: Tensor, k: Tensor, p: int) -> Tensor:
+        """A, q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
+        sets = self.sets(q.device)[p]
+        if self.evidence == "alike":
+            (group,) = sets.solved
             return eiup.where_alike(Steering(replace(group, tested={}), bind).found(A, q))[0]
-        own, tokens = list(self.phrases[p].own), self.phrases[p].tokens.to(q.device)
-        K = bind(TokenSet([0], tokens, tokens)).K  # [1, T, H, d]
+        own = list(self.phrases[p].own)
+        K, _ = bind(sets.separate[0]).single  # [1 or R, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]
         if self.evidence == "share":
             A_e = A_e * eiup.share(q, k, [K[:, own]])[0, ..., 0]

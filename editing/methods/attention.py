@@ -32,6 +32,17 @@ def attend(q: Tensor, K: Tensor, V: Tensor) -> Tensor:
     return out.transpose(1, 2).unflatten(1, q.shape[:-2])
 
 
+def attend_and_weigh(q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend` to M token sets that differ from row to row, and the log of their weights: [M, R, N, H, d], and fp32
+    [M, R, N, H, 1]. q: [R, N, H, d]; K, V: [M, R, T, H, d]."""
+    queries = q.expand(K.shape[0], *q.shape).flatten(0, 1)
+    found = found_and_weight(queries, K.flatten(0, 1), V.flatten(0, 1))
+    if found is None:
+        return attend(q, K, V), torch.stack([logits(q, k).logsumexp(-1).transpose(1, 2)[..., None] for k in K])
+    A, Z = (x.unflatten(0, K.shape[:2]) for x in found)
+    return A, Z[..., None]
+
+
 def found_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
     """softmax(q k^T / sqrt d) v, [R, N, H, d], and log sum_j exp(q k_j / sqrt d), fp32 [R, N, H], by a kernel that
     never holds all of q k^T; None where torch has none, or gradients are asked for. q: [R, N, H, d]; k, v: [R, L, H,

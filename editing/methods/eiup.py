@@ -129,6 +129,8 @@ def steered(found: Found, s: Tensor, note: Callable[[Tensor], None] | None = Non
     E, x = where_alike(found), less(found.At, found.A0 if found.Ar is None else found.Ar, "full")
     if note is not None:
         note(E)
+    if found.weight is not None:
+        found.weight.taken((s * E)[..., None, None])
     return ((s * E)[..., None, None] * x).sum(0).reshape(found.A.shape)
 
 

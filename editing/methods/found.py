@@ -15,13 +15,29 @@ class Kept:
     of: Tensor
 
 
+@dataclass
+class Weight:
+    """Of texts beside the picture in one attention: a text weighs Z = sum_j exp(q k_j / sqrt d) there.
+
+    more: log Z of what remains less log Z of each phrase, [K, ..., H, 1]; gained: by the prompt's log Z, [..., H, 1],
+    once a method has said what it takes away.
+    """
+
+    more: Tensor
+    gained: Tensor | None = None
+
+    def taken(self, c: Tensor) -> None:
+        """c: how much of each phrase, [K, ..., H or 1, 1]. Whoever takes all of one, or more, takes its weight once."""
+        self.gained = (c.clamp(0, 1) * self.more).sum(0)
+
+
 @dataclass(frozen=True)
 class Found:
     """Of R rows and N positions: A in the prompt, [R, N, H, d], and what the same queries find elsewhere.
 
     At: in each phrase, [K, R, N, H, d]; A0: in the baseline, [R, N, H, d]; Ar: in what is to be drawn in each phrase's
     place, [K, R, N, H, d]; kept: in the neighbours. said: how surely the prompt's own tokens say each phrase, 0 to 1,
-    [K, R, 1] (said.py). What is None is not there.
+    [K, R, 1] (said.py); weight: where text and picture share the attention. What is None is not there.
     """
 
     A: Tensor
@@ -30,3 +46,4 @@ class Found:
     Ar: Tensor | None = None
     kept: Kept | None = None
     said: Tensor | None = None
+    weight: Weight | None = None

@@ -10,6 +10,9 @@ both the value and the threshold found from examples, in each attention apart; o
 
 over the tokens j of a prompt. Where high <= low the attention cannot tell the concept, and says 0. What a position
 finds (cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
+
+In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x, which tell
+less surely that a word is not there, and so only ever lower a floor.
 """
 
 from __future__ import annotations

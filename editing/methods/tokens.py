@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..edits.digest import digest
 from ..edits.method import Method, methods
 from ..edits.spec import Concept, EditSpec, Phrase
 
@@ -19,6 +20,8 @@ class TokenSet:
 
     owner: the edit that each belongs to; own: the positions of each set's own tokens, where they are evidence
     (eiup.py); scale: of each set, times its edit's strength, all 1 if empty; names: once asked for (engine/streams.py).
+    beside: of each set, as its Concept has it, nothing for a text encoder that says no more; adapted: [M, L, W], once a
+    model has made its own text of them.
     """
 
     owner: list[int]
@@ -28,6 +31,15 @@ class TokenSet:
     own: list[tuple[int, ...]] = field(default_factory=list)
     scale: list[float] = field(default_factory=list)
     names: tuple[str, ...] | None = None
+    beside: Sequence[tuple[Mapping[str, Tensor], ...]] = ()
+    adapted: Tensor | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The same for prompts of the same encoding."""
+        if self.names is None:
+            self.names = tuple(digest((each,)) for each in self.k.detach().cpu())
+        return self.names
 
 
 @dataclass
@@ -65,6 +77,18 @@ class TokenSets:
     solved: list[Solved] = field(default_factory=list)
     then: TokenSets | None = None
 
+    @property
+    def stages(self) -> Iterator[TokenSets]:
+        yield self
+        yield from () if self.then is None else self.then.stages
+
+    @property
+    def all(self) -> Iterator[TokenSet]:
+        for stage in self.stages:
+            yield from (*stage.joined, *stage.separate)
+            for group in stage.solved:
+                yield from (*group.phrases, *group.keep, *group.instead)
+
 
 def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device) -> TokenSets:
     """The token sets of the edits specs[i], i in `here`, on the device."""
@@ -81,6 +105,9 @@ def gather(specs: Sequence[EditSpec], here: Sequence[int], device: torch.device)
             sets.separate += more.separate
             sets.solved += more.solved
     sets.solved.sort(key=lambda group: group.key)
+    if beside := {name: said for i in here for name, said in getattr(specs[i].source, "beside", {}).items()}:
+        for tokens in sets.all:
+            tokens.beside = [beside.get(name, ()) for name in tokens.named]
     return sets
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
 from .. import methods as _methods  # noqa: F401  registers the methods
+from ..edits.families import TRANSFORMERS, UNETS
 from ..edits.method import methods
 from ..files.header import HEADER, Twins, json_of
 from . import versions
@@ -35,7 +36,8 @@ MAX_PHRASES = 256  # in the whole document: each costs a cross-attention at ever
 MOST_EDITS = 32
 
 
-Base = Literal["SD1.x", "SD2.x", "SDXL"]
+Base = Literal[(*UNETS, *TRANSFORMERS)]  # type: ignore[valid-type]
+FOR_TRANSFORMERS = since(4, "models that are transformers")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -58,7 +60,7 @@ class Preset(Part):
     description: Prose = ""
     author: Line = ""
     licence: Line = ""
-    base_models: Annotated[tuple[Base, ...], Field(max_length=3)] = ()
+    base_models: Annotated[tuple[Base, ...], Field(max_length=len(get_args(Base)))] = ()
     edits: tuple[SerializeAsAny[Edit], ...]
     files: Annotated[tuple[Embedded, ...], Field(max_length=32)] = ()
     measured: Annotated[tuple[Measured, ...], Field(max_length=16), since(3, "what it was measured to do")] = ()
@@ -67,6 +69,12 @@ class Preset(Part):
     def unmeasured(self) -> Preset:
         """The same without what was measured of it."""
         return self.model_copy(update={"measured": ()})
+
+    @property
+    def further(self) -> Iterator[versions.Since]:
+        """What it uses that no field says."""
+        if set(self.base_models) & set(TRANSFORMERS):
+            yield FOR_TRANSFORMERS
 
     def made_for(self, family: str) -> bool:
         """Whether it is for a model's family (engine.backbone.Backbone), or says nothing of it."""

@@ -46,11 +46,12 @@ def stamp(preset: BaseModel) -> dict[str, Any]:
 
 
 def used(value: Any) -> Iterator[Since]:
-    """The marks of all fields, at any depth, that are not as they are by default."""
+    """The marks of all fields, at any depth, that are not as they are by default, and of what a part says besides."""
     if isinstance(value, tuple):
         for each in value:
             yield from used(each)
     if isinstance(value, BaseModel):
+        yield from getattr(value, "further", ())
         for name, field in type(value).model_fields.items():
             each = getattr(value, name)
             if each != field.default:

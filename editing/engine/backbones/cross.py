@@ -8,9 +8,9 @@ the projections around them are watched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from ...edits.blocks import BlockKey
 from ...edits.digest import Shared, digest
+from ...edits.encode import IDS
+from ...methods.attention import split_heads
+from ...methods.tokens import TokenSet
 from ..backbone import Backbone, register_backbone
+from ..binding import KV
 from ..run import CALL, Call, Run
 from ..streams import ModelCall
-from .joint import OVERRIDE, attribute, through
+from .joint import OVERRIDE, admit_beside, attribute, through
 
 
 @dataclass
@@ -40,7 +44,8 @@ class Family:
 
     width: of the text that it is called with; dim: of a token of the picture; heads: of an attention; patch: of height
     and width; to_k, to_v: of a network, one of its attentions and a text; overridden: whether the attentions ask for
-    an override.
+    an override; adapted: of a network, a text, its T5 tokens [1, n] and their weights [1, n, 1] to the text that it is
+    called with, where that is not the encoding.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Family:
     to_k: Callable[[Any, Any, Tensor], Tensor]
     to_v: Callable[[Any, Any, Tensor], Tensor]
     overridden: bool = True
+    adapted: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def captioned(network: Any, attn: Any, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -60,6 +66,21 @@ def captioned(network: Any, attn: Any, tokens: Tensor) -> tuple[Tensor, ...]:
     return attn.kv_linear(network.y_embedder(tokens[:, None], False)[:, 0]).chunk(2, -1)
 
 
+def k_of_cosmos(network: Any, attn: Any, tokens: Tensor) -> Tensor:
+    return attn.k_norm(attn.k_proj(tokens).unflatten(-1, (attn.n_heads, -1))).flatten(-2)
+
+
+COSMOS = Family(
+    "Cosmos-Predict2",
+    "MiniTrainDIT",
+    "Attention",
+    attribute("blocks.0.cross_attn.context_dim"),
+    attribute("model_channels"),
+    attribute("num_heads"),
+    attribute("patch_spatial"),
+    k_of_cosmos,
+    lambda network, attn, tokens: attn.v_proj(tokens),
+)
 FAMILIES = (
     Family(
         "Wan",
@@ -72,16 +93,13 @@ FAMILIES = (
         lambda network, attn, tokens: attn.norm_k(attn.k(network.text_embedding(tokens))),
         lambda network, attn, tokens: attn.v(network.text_embedding(tokens)),
     ),
-    Family(
-        "Cosmos-Predict2",
-        "MiniTrainDIT",
-        "Attention",
-        attribute("blocks.0.cross_attn.context_dim"),
-        attribute("model_channels"),
-        attribute("num_heads"),
-        attribute("patch_spatial"),
-        lambda network, attn, tokens: attn.k_norm(attn.k_proj(tokens).unflatten(-1, (attn.n_heads, -1))).flatten(-2),
-        lambda network, attn, tokens: attn.v_proj(tokens),
+    COSMOS,
+    replace(
+        COSMOS,
+        name="Anima",
+        of="Anima",
+        width=attribute("llm_adapter.blocks.0.cross_attn.context_dim"),
+        adapted=lambda network, text, ids, weights: network.preprocess_text_embeds(text, ids, t5xxl_weights=weights),
     ),
     Family(
         "PixArt",
@@ -137,6 +155,28 @@ class Cross(Backbone):
         found.kind, found.network = kind, network
         return found
 
+    def keys_values(self, key: BlockKey, tokens: TokenSet, dtype: torch.dtype) -> KV:
+        if self.kind.adapted is None:
+            return super().keys_values(key, tokens, dtype)
+        if tokens.adapted is None:
+            tokens.adapted = torch.cat([self.adapted(said, tokens.k.to(dtype)) for said in tokens.beside])
+        attn = self.blocks[key]
+        K, V = (split_heads(to(tokens.adapted), attn.heads) for to in (attn.to_k, attn.to_v))
+        return KV.of(tokens, K, V)
+
+    def adapted(self, prompts: Sequence[Mapping[str, Tensor]], like: Tensor) -> Tensor:
+        """The mean of some prompts as the network is called with them: [1, L, W], on the device and in the dtype of
+        `like`."""
+        assert self.kind.adapted is not None
+        texts = []
+        for said in prompts:
+            text, weights = said["tokens"].to(like), said[IDS[1]].to(like)[None, :, None]
+            texts.append(self.kind.adapted(self.network, text, said[IDS[0]].to(like.device)[None], weights))
+        return torch.cat(texts).mean(0, keepdim=True)
+
+    def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return None if self.kind.adapted is not None else super().values(key, rows, dtype)
+
     def hooks(self, run: Run) -> CrossHooks:
         return CrossHooks(run, self)
 
@@ -153,6 +193,8 @@ class Cross(Backbone):
 
     def admit(self, spec: Any) -> None:
         super().admit(spec)
+        if self.kind.adapted is not None:
+            admit_beside(spec, IDS[0], self.name)
         if spec.method == "direction" and self.chosen(spec.blocks, spec.node) != set(self.blocks):
             raise spec.error(
                 f'blocks is "{spec.blocks}", but {self.name} reads its text once, before the first block; set it to all'

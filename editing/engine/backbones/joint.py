@@ -4,8 +4,14 @@ For the picture's queries, and per head, such an attention is a mean of what the
 
     O_I = m A_t + (1 - m) A_i,      m = Z_text / (Z_text + Z_picture),  Z = sum_j exp(q k_j / sqrt d),
 
-and the edits change A_t as they change the cross-attention's output of a UNet: O_I <- O_I + m (A_t' - A_t). The text's
-own queries are left alone, and so are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
+and the edits change A_t as they change the cross-attention's output of a UNet. They change m as well, for what remains
+in a concept's place weighs less than the concept, or more: where c_e of the concept e is taken away, and r is drawn
+instead of it, or what it is compared with,
+
+    O_I <- m' A_t' + (1 - m') A_i,      log Z_text' = log Z_text + sum_e min(c_e, 1) (log Z_r - log Z_e)
+
+so that a prompt which is the concept itself draws what the prompt r does. The text's own queries are left alone, and so
+are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
 A concept's keys and values are those of its stream (streams.py), in one of two forms:
 
     beside    the concept in the prompt's place, in a model call of its own, with a copy of the picture that goes its
@@ -29,15 +35,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ...edits.blocks import BlockKey
 from ...edits.digest import Shared, digest
+from ...edits.encode import LLAMA
 from ...edits.spec import EditSpec
 from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
 from ..plan import PIECE
 from ..run import CALL, Call, Run
-from ..streams import ModelCall, Streams
+from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
 
@@ -65,12 +73,14 @@ class Segment:
 @dataclass
 class Place(Shared):
     """What one model call's attentions consist of. text, image: tokens; height, width: the picture's, of several layers
-    below each other; segments: texts behind the prompt's; rows: which of the batch have any use for them; placed: how
-    often positions were asked for; calls, count: attentions that have been called, and joint ones among them."""
+    below each other; said: the prompt's text as the model is called with it, [B, T, W]; segments: texts behind it;
+    rows: which of the batch have any use for them; placed: how often positions were asked for; calls, count: attentions
+    that have been called, and joint ones among them."""
 
     text: int
     height: int
     width: int
+    said: Tensor
     segments: list[Segment] = field(default_factory=list)
     rows: Tensor | None = None
     placed: int = 0
@@ -119,8 +129,11 @@ class Family:
     model's; least: what the host fills it up to, with zeros in front; text_first: before the picture's; indexed:
     whether the host says in transformer_options which block is at work, or they are counted.
     appended: whether concepts' texts go behind the prompt's; positions: the module that makes them of ids, and ids of
-    tokens as `placed` has them; refiners: how many attentions, the first of a call, are over the text alone.
-    references: whether pictures to go by stand behind the picture; pooled: as a Backbone's.
+    tokens as `placed` has them; aside: how many attentions, the first of a call, are over one token's layers each;
+    refiners: how many, the next, are over the text alone. references: whether pictures to go by stand behind the
+    picture; pooled: as a Backbone's.
+    second: the argument that brings the prompt's states in all layers of another encoder, [B, layers, L, W]; the last's
+    stand behind the text, and behind them, in each block, those of a layer of its own.
     """
 
     name: str
@@ -133,11 +146,14 @@ class Family:
     least: Callable[[Any], int] = lambda network: 0
     indexed: bool = False
     appended: bool = True
+    patch: str = "patch_size"
     positions: str = "pe_embedder"
     placed: Callable[[Tensor, Place], Tensor] = from_the_first
+    aside: int = 0
     refiners: Callable[[Any], int] = lambda network: 0
     references: bool = True
     pooled: Callable[[Any], int] = lambda network: 0
+    second: str = ""
 
 
 def flux_2_least(network: Any) -> int:
@@ -186,6 +202,28 @@ FAMILIES = (
         positions="",
         pooled=lambda network: network.y_embedder.mlp[0].in_features,
     ),
+    Family(
+        "HiDream",
+        "HiDreamImageTransformer2DModel",
+        (("double", "double_stream_blocks"), ("single", "single_stream_blocks")),
+        lambda network: network.caption_projection[-1].linear.in_features,
+        attribute("num_attention_heads"),
+        text_first=False,
+        appended=False,
+        pooled=lambda network: network.p_embedder.pooled_embedder.linear_1.in_features,
+        second="encoder_hidden_states_llama3",
+    ),
+    Family(
+        "Krea 2",
+        "SingleStreamDiT",
+        (("single", "blocks"),),
+        lambda network: network.txtlayers * network.txtdim,
+        attribute("heads"),
+        indexed=True,
+        patch="patch",
+        aside=2,
+        refiners=lambda network: len(network.txtfusion.refiner_blocks),
+    ),
 )
 
 
@@ -221,10 +259,6 @@ class Joint(Backbone):
     def hooks(self, run: Run) -> JointHooks:
         return JointHooks(run, self)
 
-    def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Of texts, [R, T, W]: there are none without the picture."""
-        return None
-
     def admit(self, spec: EditSpec) -> None:
         super().admit(spec)
         if spec.method == "prompt":
@@ -236,6 +270,8 @@ class Joint(Backbone):
             raise spec.error(
                 f'blocks is "{spec.blocks}", but {self.name} reads its text once, before the first block; set it to all'
             )
+        if self.kind.second:
+            admit_beside(spec, LLAMA, self.name)
 
     def tokens(self, text: Tensor) -> int:
         """How many stand for a text [.., T, W] in an attention."""
@@ -243,26 +279,35 @@ class Joint(Backbone):
         return -(-max(text.shape[-2], self.kind.least(self.network)) // multiple) * multiple
 
     def place(self, made: ModelCall) -> Place:
-        patch = self.network.patch_size
+        patch = getattr(self.network, self.kind.patch)
         height, width = (-(-side // patch) for side in made.x.shape[-2:])
         layers = made.x.shape[2:-2].numel()  # of Qwen-Image's latents in newer hosts, which have a further axis
-        return Place(self.tokens(made.context), layers * height, width)
+        more = 2 * made.more[self.kind.second].shape[2] if self.kind.second else 0
+        return Place(self.tokens(made.context) + more, layers * height, width, made.context)
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         """The text as edits of the text make it, and the concepts' streams."""
         if made.more.get("c_crossattn") is None:
-            raise call.plan.specs[0].error(f"{self.name} is called without a text; connect a prompt")
+            raise ValueError(f"{call.who}: {self.name} is called without a text; connect a prompt")
         if made.more.get("ref_latents") and not self.kind.references and call.plan.specs:
             raise call.plan.specs[0].error(
                 f"{self.name} reads reference pictures, with texts of their own, in front of the prompt, where an edit "
                 "would take one for the other; take them out of the conditioning"
             )
+        if self.kind.second and made.more.get("image_cond") is not None:
+            raise ValueError(
+                f"{call.who}: {self.name} is given a picture beside the one that it draws, and edits do not know which "
+                "tokens are which; draw from text alone"
+            )
         call.place = self.place(made)
+        if call.watch is not None:
+            index = torch.tensor(call.served.conditional(len(made.x)), device=made.x.device)
+            call.seen = self.streams(call, list(prompts_of(call.watch.sets(made.x.device))), made, index, executor)
         rows = call.plan.rows(call.served, len(made.x)) if call.plan.specs else None
         if rows is None:
             return made
         if call.plan.texts:
-            made.more["c_crossattn"] = self.changed(run, call, made)
+            made.more["c_crossattn"] = call.place.said = self.changed(run, call, made)
         if not call.plan.prompts:
             return made
         index = rows.index
@@ -270,7 +315,7 @@ class Joint(Backbone):
             index = torch.arange(index.start, index.stop, device=made.x.device)
         if self.appends(made):
             return self.appended(call, made, index)
-        call.streams = self.streams(call, made, index, executor)
+        call.streams = self.streams(call, call.plan.prompts, made, index, executor)
         return made
 
     def appends(self, made: ModelCall) -> bool:
@@ -281,7 +326,7 @@ class Joint(Backbone):
     def appended(self, call: Call, made: ModelCall, index: Tensor) -> ModelCall:
         """The call with the plan's texts behind the prompt's. index: [R], the edited rows."""
         place, texts = call.place, [self.filled(made.context)]
-        for names, tokens in call.plan.prompts:
+        for names, tokens, _ in call.plan.prompts:
             front = max(0, self.kind.least(self.network) - tokens.shape[1])
             for name, row in zip(names, tokens, strict=True):
                 text = self.filled(F.pad(row[None], (0, 0, front, 0)).to(made.context))
@@ -306,13 +351,18 @@ class Joint(Backbone):
         call.read.update(dict.fromkeys(self.blocks))
         return torch.cat([context[:, :front], changed], 1) if front else changed
 
-    def streams(self, call: Call, made: ModelCall, index: Tensor, executor: Callable[..., Tensor]) -> Streams:
-        """What every block makes of the prompts that the plan needs, in copies of the rows. index: [R]."""
+    def streams(
+        self, call: Call, prompts: Sequence[Prompts], made: ModelCall, index: Tensor, executor: Callable[..., Tensor]
+    ) -> Streams:
+        """What every block makes of these prompts, in copies of the rows. index: [R]."""
         streams = Streams()
-        for names, tokens in call.plan.prompts:
+        for names, tokens, said in prompts:
             front = max(0, self.kind.least(self.network) - tokens.shape[1])
             context = F.pad(tokens, (0, 0, front, 0)).repeat_interleave(len(index), 0)
             beside = made.rows(index, len(names)).reading(context)
+            if self.kind.second:
+                states = said[LLAMA].to(beside.more[self.kind.second])
+                beside.more[self.kind.second] = states.repeat_interleave(len(index), 0)
             recorder = Recorder(self, self.place(beside), call, names, streams, front)
             options = made.more["transformer_options"]
             part = call.served.layout(len(made.x)).part
@@ -320,7 +370,7 @@ class Joint(Backbone):
             own = {OVERRIDE: recorder.attention, CALL: None, "cond_or_uncond": mine * len(names), "uuids": names}
             beside.with_options({**options, **own}).through(executor)
         if not streams.found and not self.looked:
-            raise call.plan.specs[0].error(self.unreached)
+            raise ValueError(f"{call.who}: {self.unreached}")
         return streams
 
     @property
@@ -372,7 +422,7 @@ class Appended(ModelCall):
     def fill(self, network: Any, _: Any, out: Tensor) -> Tensor:
         """Z-Image's own token in the room behind each text. out: [B, L, C]."""
         assert self.backbone is not None and self.place is not None
-        lengths = {name: tokens.shape[1] for names, tokens in self.plan.prompts for name in names}
+        lengths = {name: tokens.shape[1] for names, tokens, _ in self.plan.prompts for name in names}
         ends = [(self.prompt, self.place.text)]
         ends += [(each.at.start + each.front + lengths[each.name], each.at.stop) for each in self.place.segments]
         for end, stop in ends:
@@ -444,34 +494,61 @@ class JointHooks:
         (q, k, v), extra = qkv, more["transformer_options"]
         shapes = shaped(call.place, q, k, v, heads, more)
         key = None if shapes is None else self.backbone.key(call.place, extra)
+        if shapes is not None and key is not None and key in call.watched:
+            self.watched(call, key, shapes, args, more)
         rows = None if key is None or call.streams is None else call.plan.rows(call.served, len(q))
         if shapes is None or key is None or rows is None or not call.reaches(key):
             return asked(q, k, v, heads, *args, **more)
         assert call.streams is not None
-        for name, keys_values in (found or {}).items():
-            call.streams.found[key, name] = keys_values
+        if found is not None:  # of no other block
+            call.streams.found = {(key, name): keys_values for name, keys_values in found.items()}
         text, image = sections(self.backbone.kind, call.place, shapes[0].shape[1])
         q_i, k_i, v_i = (x[rows.index] for x in shapes)
         q_i, mask = q_i[:, image], mask_of(args, more, rows.index, image)
         read = readable(mask, text)
         k_P, v_P = k_i[:, text][:, read], v_i[:, text][:, read]
 
-        def changed(A: Tensor) -> Tensor:
-            """A_t as the edits leave it. A: [R, N, H, d]."""
+        def changed(A: Tensor) -> tuple[Tensor, Tensor | float]:
+            """A_t as the edits leave it, and what log Z_text gains, [R, N, H, 1]. A: [R, N, H, d]."""
             flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
             shape = (len(q), 1, call.place.height, call.place.width)
-            out = self.run.edited(key, rows, flat, queries, keys, values, {**extra, "activations_shape": shape})
-            return out.unflatten(-1, (heads, -1))
+            here, said = {**extra, "activations_shape": shape}, call.place.said[rows.index]
+            out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=said)
+            return out.unflatten(-1, (heads, -1)), 0.0 if gained is None else gained
 
         by_head = more.get("skip_output_reshape", False)
         if mask is None and not call.previous and (parts := halves(q_i, k_i, v_i, text)) is not None:
             O = besides(asked, q, k, v, rows.index, image, heads, args, more)
-            A, A_i, m = parts
-            return placed(O, m * changed(A) + (1 - m) * A_i, rows.index, image, by_head)
+            A, A_i, u = parts
+            A_e, gained = changed(A)
+            return placed(O, A_i + torch.sigmoid(u + gained) * (A_e - A_i), rows.index, image, by_head)
         O = asked(q, k, v, heads, *args, **more)
-        A, m = split(q_i, k_i, v_i, text, mask)
+        A, u = split(q_i, k_i, v_i, text, mask)
         O_i = picture_of(O, rows.index, image, by_head, heads)
-        return placed(O, O_i + m * (changed(A).float() - A.to(q.dtype).float()), rows.index, image, by_head)
+        A_e, gained = changed(A)
+        # (1 - m') A_i, from O_I = m A_t + (1 - m) A_i
+        rest = (logsigmoid(-u - gained) - logsigmoid(-u)).exp() * (O_i - torch.sigmoid(u) * A.to(q.dtype).float())
+        return placed(O, torch.sigmoid(u + gained) * A_e.float() + rest, rows.index, image, by_head)
+
+    def watched(
+        self,
+        call: Call,
+        key: BlockKey,
+        shapes: tuple[Tensor, Tensor, Tensor],
+        args: tuple[Any, ...],
+        more: dict[str, Any],
+    ) -> None:
+        """Shows the watch what the picture of the positive prompts finds in the text. shapes: q, k, v [B, L, H, d]."""
+        assert call.watch is not None and call.seen is not None
+        index = torch.tensor(call.served.conditional(len(shapes[0])), device=shapes[0].device)
+        text, image = sections(self.backbone.kind, call.place, shapes[0].shape[1])
+        q, k, v = (x[index] for x in shapes)
+        q, mask = q[:, image], mask_of(args, more, index, image)
+        A, _ = split(q, k, v, text, mask)
+        flat, queries, keys = (x.flatten(2) for x in (A.to(q.dtype), q, k[:, text][:, readable(mask, text)]))
+        bind = partial(call.seen.keys_values, key)
+        shape = (len(q), 1, call.place.height, call.place.width)
+        call.watch.see(self.backbone, key, flat, queries, keys, range(len(q)), call.served.images, shape, bind)
 
 
 @dataclass
@@ -490,8 +567,9 @@ class Apart:
         """None for one over the picture alone."""
         place, along = call.place, 2 if more.get("skip_reshape") else 1
         place.calls += 1
-        joint = q.shape[along] >= place.behind + place.image
-        if not joint and place.calls > backbone.kind.refiners(backbone.network):
+        joint = place.calls > backbone.kind.aside and q.shape[along] >= place.behind + place.image
+        refined = 0 < place.calls - backbone.kind.aside <= backbone.kind.refiners(backbone.network)
+        if not joint and not refined:
             return None
         return cls(place, q.shape[along], joint, along, 2 if more.get("skip_output_reshape") else 1)
 
@@ -538,6 +616,26 @@ class Apart:
 
     def join(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts, self.along)
+
+
+def admit_beside(spec: EditSpec, name: str, model: str) -> None:
+    """Raise if an edit needs what stands beside a text's encoding, and cannot have it."""
+    whole = spec.method == "projection" and spec.options.tokens == "all"
+    whole = whole or (spec.method == "erasure" and spec.options.baseline == "neutral")
+    if not whole:
+        raise spec.error(
+            f"{model} reads more of each prompt than its encoding, which this edit cannot change; edit it with CRE on "
+            'all tokens, or with EIUP and evidence "alike"'
+        )
+    concept = spec.source
+    encodings = [each.tokens for each in (*concept.phrases, *concept.keep)]
+    encodings += [tokens for tokens in (concept.baseline, concept.instead) if tokens is not None]
+    told = [said for tokens in encodings for said in concept.beside.get(digest((tokens[0],)), ({},))]
+    if not all(name in said for said in told):
+        raise spec.error(
+            f'concept "{concept.name}" lacks what {model} reads of a prompt beside its encoding; make it with the CLIP '
+            "that belongs to this model"
+        )
 
 
 def through(before: Any, plain: Any, *args: Any, **more: Any) -> Tensor:
@@ -591,9 +689,9 @@ def readable(mask: Tensor | None, text: slice) -> Tensor | slice:
 
 
 def split(q: Tensor, k: Tensor, v: Tensor, text: slice, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A_t [R, N, H, d] and m [R, N, H, 1], in fp32. q: [R, N, H, d]; k, v: [R, L, H, d]."""
+    """A_t [R, N, H, d] and log Z_text - log Z_picture [R, N, H, 1], in fp32. q: [R, N, H, d]; k, v: [R, L, H, d]."""
     step = max(1, PIECE.get(q.device.type, PIECE["other"]) // (q[:, 0, :, 0].numel() * k.shape[1]))
-    V, A, m = v[:, text].transpose(1, 2).float(), [], []
+    V, A, u = v[:, text].transpose(1, 2).float(), [], []
     for first in range(0, q.shape[1], step):
         weights = logits(q[:, first : first + step], k)  # [R, H, n, L]
         if mask is not None:
@@ -601,19 +699,23 @@ def split(q: Tensor, k: Tensor, v: Tensor, text: slice, mask: Tensor | None) -> 
             weights = weights.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else weights + part
         of_text = weights[..., text]
         A.append(of_text.softmax(-1).nan_to_num() @ V)  # nothing is found where the mask hides all
-        m.append((of_text.logsumexp(-1) - weights.logsumexp(-1)).exp()[..., None])
-    return torch.cat(A, 2).transpose(1, 2), torch.cat(m, 2).transpose(1, 2)
+        of_picture = torch.cat([weights[..., : text.start], weights[..., text.stop :]], -1)
+        u.append((of_text.logsumexp(-1) - of_picture.logsumexp(-1))[..., None])
+    return torch.cat(A, 2).transpose(1, 2), torch.cat(u, 2).transpose(1, 2)
 
 
 def halves(q: Tensor, k: Tensor, v: Tensor, text: slice) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A_t, A_i [R, N, H, d] and m [R, N, H, 1] where a kernel tells them. q: [R, N, H, d]; k, v: [R, L, H, d]."""
+    """A_t, A_i [R, N, H, d] and log Z_text - log Z_picture [R, N, H, 1] where a kernel tells them.
+
+    q: [R, N, H, d]; k, v: [R, L, H, d].
+    """
     at_start, rest = text.start == 0, k.shape[1] - text.stop + text.start
     others = slice(text.stop, None) if at_start else slice(0, rest)
     of_text, of_picture = (found_and_weight(q, k[:, part], v[:, part]) for part in (text, others))
     if of_text is None or of_picture is None:
         return None
     (A_t, Z_t), (A_i, Z_i) = of_text, of_picture
-    return A_t, A_i.float(), torch.sigmoid(Z_t - Z_i)[..., None]
+    return A_t, A_i.float(), (Z_t - Z_i)[..., None]
 
 
 def besides(
