@@ -301,8 +301,8 @@ class Joint(Backbone):
             )
         call.place = self.place(made)
         if call.watch is not None:
-            index = torch.tensor(call.served.conditional(len(made.x)), device=made.x.device)
-            call.seen = self.streams(call, list(prompts_of(call.watch.sets(made.x.device))), made, index, executor)
+            shown = torch.tensor(call.served.conditional(len(made.x)), device=made.x.device)
+            call.seen = self.streams(call, list(prompts_of(call.watch.sets(made.x.device))), made, shown, executor)
         rows = call.plan.rows(call.served, len(made.x)) if call.plan.specs else None
         if rows is None:
             return made
