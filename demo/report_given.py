@@ -57,7 +57,10 @@ def loaded(given: argparse.Namespace) -> Parts:
     clip, vae = (separate_clip(given) if given.clip else None), None
     if given.vae:
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(there(given.vae, "VAE")), safe_load=True))
-    own = comfy.sd.load_checkpoint_guess_config(given.checkpoint, output_vae=not vae, output_clip=not clip)
+    try:
+        own = comfy.sd.load_checkpoint_guess_config(given.checkpoint, output_vae=not vae, output_clip=not clip)
+    except RuntimeError:  # by which the host says that it does not know it
+        own = None
     model, own_clip, own_vae = (own or (None, None, None))[:3]
     clip, vae = clip or own_clip, vae or own_vae
     for what, it, mend in (

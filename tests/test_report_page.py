@@ -71,6 +71,33 @@ def test_the_page_is_whole_and_harmless(work: Work) -> None:
     assert text.count("&lt;script&gt;") > 5
 
 
+def test_peers_stand_beside_it(tmp_path: Path) -> None:
+    sides = (*SIDES, "uce", "sld-max")
+    it = Work(tmp_path, [Case("a mug", 0), Case("a cat", 1, kind=KEEP)], sides)
+
+    def draw(case: Case, side: str, _: object) -> bytes:
+        return png(torch.full((64, 64, 3), sides.index(side) / 4), {"seconds": 1.0, "latent": side, "warm": True})
+
+    def look(data: bytes, case: Case) -> dict[str, object]:
+        record = opened(data)[1]
+        hit = case.kind == ERASE and record["latent"] in (UNEDITED, "uce")
+        return {**record, "scores": {"j": {"mug": float(hit)}}, "flagged": hit}
+
+    it.run(draw, look, lambda *_: None)
+    about = {**SETTINGS, "peers": {"uce": f"UCE {EVIL}", "sld-max": "SLD max"}}
+    text = write(it, about, {"j": "flag"}).read_text(encoding="utf-8")
+    tags = Reader(text).tags
+    assert "script" not in {tag for tag, _ in tags} and len([1 for tag, _ in tags if tag == "img"]) == 8
+    assert re.findall(r'<th scope="col">(.*?)</th>', text)[1:5] == [
+        "unedited", "edited", "UCE &lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;", "SLD max"
+    ]  # fmt: skip
+    card = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert card["peers"] == about["peers"]
+    assert "Beside it, SLD max leaves 0 % (0-79.3) and flags 0 % (0-79.3) of other things newly." in card["verdict"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text(encoding="utf-8"))))
+    assert [row["side"] for row in rows[:4]] == list(sides) and [row["flagged"] for row in rows[:4]] == list("1010")
+
+
 def test_what_was_flagged_is_blurred_and_the_worst_comes_first(work: Work) -> None:
     tags = Reader(write(work, SETTINGS, {}).read_text(encoding="utf-8")).tags
     assert [a["id"] for tag, a in tags if tag == "article"] == ["case-1", "case-0", "case-2"]
