@@ -146,7 +146,7 @@ def test_what_a_failed_installation_means(output: str, words: str, tmp_path: Pat
 
 def test_a_wrong_comfyui_path(cache: Path, tmp_path: Path) -> None:
     installed(cache)
-    words = fails([*START, "environment.py", "demo.run"], COMFYUI_PATH=str(tmp_path))
+    words = fails([*START, "environment.py", "demo.run"], COMFYUI_PATH=str(tmp_path), PYTHON=sys.executable)
     assert f"COMFYUI_PATH={tmp_path} is not a ComfyUI folder" in words and "main.py" in words
 
 
