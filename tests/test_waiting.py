@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conceptguard.editing.engine.backbones.joint import besides, halves, placed
 from conceptguard.editing.methods.cre import DEFAULTS, projection
-from conceptguard.editing.methods.found import Found, Kept
+from conceptguard.editing.methods.found import Found, Kept, Weight
 from conceptguard.editing.methods.said import Said
 
 WAITING = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::is_nonzero", "aten::equal"}
@@ -49,9 +49,10 @@ def test_concepts_in_a_block() -> None:
     with Watch():
         told = said(some(2, 77, 24))
         found = Found(some(2, 9, 4, 6), some(3, 2, 9, 4, 6), some(2, 9, 4, 6), some(3, 2, 9, 4, 6), said=told)
-        found = Found(**{**vars(found), "kept": Kept(some(2, 2, 9, 4, 6), torch.ones(3, 2, dtype=torch.bool))})
+        kept, weight = Kept(some(2, 2, 9, 4, 6), torch.ones(3, 2, dtype=torch.bool)), Weight(some(3, 2, 9, 4, 1))
+        found = Found(**{**vars(found), "kept": kept, "weight": weight})
         taken = projection(found, torch.ones(3, 2, 1), DEFAULTS)
-    assert taken.shape == (2, 9, 4, 6)
+    assert taken.shape == (2, 9, 4, 6) and weight.gained is not None and weight.gained.shape == (2, 9, 4, 1)
 
 
 @pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([0, 3]), slice(None)])
@@ -68,6 +69,7 @@ def test_a_joint_attention(rows: slice | Tensor) -> None:
         O = besides(asked, q, k, v, rows, image, 2, (), {})
         parts = halves(q[rows, image].unflatten(-1, (2, -1)), *(x[rows].unflatten(-1, (2, -1)) for x in (k, v)), text)
         assert parts is not None
-        A, A_i, m = parts
+        A, A_i, u = parts
+        m = torch.sigmoid(u)
         found = placed(O, m * A + (1 - m) * A_i, rows, image, False)
     torch.testing.assert_close(found, asked(q, k, v, 2), atol=1e-5, rtol=1e-5)
