@@ -108,7 +108,7 @@ TABLES = (
         "What the account of a run costs",
         "Whole edited runs over the same runs in which nothing is counted, by the CPU time of the process; each over "
         "those before and after it, medians of pairs that take turns. The edit finds something in every block.",
-        partial(rows, 60, 32, 15),
+        partial(rows, 40, 32, 9),
         partial(rows, 2, 8, 2),
     ),
 )
