@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_model_advanced import RescaleCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from foreign_rows import GeometricCFG, Nameless, masked
@@ -226,10 +227,17 @@ def test_a_call_without_names_in_an_unknown_order_is_an_error(model: Any) -> Non
 # --- guidance that follows the negative ------------------------------------------------------------------------------
 
 
+def rescaled(model: Any) -> Any:
+    """The host's RescaleCFG: what it makes of the negative's prediction equals that no more."""
+    return RescaleCFG().patch(model, 0.7)[0]
+
+
+@pytest.mark.parametrize("node", [lambda model: model, rescaled])
 @pytest.mark.parametrize("cfg", [0.0, -2.0])
-def test_guidance_that_follows_the_negative_is_an_error(model: Any, cfg: float) -> None:
+def test_guidance_that_follows_the_negative_is_an_error(model: Any, cfg: float, node: Any) -> None:
     with pytest.raises(ValueError, match="Test: cfg is .*rows"):
-        tiny.sample(cre(model), cfg=cfg)
+        tiny.sample(node(cre(model)), cfg=cfg)
+    tiny.sample(node(cre(model)), cfg=1.5)
 
 
 def taking(which: str) -> Any:

@@ -334,7 +334,8 @@ def ordered(guider: Any) -> bool:
 def follows_the_positive(guider: Any, specs: Sequence[EditSpec]) -> None:
     """Raise if the picture follows the negative prompt, which conditional edits leave as it is."""
     cfg = getattr(guider, "cfg", 1.0)
-    if not ordered(guider) or cfg > 0 or "sampler_cfg_function" in guider.model_options:
+    own = guider.model_options.get("sampler_cfg_function")  # what it makes of cfg, only the pack knows, or the host
+    if not ordered(guider) or cfg > 0 or not (own is None or str(getattr(own, "__module__", "")).startswith("comfy")):
         return
     for spec in specs:
         if spec.rows == ROWS[0] and not spec.idle:
