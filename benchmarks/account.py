@@ -54,7 +54,7 @@ def share(run: Callable[[], Tensor], runs_of_it: int = 3) -> float:
 
         return counting
 
-    clocks = {name: clocked(getattr(Account, name)) for name in COUNTING}
+    clocks: dict[str, Any] = {name: clocked(getattr(Account, name)) for name in COUNTING}
     with patch.multiple(Account, **clocks), patch.object(runs.Call, "note", clocked(runs.Call.note)):
         whole = sum(seconds(run)[1] for _ in range(runs_of_it))
     return sum(spent) / whole
