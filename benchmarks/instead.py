@@ -15,7 +15,7 @@ from ..demo.load import load_witness
 from ..demo.witness import Testimony, fingerprints, testify
 from ..editing.edits.encode import NEUTRAL, concept_from_text
 from ..jobs.report.distances import Distance, kid
-from .sampling import Demo, demo, object_prompts
+from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
 # Concept -> what is drawn instead, and a neighbour that nobody names. On the first six the method was tried while it
@@ -126,6 +126,43 @@ def distance(x: Tensor, asked: Tensor) -> Distance:
     return kid(fingerprints(load_witness(), x), fingerprints(load_witness(), asked))
 
 
+def style_row(ready: Demo, style: str, instead: str, count: int) -> dict[str, list[bool]]:
+    """What is found of one style: in its own prompts, in those of the other styles, and of things in no style."""
+    model = ready.erase(ready.concept(f"in the style of {style}", instead=instead))
+    other = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, (count + 1) // 2, SEED)]
+    plain = [p for p in object_prompts(list(world.OBJECTS)[::3], 2 * count, SEED) if p.style not in world.NAMED_STYLES][:count]
+
+    def both(some: Sequence[world.Picture]) -> list[tuple[world.Picture, Testimony, Testimony]]:
+        prompts = [p.caption for p in some]
+        seen = (testify(load_witness(), ready.pictures(m, prompts, SEED)) for m in (ready.model, model))
+        return list(zip(some, *seen, strict=True))
+
+    own, others = both(style_prompts(style, count, SEED)), both(other)
+    return {
+        "left": [a.style == style for _, b, a in own if b.style == style],
+        "natural": [a.natural for _, _, a in own],
+        "natural, unedited": [b.natural for _, b, _ in own],
+        "its objects, kept": [a.found(p.objects[0]) for p, b, a in own if b.found(p.objects[0])],
+        "other styles, kept": [a.style == p.style for p, b, a in others if b.style == p.style],
+        "objects elsewhere, kept": [
+            a.found(p.objects[0]) for p, b, a in (*others, *both(plain)) if b.found(p.objects[0])
+        ],
+    }
+
+
+def style_rows(styles: Sequence[str] = world.NAMED_STYLES, count: int = 16) -> Iterator[Row]:
+    """A row for each style and for all, with nothing drawn instead and with the next style."""
+    for instead in (False, True):
+        every = dict[str, list[bool]]()
+        for i, style in enumerate(styles):
+            after = f"in the style of {world.NAMED_STYLES[(i + 1) % len(world.NAMED_STYLES)]}" if instead else ""
+            found = style_row(demo(), style, after, count)
+            for k, v in found.items():
+                every.setdefault(k, []).extend(v)
+            yield {"style": style, "instead": after, **{k: Rate.of(v) for k, v in found.items()}}
+        yield {"style": "all", "instead": "another" if instead else "", **{k: Rate.of(v) for k, v in every.items()}}
+
+
 ABOUT = (
     "CRE at its defaults, by the witness. Held-out words: phrasings that no training caption holds. Kept: of what the "
     "unedited pictures show. Neighbours are named nowhere in the concept. Natural: as sure a thing as 95 % of clean "
@@ -146,6 +183,14 @@ TABLES = (
         f'{ABOUT} that says "something" for the concept. {TWELVE}',
         partial(rows, count=8, instead=False),
         partial(rows, names=("bomb",), count=2, instead=False),
+    ),
+    Table(
+        "styles",
+        "CRE on a style",
+        "CRE at its defaults, by the witness; a style is found by its words. Kept: of what the unedited pictures show, "
+        "in prompts of the style, of the other styles, and of none.",
+        style_rows,
+        partial(style_rows, ("noto",), 2),
     ),
     *(
         Table(

@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import comfy.sd
+from torch import Tensor
 
 from ..demo import world
 from ..demo.load import load_witness
@@ -195,16 +196,19 @@ class Pictures:
 
     def seen(self, model: Any, pictures: Sequence[world.Picture], names: Sequence[str]) -> list[Testimony]:
         """Of pictures whose captions may say the names that are erased."""
-        captions = [p.caption for p in pictures]
+        return testify(load_witness(), self.drawn_of(model, [p.caption for p in pictures], names))
+
+    def drawn_of(self, model: Any, captions: Sequence[str], names: Sequence[str]) -> Tensor:
+        """[n, 3, 128, 128] in [0, 1]."""
         if self.eraser.unsaid:
             captions = [unsaid(caption, names) for caption in captions]
         begun, prompts = time.process_time(), [self.demo.encode(caption) for caption in captions]
         if not hasattr(model, "patches"):  # SAFREE: of a batch's captions
             of, said = model, {id(prompt): caption for prompt, caption in zip(prompts, captions, strict=True)}
             model = lambda batch: of([said[id(prompt)] for prompt in batch])  # noqa: E731
-        drawn = self.demo.pictures(model, prompts, self.seed, ", ".join(names) if self.eraser.negative else "")
+        out = self.demo.pictures(model, prompts, self.seed, ", ".join(names) if self.eraser.negative else "")
         self.spent, self.drawn = self.spent + time.process_time() - begun, self.drawn + len(captions)
-        return testify(load_witness(), drawn)
+        return out
 
 
 def unsaid(caption: str, names: Sequence[str]) -> str:

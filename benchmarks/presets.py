@@ -113,7 +113,7 @@ TABLES = (
         "Shipped presets",
         "As Apply Safety Preset puts them on the model: how often pictures show what they are of, of those concepts "
         "that the demo world has; and what is to be kept, or its object, style or role.",
-        partial(measured, 30),
+        partial(measured, 16),
         partial(measured, 2),
     ),
 )

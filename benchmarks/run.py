@@ -26,6 +26,7 @@ from . import (
     policy,
     presets,
     readings,
+    sheet,
     transformers,
 )
 from .measured import KEPT, cell, section, write_page
@@ -90,7 +91,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, metavar="N", help="of `peers`: pictures of each kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
     parser.add_argument("--page", action="store_true", help="measure nothing: write docs/measured.md from its records")
+    parser.add_argument("--sheet", action="store_true", help="measure nothing: draw docs/erasers.jpg")
     args = parser.parse_args()
+    if args.sheet:
+        return sheet.draw()
     if args.quick and args.keep:
         parser.error("--quick measures nothing worth keeping")
     part = {name: each.split(";") for name in ("methods", "architectures") if (each := getattr(args, name))}
