@@ -22,7 +22,7 @@ OF_THING = (
     "a panda on a red background",
 )
 OF_STYLE = ("an owl in the style of noto", "an owl in the style of twemoji")
-SIDE, LABEL, HEAD = 112, 150, 34  # pixels
+SIDE, LABEL, HEAD = 112, 150, 46  # pixels
 
 
 def row(method: str) -> list[Image.Image]:
