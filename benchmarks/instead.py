@@ -130,7 +130,8 @@ def style_row(ready: Demo, style: str, instead: str, count: int) -> dict[str, li
     """What is found of one style: in its own prompts, in those of the other styles, and of things in no style."""
     model = ready.erase(ready.concept(f"in the style of {style}", instead=instead))
     other = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, (count + 1) // 2, SEED)]
-    plain = [p for p in object_prompts(list(world.OBJECTS)[::3], 2 * count, SEED) if p.style not in world.NAMED_STYLES][:count]
+    some = object_prompts(list(world.OBJECTS)[::3], 2 * count, SEED)
+    plain = [p for p in some if p.style not in world.NAMED_STYLES][:count]
 
     def both(some: Sequence[world.Picture]) -> list[tuple[world.Picture, Testimony, Testimony]]:
         prompts = [p.caption for p in some]
