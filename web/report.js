@@ -7,11 +7,12 @@ import { t } from "./words.mjs";
 
 function addLink(node) {
   const root = document.createElement("div");
-  Object.assign(root.style, { textAlign: "center", font: "13px/1.4 sans-serif", color: "var(--input-text, #ddd)" });
+  root.className = "cg-report-view"; // by which remount finds it
+  root.style.cssText = "min-height: 20px; text-align: center; font: 13px/20px sans-serif; color: var(--input-text, #ddd);"
+    + " position: relative; z-index: 1; pointer-events: auto";
   for (const kind of ["pointerdown", "wheel"]) root.addEventListener(kind, (event) => event.stopPropagation());
-  const height = () => (root.childElementCount ? 24 : 0);
   const widget = node.addDOMWidget("report_view", "CONCEPT_GUARD_REPORT_VIEW", root, {
-    serialize: false, hideOnZoom: false, getValue: () => "", setValue() {}, getMinHeight: height, margin: 4,
+    serialize: false, hideOnZoom: false, getValue: () => "", setValue() {}, getMinHeight: () => 28, margin: 4,
   });
   widget.serialize = false;
   const ran = node.onExecuted;

@@ -76,7 +76,7 @@ def test_a_report_is_opened_from_its_node_and_from_the_panel(browser: Browser, w
         browser.js("""() => { const id = String(app.graph._nodes[0].id);
             app.api.dispatchCustomEvent('executed', { node: id, display_node: id, prompt_id: 'test',
                 output: { text: ['done'], concept_guard_report: ['evil-0123456789'] } }); }""")
-        browser.look_at("app.graph._nodes[0]")
+        browser.look_at("app.graph._nodes[0]", 0.4)
         checked(opened(browser, browser.page.locator("a.cg-report").first))
         for _ in range(1 if browser.page.locator(".cg-presets").count() == 0 else 2):
             browser.js("() => app.extensionManager.sidebarTab.toggleSidebarTab('ConceptGuard')")
