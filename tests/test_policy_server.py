@@ -143,12 +143,13 @@ def test_a_model_that_the_policy_refuses_is_refused_before_it_is_loaded(server: 
 def lora_training() -> dict[str, Any]:
     """The host's own training node, on pictures that are there."""
     prompt = graph(seed=41)
-    inputs = {"model": ["1", 0], "latents": ["9", 0], "positive": ["2", 0], "steps": 1, "batch_size": 1, "rank": 2}
+    inputs = {"model": ["1", 0], "latents": ["11", 0], "positive": ["2", 0], "steps": 1, "batch_size": 1, "rank": 2}
     inputs |= {"grad_accumulation_steps": 1, "learning_rate": 0.001, "optimizer": "SGD", "loss_function": "MSE"}
-    inputs |= {"seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "lora"}
+    inputs |= {"seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA"}
     inputs |= {"gradient_checkpointing": False, "existing_lora": "[None]"}
-    prompt["8"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 255}}
+    prompt["8"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 2, "color": 255}}
     prompt["9"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["8", 0], "vae": ["1", 2]}}
+    prompt["11"] = {"class_type": "RebatchLatents", "inputs": {"latents": ["9", 0], "batch_size": 1}}  # it wants a list
     prompt["10"] = {"class_type": "TrainLoraNode", "inputs": inputs}
     prompt["5"]["inputs"]["model"] = ["10", 0]
     return prompt
