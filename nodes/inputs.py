@@ -163,7 +163,7 @@ def folded(each: Any) -> Any:
 SOURCES = {  # what to connect, for an input that has got something else
     Concept: "the output of a Concept node",
     Direction: "the output of a Load Direction or Train Direction node",
-    PromptTokens: "the output of Load PromptTokens or Train KPOP",
+    PromptTokens: "the output of Load Prompt or Train KPOP",
     Gate: "the GATE output of a ConceptGuard gate node",
 }
 

@@ -66,7 +66,7 @@ class ConceptGuardSaveWeights(io.ComfyNode):
 
 
 def learned(prompt: Any) -> Artefact:
-    if (artefact := expect(prompt, PromptTokens).artefact) is None:
+    if (artefact := expect(prompt, PromptTokens, "prompt").artefact) is None:
         raise ValueError("prompt was not learned, and there is nothing to save; connect Train KPOP")
     return artefact
 
@@ -127,7 +127,7 @@ class ConceptGuardKPOP(EditNode):
     def execute(cls, model: Any, **inputs: Any) -> io.NodeOutput:
         with named(node := "ConceptGuardKPOP"):
             given = {**defaults(cls), **inputs}
-            prompt = expect(given.pop("prompt"), PromptTokens)
+            prompt = expect(given.pop("prompt"), PromptTokens, "prompt")
             given["blocks"] = prompt.blocks
             place, strength = place_of(given), given.pop("strength")
         method, source = edit_of(prompt)

@@ -143,10 +143,12 @@ def found_in(prompts: Sequence[KV], q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Phrases one behind the other: of [K, ...] each, one [sum of K, ...]."""
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts)) if parts else torch.empty(0)
 
 
 def along_positions(pieces: Sequence[Tensor]) -> Tensor:
+    """Of [R, L, ...] each, one [R, sum of L, ...]."""
     return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), 1)
 
 

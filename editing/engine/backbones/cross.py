@@ -67,6 +67,7 @@ def captioned(network: Any, attn: Any, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def k_of_cosmos(network: Any, attn: Any, tokens: Tensor) -> Tensor:
+    """tokens: [b, T, W]; returns the keys, heads side by side, [b, T, C]."""
     return attn.k_norm(attn.k_proj(tokens).unflatten(-1, (attn.n_heads, -1))).flatten(-2)
 
 
@@ -175,6 +176,7 @@ class Cross(Backbone):
         return torch.cat(texts).mean(0, keepdim=True)
 
     def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """rows: [n, W] of text encodings; returns [n, C], or None where the network adapts the text first."""
         return None if self.kind.adapted is not None else super().values(key, rows, dtype)
 
     def hooks(self, run: Run) -> CrossHooks:
