@@ -568,7 +568,9 @@ class Witness(Shared):
 
     def __call__(self, given: Any, options: dict[str, Any] | None = None) -> Any:
         """As a patch of a block it gets that block's input [B, C, h, w] and transformer_options; behind the guidance
-        all that the host says of it in one dict."""
+        all that the host says of it in one dict. Within a compiled network only the latter is asked."""
+        if torch.compiler.is_compiling():
+            return given
         if options is None:
             given, options = given["denoised"], given["model_options"].get("transformer_options", {})
         runs = [run for _, run in AWAKE] + ([options[RUN]] if RUN in options else [])
