@@ -511,10 +511,16 @@ def latents_times_minus_one(g: Graph) -> Link:
 
 @graph
 def latents_sharpened(g: Graph) -> Link:
-    return g.add("LatentApplyOperation", samples=g.ksampler(), operation=g.add("LatentOperationSharpen"))
+    return g.add(
+        "LatentApplyOperation", samples=g.ksampler(), operation=g.add("LatentOperationSharpen", sharpen_radius=2)
+    )
 
 
 def graphs(known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, make in GRAPHS.items():
+    """Each with noise of its own, so that the host takes nothing from what another has made."""
+    for seed, (name, make) in enumerate(GRAPHS.items()):
         made = Graph(known)
-        yield name, made.ended(make(made))
+        prompt = made.ended(make(made))
+        for node in prompt.values():
+            node["inputs"].update({key: seed for key in ("seed", "noise_seed") if key in node["inputs"]})
+        yield name, prompt
