@@ -175,13 +175,6 @@ def test_every_node_of_ours_that_samples_or_trains_runs_in_a_graph_under_it() ->
     assert ids >= OWN and not [id for id in OWN - {"ConceptGuardReport"} if f'"{id}"' not in shown]
 
 
-def test_the_report_card_draws_under_it(server: Host) -> None:
-    count = len(entries(server))
-    server.run(graph_of("Report", VARIANTS["Report"][0]))
-    verdicts = {entry["verdict"] for entry in entries(server)[count:]}
-    assert verdicts == {"edited"}
-
-
 def test_its_counters_are_for_monitors_and_not_for_other_sites(server: Host) -> None:
     status, text, headers = asked(server, "/concept_guard/policy/metrics")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -195,7 +188,8 @@ def test_the_page_learns_what_was_done_and_nothing_of_who(server: Host) -> None:
     found = server.get("/concept_guard/policy")
     assert found["on"] and found["governs"].startswith("all models: No knives")
     assert found["last"][0]["did"][0].startswith('"knife" acted in 4 of 4 steps')
-    assert "kitchen" not in json.dumps(found) and "ann" not in json.dumps(found["last"])
+    last = json.dumps(found["last"])
+    assert '"ann"' not in last and "kitchen" not in json.dumps(found)
 
 
 @pytest.mark.parametrize("path", ["__concept_guard/policy.toml", "..%2F__concept_guard%2Fpolicy.toml"])
@@ -262,3 +256,10 @@ def test_a_kill_in_the_middle_of_a_run_costs_that_run_alone(tmp_path: Path) -> N
         assert second.get("/concept_guard/policy")["on"]
     lines = (folder / "record" / "record.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3 and [json.loads(lines[i])["verdict"] for i in (0, 2)] == ["edited", "edited"]
+
+
+def test_the_report_card_draws_under_it(server: Host) -> None:
+    count = len(entries(server))
+    server.run(graph_of("Report", VARIANTS["Report"][0]))
+    verdicts = {entry["verdict"] for entry in entries(server)[count:]}
+    assert verdicts == {"edited"}
