@@ -185,11 +185,12 @@ def test_its_counters_are_for_monitors_and_not_for_other_sites(server: Host) -> 
 
 
 def test_the_page_learns_what_was_done_and_nothing_of_who(server: Host) -> None:
+    server.run(graph(seed=51))
     found = server.get("/concept_guard/policy")
     assert found["on"] and found["governs"].startswith("all models: No knives")
     assert found["last"][0]["did"][0].startswith('"knife" acted in 4 of 4 steps')
     last = json.dumps(found["last"])
-    assert '"ann"' not in last and "kitchen" not in json.dumps(found)
+    assert not re.search(r"\bann\b", last) and "kitchen" not in json.dumps(found)
 
 
 @pytest.mark.parametrize("path", ["__concept_guard/policy.toml", "..%2F__concept_guard%2Fpolicy.toml"])
