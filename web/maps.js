@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { remount } from "./remount.mjs";
+import { view } from "./result.mjs";
 import { t } from "./words.mjs";
 
 const SHOW = "ConceptGuard.Maps.Show";
@@ -22,24 +22,8 @@ function addMaps(node) {
   const root = document.createElement("div");
   root.className = "cg-maps";
   const height = () => (root.childElementCount ? 140 : 0);
-  const widget = node.addDOMWidget("maps_view", "CONCEPT_GUARD_MAPS_VIEW", root, {
-    serialize: false, hideOnZoom: false, getValue: () => "", setValue() {}, getMinHeight: height, margin: 4,
-  });
-  widget.serialize = false;
-  const ran = node.onExecuted;
-  node.onExecuted = function (output) {
-    ran?.apply(this, arguments);
-    const files = app.extensionManager.setting.get(SHOW) === false ? [] : (output?.concept_guard_maps ?? []);
-    root.replaceChildren(...files.map(picture));
-    const [width, least] = this.computeSize();
-    this.setSize([Math.max(this.size[0], width), Math.max(this.size[1], least)]);
-    this.setDirtyCanvas(true, true);
-  };
-  const configured = node.onConfigure;
-  node.onConfigure = function () {
-    configured?.apply(this, arguments);
-    remount(this, root);
-  };
+  const shown = () => app.extensionManager.setting.get(SHOW) !== false;
+  view(node, root, "maps", height, (output) => (shown() ? (output?.concept_guard_maps ?? []).map(picture) : []));
 }
 
 app.registerExtension({

@@ -1,7 +1,7 @@
 // The page of a report, opened from its node; saved nowhere.
 
 import { app } from "../../scripts/app.js";
-import { remount } from "./remount.mjs";
+import { view } from "./result.mjs";
 import { link } from "./report_view.mjs";
 import { t } from "./words.mjs";
 
@@ -11,24 +11,8 @@ function addLink(node) {
   root.style.cssText = "min-height: 20px; text-align: center; font: 13px/20px sans-serif; color: var(--input-text, #ddd);"
     + " position: relative; z-index: 1; pointer-events: auto";
   for (const kind of ["pointerdown", "wheel"]) root.addEventListener(kind, (event) => event.stopPropagation());
-  const widget = node.addDOMWidget("report_view", "CONCEPT_GUARD_REPORT_VIEW", root, {
-    serialize: false, hideOnZoom: false, getValue: () => "", setValue() {}, getMinHeight: () => 28, margin: 4,
-  });
-  widget.serialize = false;
-  const ran = node.onExecuted;
-  node.onExecuted = function (output) {
-    ran?.apply(this, arguments);
-    const [name] = output?.concept_guard_report ?? [];
-    root.replaceChildren(...(name ? [link(name, t("Open the report"))] : []));
-    const [width, least] = this.computeSize();
-    this.setSize([Math.max(this.size[0], width), Math.max(this.size[1], least)]);
-    this.setDirtyCanvas(true, true);
-  };
-  const configured = node.onConfigure;
-  node.onConfigure = function () {
-    configured?.apply(this, arguments);
-    remount(this, root);
-  };
+  view(node, root, "report", () => 28, (output) =>
+    (output?.concept_guard_report ?? []).slice(0, 1).map((name) => link(name, t("Open the report"))));
 }
 
 app.registerExtension({

@@ -75,7 +75,8 @@ def test_a_concept_map_is_shown_on_its_node(browser: Browser) -> None:
     browser.load(workflow("see-a-concept"))
     node = "app.graph._nodes.find(n => n.type === 'ConceptGuardConceptMap')"
     browser.js("""() => { for (const n of app.graph._nodes) for (const w of n.widgets ?? [])
-        if (w.name === 'steps') w.value = 2; app.queuePrompt(0, 1) }""")
+        if (w.name === 'steps') w.value = 2; else if (w.name === 'seed') w.value = Date.now() % 1e9;
+        app.queuePrompt(0, 1) }""")  # a seed of its own: the host would answer what it has drawn before
     browser.wait("() => [...document.querySelectorAll('.cg-maps img')].some(each => each.naturalWidth > 0)")
     browser.look_at(node)
     browser.box(".cg-maps img")
