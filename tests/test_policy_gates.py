@@ -80,6 +80,26 @@ def test_a_prompt_gate_hears_each_of_several_prompts(model: Any, clip: Any, tmp_
     assert verdicts(enforcement) == ["edited", "closed"]
 
 
+def test_a_text_is_made_tokens_of_once_for_all_gates_of_a_run(
+    model: Any, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is most of what closed gates cost."""
+    edits = [gated(ASKED, concept={"name": word, "phrases": [word]}) for word in ("axe", "bow", "gun")]
+    with governed(tmp_path, *edits) as enforcement:
+        mine, asked, tokenize = (
+            (prompt(clip, "a cat"), prompt(clip, "")),
+            [],
+            type(clip.tokenizer).tokenize_with_weights,
+        )
+        monkeypatch.setattr(
+            type(clip.tokenizer),
+            "tokenize_with_weights",
+            lambda self, text, ids=False, **how: (asked.append((text, ids)), tokenize(self, text, ids, **how))[1],
+        )
+        tiny.sample(model, *mine)
+        assert verdicts(enforcement) == ["closed"] and len(asked) == len(set(asked)) > 0
+
+
 def test_a_rules_gate_is_for_all_of_its_edits(model: Any, clip: Any, tmp_path: Path, seeing: Seeing) -> None:
     seeing(0.9, 0.1)
     with governed(tmp_path, rule={"gate": FLIGHT}) as enforcement:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..files.artefacts import Artefact
@@ -99,6 +100,11 @@ class Concept(Shared):
         return self.neutral if self.kind == "style" else None
 
     @cached_property
+    def apart(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Its phrases `apart` from the empty prompt, if that is known."""
+        return None if self.empty is None else apart(self.phrases, self.empty)
+
+    @cached_property
     def baseline_key(self) -> str:
         return "" if self.baseline is None else digest((self.baseline,))
 
@@ -108,6 +114,13 @@ class Concept(Shared):
         phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))
         further = [x for prompts in self.beside.values() for said in prompts for x in said.values()]
         return digest((self.baseline_key, *phrases, *later, *further))
+
+
+def apart(phrases: Sequence[Phrase], empty: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What all tokens of an empty prompt's encoding [1, T, W] share, [W], and each phrase's own tokens without it, of
+    length 1, [n, W]."""
+    common = empty[0].mean(0)
+    return common, [F.normalize(phrase.tokens[0, list(phrase.own)] - common, dim=-1) for phrase in phrases]
 
 
 @dataclass(frozen=True, eq=False)

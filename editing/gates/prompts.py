@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..edits.digest import Shared, digest
 from ..edits.encode import encode, own_tokens
-from ..edits.spec import Concept
+from ..edits.spec import Concept, apart
 from .discriminator import LEAST, Discriminator, Report, calibrate, fit, measured, split, threshold_for
 
 PROBE = "a watercolour of a lighthouse at dusk"
@@ -109,10 +109,7 @@ def likeness(clip: Any, text: str, concept: Concept) -> float:
             f'concept "{concept.name}" was made with a text encoder of width {concept.width}, and clip has '
             f"{prompt.shape[-1]}; make it with this clip"
         )
-    common = (encode(clip, "") if concept.empty is None else concept.empty)[0].mean(0)
-    there = F.normalize(prompt[own] - common, dim=-1)
-    found = []
-    for phrase in concept.phrases:
-        wanted = F.normalize(phrase.tokens[0, list(phrase.own)] - common, dim=-1)
-        found.append(float((wanted @ there.T).amax(1).mean()))
-    return min(1.0, max(0.0, max(found)))
+    common, phrases = concept.apart or apart(concept.phrases, encode(clip, ""))
+    there = F.normalize(prompt[own] - common, dim=-1).T
+    found = torch.stack([(wanted @ there).amax(1).mean() for wanted in phrases])
+    return float(found.amax().clamp(0, 1))

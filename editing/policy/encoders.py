@@ -62,19 +62,23 @@ class Encoder:
 
 
 class Memory:
-    """A CLIP for gates: it is at work on the device as seldom as may be, for a run is about to begin there."""
+    """A CLIP for one run's gates: it is at work on the device as seldom as may be, for the run is about to begin there,
+    and makes tokens of a text once for all of them."""
 
     def __init__(self, clip: Any, encoder: Encoder) -> None:
         self.clip, self.encoder = clip, encoder
         self.now: tuple[Any, str] = (None, "")
+        self.tokens: dict[tuple[str, bool], Any] = {}  # by the text, and whether with the words' numbers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.clip, name)
 
-    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        tokens = self.clip.tokenize(text, *args, **kwargs)
-        self.now = tokens, text
-        return tokens
+    def tokenize(self, text: str, return_word_ids: bool = False) -> Any:
+        key = text, return_word_ids
+        if key not in self.tokens:
+            self.tokens[key] = self.clip.tokenize(text, return_word_ids=return_word_ids)
+        self.now = self.tokens[key], text
+        return self.tokens[key]
 
     def encode_from_tokens(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
         known, text = self.now

@@ -289,7 +289,7 @@ class Enforcement:
         run = Sampling(
             *(backbone.family, encoders, texts or None, picture, image),
             whole=is_whole(levels, sampling),
-            steps=lambda start, end: share_between(levels, sampling, start, end),
+            steps=functools.cache(lambda start, end: share_between(levels, sampling, start, end)),
             everyone=everyone,
         )
         return run, [each.text for each in said]

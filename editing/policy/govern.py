@@ -20,7 +20,7 @@ from ..presets.apply import Given, Maker, specs_of
 from ..presets.document import Preset
 from ..presets.parts import ImageGate, LearnedFile
 from .document import Rule
-from .encoders import Encoder, words_of
+from .encoders import Encoder, Memory, words_of
 from .file import Loaded, Refused
 
 NODE = "ConceptGuard policy"
@@ -81,16 +81,18 @@ def edits_for(loaded: Loaded, rule: Rule, run: Sampling, files: Files) -> list[E
     made: dict[str, EditSpec] = {}
     encoders: Sequence[Encoder | None] = run.encoders or [None]
     for encoder in encoders:
+        clip = None if encoder is None else encoder.memory()
         for preset in presets:
-            for spec in of_preset(preset, rule, run, encoder, files):
+            for spec in of_preset(preset, rule, run, encoder, clip, files):
                 made.setdefault(spec.key, spec)
     return list(made.values())
 
 
-def of_preset(preset: Preset, rule: Rule, run: Sampling, encoder: Encoder | None, files: Files) -> list[EditSpec]:
+def of_preset(
+    preset: Preset, rule: Rule, run: Sampling, encoder: Encoder | None, clip: Memory | None, files: Files
+) -> list[EditSpec]:
     """Its edits. Prompt gates are asked about each prompt alone, for beside others it says less, and the one that opens
     them the most counts."""
-    clip = None if encoder is None else encoder.memory()
     texts = run.texts if clip is not None and not run.picture else None
     try:
         found = [said_by(text, preset, rule, run, clip, encoder, files) for text in texts or (None,)]

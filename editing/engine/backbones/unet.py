@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -116,12 +116,21 @@ def fingerprint(family: str, blocks: Mapping[BlockKey, BasicTransformerBlock]) -
 
 def cross_attentions(unet: UNetModel) -> dict[BlockKey, BasicTransformerBlock]:
     """The transformer blocks that read the text, by the host's keys."""
-    if any(isinstance(module, SpatialVideoTransformer) for module in unet.modules()):
-        return {}  # its temporal blocks share their keys with the spatial ones, and it reads an image, not a text
     middle = [] if unet.middle_block is None else [unet.middle_block]
     found = {}
     for side, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
         for i, block in enumerate(blocks):
-            transformers = [module for module in block.modules() if isinstance(module, BasicTransformerBlock)]
+            within = list(down_to_transformers(block))
+            if any(isinstance(module, SpatialVideoTransformer) for module in within):
+                return {}  # its temporal blocks share their keys with the spatial ones, and it reads an image, no text
+            transformers = [module for module in within if isinstance(module, BasicTransformerBlock)]
             found.update({(side, i, j): t for j, t in enumerate(transformers) if t.attn2 is not None})
     return found
+
+
+def down_to_transformers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """A block and all that it is made of, but for what transformer blocks are made of: most of a UNet."""
+    yield module
+    if not isinstance(module, BasicTransformerBlock):
+        for child in module.children():
+            yield from down_to_transformers(child)
