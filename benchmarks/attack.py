@@ -19,8 +19,8 @@ from torch import Tensor
 from ..demo import phrases, world
 from ..demo.load import load_witness
 from ..demo.witness import Testimony, testify
+from ..editing.edits.concept import NEUTRAL, concept_from_text
 from ..editing.edits.digest import digest
-from ..editing.edits.encode import NEUTRAL, concept_from_text
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.gates.gates import in_flight_gate

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..demo import mix, world
 from ..demo.load import load_witness
 from ..demo.witness import Testimony, fingerprints, testify
-from ..editing.edits.encode import NEUTRAL, concept_from_text
+from ..editing.edits.concept import NEUTRAL, concept_from_text
 from ..jobs.report.distances import Distance, kid
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..demo import world
 from ..demo.load import load_witness
 from ..demo.witness import Testimony, testify
-from ..editing.edits.encode import NEUTRAL, encode_lines
+from ..editing.edits.concept import NEUTRAL
+from ..editing.edits.encode import encode_lines
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit, edits_of
 from ..editing.engine.weights import projections, with_lora

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..demo import world
-from ..editing.edits.encode import NEUTRAL
+from ..editing.edits.concept import NEUTRAL
 from ..editing.engine.run import OBSERVER
 from ..editing.methods.cre import DEFAULTS, CREOptions
 from .sampling import Demo, demo, object_prompts, style_prompts

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..demo import world
 from ..demo.judge import Verdict, judge
 from ..demo.load import load, load_judge, reference_prompt
-from ..editing.edits.encode import NEUTRAL, concept_from_text
+from ..editing.edits.concept import NEUTRAL, concept_from_text
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS, CREOptions

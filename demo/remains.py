@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..editing.edits.encode import concept_from_text
+from ..editing.edits.concept import concept_from_text
 from ..editing.edits.spec import EditSpec
 from ..editing.engine.host import add_edit
 from ..editing.methods.cre import DEFAULTS

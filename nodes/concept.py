@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..editing.edits.encode import KINDS, NEUTRAL, apart, concept_from_conditioning, concept_from_text, lines_of
+from ..editing.edits.concept import KINDS, NEUTRAL, apart, concept_from_conditioning, concept_from_text
+from ..editing.edits.encode import lines_of
 from .inputs import CATEGORY, choice_input, folded, named
 from .show import told
 from .types import ConceptType

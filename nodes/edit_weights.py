@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..editing.edits.encode import NEUTRAL, encode, encode_lines
+from ..editing.edits.concept import NEUTRAL
+from ..editing.edits.encode import encode, encode_lines
 from ..editing.edits.spec import Concept, complaint_about
 from ..editing.engine import weights
 from ..editing.engine.weights import PROJECTIONS, with_lora

@@ -18,7 +18,7 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 from foreign_rows import AttentionCouple
 from test_conditional import guided
 
-from conceptguard.editing.edits.encode import concept_from_conditioning, concept_from_text
+from conceptguard.editing.edits.concept import concept_from_conditioning, concept_from_text
 from conceptguard.editing.edits.spec import Direction, EditSpec
 from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import CREOptions

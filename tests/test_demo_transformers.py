@@ -15,7 +15,7 @@ from conceptguard.benchmarks.gates import shipped
 from conceptguard.benchmarks.sampling import Demo
 from conceptguard.demo.load import load_witness
 from conceptguard.demo.witness import testify as told_by
-from conceptguard.editing.edits.encode import concept_from_conditioning, concept_from_text
+from conceptguard.editing.edits.concept import concept_from_conditioning, concept_from_text
 from conceptguard.nodes.causal_period import ConceptGuardCausalPeriod
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.gates import ConceptGuardInFlightGate

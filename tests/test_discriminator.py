@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conceptguard.editing.edits.encode import concept_from_text
+from conceptguard.editing.edits.concept import concept_from_text
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.files import artefacts
 from conceptguard.editing.gates import prompts

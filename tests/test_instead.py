@@ -13,7 +13,8 @@ import torch
 from documents import DOCUMENT, keys
 from torch import Tensor
 
-from conceptguard.editing.edits.encode import NEUTRAL, apart, concept_from_text, encode, lines_of, rows_of
+from conceptguard.editing.edits.concept import NEUTRAL, apart, concept_from_text
+from conceptguard.editing.edits.encode import encode, lines_of, rows_of
 from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods import said

@@ -25,7 +25,7 @@ from documents import WORDS
 from foreign_rows import GeometricCFG, Nameless
 from governed import CRE, EIUP, governed, prompt, sample, write
 
-from conceptguard.editing.edits.encode import concept_from_text
+from conceptguard.editing.edits.concept import concept_from_text
 from conceptguard.editing.engine.account import LISTENERS
 from conceptguard.editing.engine.host import account_of, edits_of
 from conceptguard.editing.engine.run import OBSERVER

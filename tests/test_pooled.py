@@ -13,7 +13,7 @@ from dits import POOLED, pooled
 from torch import Tensor
 
 from conceptguard.demo.load import load
-from conceptguard.editing.edits.encode import concept_from_conditioning, concept_from_text
+from conceptguard.editing.edits.concept import concept_from_conditioning, concept_from_text
 from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.pooled import pooled_edit

@@ -16,7 +16,8 @@ from documents import DOCUMENT, HASH, WORDS, Fuzz, by_hand, changed, keys, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conceptguard.editing.edits.encode import concept_from_text, encode
+from conceptguard.editing.edits.concept import concept_from_text
+from conceptguard.editing.edits.encode import encode
 from conceptguard.editing.edits.spec import Gate
 from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.methods import cre, eiup

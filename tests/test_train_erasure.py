@@ -19,7 +19,7 @@ from torch import Tensor
 from toy import Layer, Line, respond
 
 from conceptguard.demo.load import load
-from conceptguard.editing.edits.encode import concept_from_text
+from conceptguard.editing.edits.concept import concept_from_text
 from conceptguard.editing.edits.spec import Concept, EditSpec
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.training.changes import Changes

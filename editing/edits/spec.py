@@ -57,7 +57,7 @@ class Concept(Shared):
     ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py.
     pooled, pooled_instead: as the phrases', [1, P], of what it is compared with, and of what is drawn in its place.
     beside: of an encoding, by its digest, what its text encoder says of the prompt beside it, for models that read that
-    as well (encode.BESIDE): of each of the prompts that it is the mean of.
+    as well (edits/beside.py): of each of the prompts that it is the mean of.
     """
 
     socket = "concept"  # what nodes call an input that takes one
@@ -73,9 +73,7 @@ class Concept(Shared):
     ordinary: tuple[Tensor, ...] = ()
     pooled: Tensor | None = None
     pooled_instead: Tensor | None = None
-    kind: Literal["thing", "style"] = (
-        "thing"  # of a style, phrases are what ordinary prompts become with it (encode.py)
-    )
+    kind: Literal["thing", "style"] = "thing"  # of a style, phrases are what ordinary prompts become with it
     beside: Mapping[str, tuple[Mapping[str, Tensor], ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ..edits import spec
-from ..edits.encode import NEUTRAL, concept_from_text
+from ..edits.concept import NEUTRAL, concept_from_text
 from ..edits.learned import concept_of
 from ..edits.spec import complaint_about, too_late
 from ..files import artefacts

@@ -11,7 +11,8 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 
-from ...editing.edits.encode import NEUTRAL, encode, encode_lines
+from ...editing.edits.concept import NEUTRAL
+from ...editing.edits.encode import encode, encode_lines
 from ...editing.edits.spec import Concept, EditSpec
 from ...editing.engine.host import add_edit
 from ...editing.engine.weights import projections, with_lora

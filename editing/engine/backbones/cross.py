@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...edits.beside import IDS
 from ...edits.blocks import BlockKey
 from ...edits.digest import Shared, digest
-from ...edits.encode import IDS
 from ...methods.attention import split_heads
 from ...methods.tokens import TokenSet
 from ..backbone import Backbone, register_backbone

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ...edits.beside import LLAMA
 from ...edits.blocks import BlockKey
 from ...edits.digest import Shared, digest
-from ...edits.encode import LLAMA
 from ...edits.spec import EditSpec
 from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
