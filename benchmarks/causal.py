@@ -15,7 +15,7 @@ from ..editing.causal.search import Period, assess_with_exclusion, is_causal, na
 from ..editing.edits.spec import EditSpec
 from ..editing.methods.cre import DEFAULTS
 from ..jobs.search import Task, prompts_of
-from .erasure import STRENGTH, named
+from .erasure import STRENGTH, named, natural
 from .gates import GOVERNED, shipped
 from .sampling import CFG, SAMPLER, SCHEDULER, STEPS, Demo, demo, object_prompts
 from .table import Rate, Row, Table
@@ -136,6 +136,7 @@ def editing_in(demo: Demo, periods: Mapping[str, Period], count: int) -> Iterato
                 "steps": "" if window is None else f"{window[0]}-{window[1] - 1}",
                 "edited steps": 0.0 if window is None else (window[1] - window[0]) / steps,
                 "concept found": Rate.of([v.found(name) for v in seen[:count]]),
+                "natural": natural(seen[:count]),
                 "others found": named(rest, seen[count:]),
             }
 

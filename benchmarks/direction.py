@@ -26,6 +26,7 @@ from ..editing.methods.safe_region import drawn
 from ..editing.training.direction import Settings, random_like
 from ..jobs.train import Course
 from ..jobs.train_direction import train_direction
+from .erasure import natural
 from .gates import THRESHOLD, drawings, shipped
 from .sampling import CFG, STEPS, Demo, demo, object_prompts
 from .table import Rate, Row, Table
@@ -123,6 +124,8 @@ def rows_of(
             if pictures:
                 verdicts = demo.verdicts(model, [p.caption for p in pictures], seed)
                 row[column] = shown(verdicts, [p.objects[0] for p in pictures])
+                if pictures is named:
+                    row["natural"] = natural(verdicts)
         yield row
 
 

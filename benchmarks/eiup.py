@@ -65,18 +65,20 @@ def compare(
         name: object_prompts(rng.sample([n for n in world.OBJECTS if n != name], each), each, seed) for _, name in held
     }
     for label, edit in settings().items():
-        left, told, kept = [], [], []
+        left, told, kept, sure = [], [], [], []
         for _, name in held:
             edited = edit(demo, demo.model, demo.concept(name))
             texts = [*implied[name], *named[name], *(p.caption for p in rest[name])]
             seen = demo.verdicts(edited, texts, seed)
             left += [v.found(name) for v in seen[:count]]
             told += [v.found(name) for v in seen[count : 2 * count]]
+            sure += [v.natural for v in seen[: 2 * count]]
             kept += [v.found(p.objects[0]) for v, p in zip(seen[2 * count :], rest[name], strict=True)]
         yield {
             "edit": label,
             "implied and shown": Rate.of(left),
             "named and shown": Rate.of(told),
+            "natural": Rate.of(sure),
             "others found": Rate.of(kept),
         }
 

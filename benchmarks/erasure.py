@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from ..demo import world
-from ..demo.judge import Verdict, accuracy
-from ..demo.load import load_judge
+from ..demo.judge import accuracy
+from ..demo.load import load_witness
+from ..demo.witness import Testimony, blind_spots, testify
 from ..tools.environment import ROOT
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
@@ -17,14 +18,19 @@ from .table import Rate, Row, Table
 STRENGTH = 1.0  # the default
 
 
-def named(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
-    """How many pictures show all that their captions hold, top-1 a thing."""
+def named(pictures: Sequence[world.Picture], verdicts: Sequence[Testimony]) -> Rate:
+    """How many pictures show all that their captions hold."""
     return Rate.of(
         [all(v.found(name, len(p.objects)) for name in p.objects) for p, v in zip(pictures, verdicts, strict=True)]
     )
 
 
-def in_style(pictures: Sequence[world.Picture], verdicts: Sequence[Verdict]) -> Rate:
+def natural(verdicts: Sequence[Testimony]) -> Rate:
+    """How many are as sure a thing as 95 % of clean drawings."""
+    return Rate.of([v.natural for v in verdicts])
+
+
+def in_style(pictures: Sequence[world.Picture], verdicts: Sequence[Testimony]) -> Rate:
     return Rate.of([v.style == p.style for p, v in zip(pictures, verdicts, strict=True)])
 
 
@@ -33,7 +39,7 @@ def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
     rng = random.Random(seed)
     names = list(world.OBJECTS)
 
-    def see(pictures: Sequence[world.Picture]) -> list[Verdict]:
+    def see(pictures: Sequence[world.Picture]) -> list[Testimony]:
         return demo.verdicts(demo.model, [p.caption for p in pictures], seed)
 
     one = [
@@ -69,21 +75,20 @@ def unedited(demo: Demo, count: int = 64, seed: int = 1) -> dict[str, Rate]:
 
 
 class Erasure:
-    """The rows of CRE's erasure table: the MODEL without one object or style at a time. Unedited pictures that rows
-    share are drawn once."""
+    """The rows of CRE's erasure table: the MODEL without one object or style at a time. What
+    rows or columns share is drawn once."""
 
     def __init__(self, demo: Demo, count: int = 50, seed: int = 3) -> None:
         self.demo, self.count, self.seed = demo, count, seed
         self.others = object_prompts(list(world.OBJECTS), 64, seed)
-        self._seen: dict[tuple[str, ...], list[Verdict]] = {}
+        self._seen: dict[tuple[Any, tuple[str, ...]], list[Testimony]] = {}
 
-    def see(self, pictures: Sequence[world.Picture], edited: Any = None) -> list[Verdict]:
+    def see(self, pictures: Sequence[world.Picture], edited: Any = None) -> list[Testimony]:
         captions = tuple(p.caption for p in pictures)
-        if edited is not None:
-            return self.demo.verdicts(edited, captions, self.seed)
-        if captions not in self._seen:
-            self._seen[captions] = self.demo.verdicts(self.demo.model, captions, self.seed)
-        return self._seen[captions]
+        key = edited, captions
+        if key not in self._seen:
+            self._seen[key] = self.demo.verdicts(edited or self.demo.model, captions, self.seed)
+        return self._seen[key]
 
     def compare(
         self,
@@ -103,9 +108,11 @@ class Erasure:
         `keep` names, also where it does not; and everything else."""
         near = world.NEIGHBOURS[name]
         edited, alone = (self.demo.erase(self.demo.concept(name, keep=keep), STRENGTH) for keep in (near, ""))
+        own = object_prompts([name], self.count, self.seed)
         neighbours = object_prompts([near], self.count, self.seed)
         rows = {
-            "named": self.compare(named, object_prompts([name], self.count, self.seed), edited),
+            "named": self.compare(named, own, edited),
+            "natural": self.compare(lambda _, verdicts: natural(verdicts), own, edited),
             "neighbours": self.compare(named, neighbours, edited),
             "others": self.compare(named, self.others, edited, lambda p: not {name, near} & {*p.objects}),
         }
@@ -133,6 +140,7 @@ class Erasure:
         near = [p for s in world.NAMED_STYLES if s != style for p in style_prompts(s, self.count // 2, self.seed)]
         rows = {
             "named": self.compare(in_style, own, edited),
+            "natural": self.compare(lambda _, verdicts: natural(verdicts), own, edited),
             "neighbours": self.compare(in_style, near, edited),
             "others": self.compare(named, self.others, edited, lambda p: p.style != style),
         }
@@ -151,12 +159,21 @@ def flat(rows: dict[str, tuple[Rate, Rate]]) -> Row:
 
 
 def judged(count: int) -> Iterator[Row]:
-    """The judge on renderings of a seed that it has not seen; needs the icon sets (npm)."""
+    """The witness on renderings of a seed that it has not seen; needs the icon sets (npm)."""
     from ..demo.glyphs import Painter
 
     painter = Painter(ROOT / "output" / "train-demo" / "icons")
     for kind, damage in (("clean", False), ("blurred, noisy, off colour", True)):
-        yield {"pictures": kind, **accuracy(load_judge(), painter, count, damage=damage)}
+        yield {"pictures": kind, **accuracy(partial(testify, load_witness()), painter, count, damage=damage)}
+
+
+def fooled(count: int) -> Iterator[Row]:
+    """The witness on pictures that fooled the judge before it; needs the icon sets (npm)."""
+    from ..demo.glyphs import Painter
+
+    painter = Painter(ROOT / "output" / "train-demo" / "icons")
+    for figure, share in blind_spots(load_witness(), painter, count).items():
+        yield {"figure": figure, "share": share, "of": count}
 
 
 def figures(count: int) -> Iterator[Row]:
@@ -181,9 +198,17 @@ TABLES = (
         partial(judged, 256),
     ),
     Table(
+        "judge-blind",
+        "The judge's blind spots",
+        "On pictures that fooled the judge before it, and on drawings of a seed that it has not seen. Discs named: at "
+        "more than 0.6. Pairs seen: the first of two is; sides right: both stand where they are said to.",
+        partial(fooled, 400),
+        partial(fooled, 20),
+    ),
+    Table(
         "unedited",
         "The demo model without edits",
-        "How often a picture shows what its caption says, by the judge's first guess.",
+        "How often a picture shows what its caption says, by the witness.",
         partial(figures, 64),
         partial(figures, 8),
     ),

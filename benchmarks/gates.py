@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..demo import world
-from ..demo.judge import judge
-from ..demo.load import load_judge
+from ..demo.load import load_witness
 from ..demo.train_features import FILE, examples, gate_file
+from ..demo.witness import testify
 from ..editing.edits.spec import Gate
 from ..editing.files.artefacts import read
 from ..editing.gates.discriminator import Discriminator, from_artefact
@@ -100,7 +100,7 @@ def in_flight(demo: Demo, names: Sequence[str], count: int, seed: int = 5) -> li
             total = totals[way]
             total["seconds"] += time.process_time() - start
             plain = x if plain is None else plain
-            found = judge(load_judge(), x)
+            found = testify(load_witness(), x)
             total["unsafe"] += [v.found(name, 1) for v, kind in zip(found, kinds, strict=True) if kind != "harmless"]
             total["kept"] += [torch.equal(a, b) for a, b, k in zip(x, plain, kinds, strict=True) if k == "harmless"]
     least = totals["unedited"]["seconds"]

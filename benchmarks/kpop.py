@@ -1,7 +1,7 @@
 """KPOP on the demo model: 5 of 10 objects erased at once, what survives, what the prompt brings back, the ablations.
 
-The metrics are the paper's: ESR-1, the share of pictures of erased objects in which the judge does not see them first,
-and PSR-1, the share of pictures of preserved objects in which it does.
+The metrics are the paper's: ESR-1, the share of pictures of erased objects in which the witness does not see them first
+among the objects, and PSR-1, the share of pictures of preserved objects in which it does.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 import comfy.sd
 
 from ..demo import world
+from ..demo.witness import Testimony
 from ..editing.edits.spec import EditSpec, PromptTokens
 from ..editing.engine.host import add_edit
 from ..editing.methods.kpop import edit_of
 from ..jobs.train import Course
 from ..jobs.train_kpop import Recipe, train_kpop
+from .erasure import natural
 from .sampling import Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
@@ -72,11 +74,18 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def found(demo: Demo, model: Any, names: Sequence[str], count: int, seed: int) -> Rate:
-    """How many pictures of these objects show them, `count` pictures each."""
+def seen(
+    demo: Demo, model: Any, names: Sequence[str], count: int, seed: int
+) -> tuple[list[world.Picture], list[Testimony]]:
+    """`count` pictures of each of these objects, and what the witness says."""
     pictures = object_prompts(names, count * len(names), seed)
-    verdicts = demo.verdicts(model, [p.caption for p in pictures], seed)
-    return Rate.of([v.found(p.objects[0]) for p, v in zip(pictures, verdicts, strict=True)])
+    return pictures, demo.verdicts(model, [p.caption for p in pictures], seed)
+
+
+def first(pictures: Sequence[world.Picture], verdicts: Sequence[Testimony]) -> Rate:
+    """How many show their object before all others."""
+    tops = [next(name for name in v.objects if name in world.OBJECTS) for v in verdicts]
+    return Rate.of([top == p.objects[0] for top, p in zip(tops, pictures, strict=True)])
 
 
 def with_prompt(model: Any, prompt: PromptTokens) -> Any:
@@ -114,15 +123,17 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """A row a method; the first is the unedited model's."""
     groups = ERASED, KEPT, OTHERS[:: max(1, len(OTHERS) // 10)][:10]
-    plain = [found(demo, demo.model, names, count, seed) for names in groups]
+    plain = [first(*seen(demo, demo.model, names, count, seed)) for names in groups]
     yield {"method": "unedited", "ESR-1": missed(plain[0]), "PSR-1": plain[1], "others found": plain[2]}
     for name, changes in which.items():
         model, prompt = trained(demo, **{**settings, **changes})
-        erased, kept, others = (found(demo, model, names, count, seed) for names in groups)
-        back = found(demo, with_prompt(model, prompt), ERASED, count, seed)
+        looks = [seen(demo, model, names, count, seed) for names in groups]
+        erased, kept, others = (first(*look) for look in looks)
+        back = first(*seen(demo, with_prompt(model, prompt), ERASED, count, seed))
         yield {
             "method": name,
             "ESR-1": missed(erased),
+            "natural": natural(looks[0][1]),
             "PSR-1": kept,
             "PSR-1 of unedited": share(kept, plain[1]),
             "others found": others,
@@ -139,7 +150,7 @@ def trainings(which: dict[str, dict[str, Any]], **few: int) -> Iterator[Row]:
     return rows(demo(), which, **few)
 
 
-def first(which: dict[str, dict[str, Any]]) -> Iterator[Row]:
+def brief(which: dict[str, dict[str, Any]]) -> Iterator[Row]:
     return trainings(dict(list(which.items())[:1]), count=1, steps=4, path_steps=2)
 
 
@@ -148,15 +159,15 @@ TABLES = (
         "kpop",
         "KPOP",
         f"{', '.join(ERASED)} erased at once, {STEPS} steps if not said; {', '.join(KEPT)} preserved; "
-        "ten other things. ESR-1: the judge does not see the erased object first; PSR-1: it sees the preserved one.",
+        "ten other things. ESR-1: the witness does not see the erased object first; PSR-1: it sees the preserved one.",
         partial(trainings, METHODS),
-        partial(first, METHODS),
+        partial(brief, METHODS),
     ),
     Table(
         "kpop-ablations",
         "KPOP's ablations",
         'The paper\'s tables 5 and 6 and figure 5: changes of "KPOP, and keeping what is preserved" in 100 steps.',
         partial(trainings, ABLATIONS, steps=100, count=3),
-        partial(first, ABLATIONS),
+        partial(brief, ABLATIONS),
     ),
 )

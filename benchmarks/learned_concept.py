@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..demo import world
-from ..demo.judge import Verdict, judge
-from ..demo.load import load_judge
+from ..demo.judge import Verdict
+from ..demo.load import load_witness
+from ..demo.witness import testify
 from ..editing.edits.learned import concept_of
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
@@ -26,7 +27,7 @@ from ..editing.methods.eiup import EIUPOptions
 from ..editing.training.textual_inversion import ConceptOptions
 from ..jobs.learn_concept import learn_concept
 from ..jobs.train import Course
-from .erasure import STRENGTH
+from .erasure import STRENGTH, natural
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
@@ -38,7 +39,7 @@ def examples(
 ) -> tuple[Tensor, list[world.Picture]]:
     """Up to `count` pictures [n, 3, h, w] that show what they should, and their captions."""
     drawn = demo.pictures(demo.model, [p.caption for p in pictures], seed=77)
-    good = [i for i, v in enumerate(judge(load_judge(), drawn)) if right(pictures[i], v)][:count]
+    good = [i for i, v in enumerate(testify(load_witness(), drawn)) if right(pictures[i], v)][:count]
     if not good:
         raise ValueError("the demo model drew no example of what is to be learned; train it further")
     return drawn[good], [pictures[i] for i in good]
@@ -81,6 +82,7 @@ def compare(
             "edit": name,
             "its own prompts": found,
             "their objects": objects,
+            "natural": natural(verdicts[: len(own)]),
             "other prompts' objects": kept,
         }
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..demo import world
-from ..demo.judge import judge
-from ..demo.load import load_judge
+from ..demo.load import load_witness
+from ..demo.witness import testify
 from ..editing.edits.spec import Gate, opened
 from .erasure import STRENGTH
 from .gates import shipped
@@ -37,8 +37,8 @@ def by_picture(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int =
             plain = demo.pictures(demo.model, conds, seed)
             edited = demo.pictures(demo.erase(demo.concept(name), STRENGTH, gate=gate), conds, seed)
             if shown[0].objects[0] == name:
-                before += [v.found(name) for v in judge(load_judge(), plain)]
-                found += [v.found(name) for v in judge(load_judge(), edited)]
+                before += [v.found(name) for v in testify(load_witness(), plain)]
+                found += [v.found(name) for v in testify(load_witness(), edited)]
             else:
                 same += [torch.equal(a, b) for a, b in zip(plain, edited, strict=True)]
     return [
@@ -64,11 +64,12 @@ def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9)
         for name in names
     }
     for label in ("unedited", "CRE"):
-        found, kept, background = [], [], []
+        found, kept, background, sure = [], [], [], []
         for name in names:
             model = demo.model if label == "unedited" else demo.erase(demo.concept(name), STRENGTH)
             seen = demo.verdicts(model, [p.caption for p in pairs[name]], seed)
             found += [v.found(name, 2) for v in seen]
+            sure += [v.natural for v in seen]
             kept += [v.found(other, 2) for v, other in zip(seen, rest[name], strict=True)]
             background += [v.background == p.background for v, p in zip(seen, pairs[name], strict=True)]
         yield {
@@ -76,6 +77,7 @@ def precise(demo: Demo, names: Sequence[str], count: int = BATCH, seed: int = 9)
             "concept found": Rate.of(found),
             "other object found": Rate.of(kept),
             "background": Rate.of(background),
+            "natural": Rate.of(sure),
         }
 
 
@@ -96,7 +98,7 @@ def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60,
     }
     for label, (edit, negative) in ways.items():
         for mode in ("single", "multiple")[label == "unedited" :]:
-            found, kept = [], []
+            found, kept, sure = [], [], []
             for i, name in enumerate(names):
                 chosen = [name] if mode == "single" else list(names)
                 texts = [p.caption for p in object_prompts([name], count, seed + i)]
@@ -105,11 +107,13 @@ def several(demo: Demo, names: Sequence[str], count: int = 15, others: int = 60,
                     edit(chosen), [*texts, *(p.caption for p in part)], seed, ", ".join(chosen) if negative else ""
                 )
                 found += [v.found(name) for v in seen[:count]]
+                sure += [v.natural for v in seen[:count]]
                 kept += [v.found(p.objects[0]) for v, p in zip(seen[count:], part, strict=True)]
             yield {
                 "edit": label,
                 "governed": "" if label == "unedited" else mode,
                 "concepts found": Rate.of(found),
+                "natural": Rate.of(sure),
                 "others found": Rate.of(kept),
             }
 

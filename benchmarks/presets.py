@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..demo import world
-from ..demo.judge import Verdict
+from ..demo.witness import Testimony
 from ..editing.engine.host import add_edit
 from ..editing.presets.apply import Given, specs_of
 from ..editing.presets.document import Preset, read
@@ -25,7 +25,7 @@ from .table import Rate, Row, Table
 
 SHIPPED = sorted((ROOT / "presets").glob("*.json"))
 Pictures = Sequence[world.Picture]
-Look = tuple[Pictures, Callable[[Pictures, Sequence[Verdict]], Rate]]  # what is drawn, and how often it is there
+Look = tuple[Pictures, Callable[[Pictures, Sequence[Testimony]], Rate]]  # what is drawn, and how often it is there
 
 
 def applied(demo: Demo, preset: Preset) -> Any:
@@ -52,7 +52,7 @@ def of_people(attribute: str, value: str, count: int, seed: int) -> Look:
     return pictures, lambda _, verdicts: Rate.of([getattr(v, attribute) == value for v in verdicts])
 
 
-def in_role(pictures: Pictures, verdicts: Sequence[Verdict]) -> Rate:
+def in_role(pictures: Pictures, verdicts: Sequence[Testimony]) -> Rate:
     return Rate.of([v.role == p.role for p, v in zip(pictures, verdicts, strict=True)])
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..demo import world
-from ..demo.judge import Verdict, judge
-from ..demo.load import load, load_judge, reference_prompt
+from ..demo.load import load, load_witness, reference_prompt
+from ..demo.witness import Testimony, testify
 from ..editing.edits.concept import NEUTRAL, concept_from_text
 from ..editing.edits.spec import Concept, EditSpec
 from ..editing.engine.host import add_edit
@@ -62,8 +62,8 @@ class Demo:
         how = Sampling(self.steps, CFG, SAMPLER, SCHEDULER, BATCH)
         return pictures(model, self.vae, conds, self.encode(negative), (4, 16, 16), how, seed)
 
-    def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> list[Verdict]:
-        return judge(load_judge(), self.pictures(model, prompts, seed, negative))
+    def verdicts(self, model: Any, prompts: Sequence[str | Any], seed: int = 0, negative: str = "") -> list[Testimony]:
+        return testify(load_witness(), self.pictures(model, prompts, seed, negative))
 
 
 @cache

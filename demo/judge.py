@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,7 +162,11 @@ def train(
 
 
 def accuracy(
-    model: Judge, painter: Painter, count: int = 2000, seed: int = 99, damage: bool = True
+    look: Callable[[Tensor], Sequence[Verdict]],
+    painter: Painter,
+    count: int = 2000,
+    seed: int = 99,
+    damage: bool = True,
 ) -> dict[str, float]:
     """Share of right answers a head on `count` renderings of another seed; objects: all of a picture's in the top."""
     torch.manual_seed(seed)
@@ -172,7 +177,7 @@ def accuracy(
         x = torch.stack([painter(p) for p in pictures])
         if damage:
             x = spoil(interpolate(x, size=INPUT, mode="area"))
-        for p, v in zip(pictures, judge(model, x), strict=True):
+        for p, v in zip(pictures, look(x), strict=True):
             if p.objects:
                 right["objects"].append(all(v.found(name, len(p.objects)) for name in p.objects))
             for head in list(HEADS)[1:]:

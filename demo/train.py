@@ -168,7 +168,7 @@ class Stages:
     def judge(self) -> None:
         if not (self.folder / "judge.pt").exists():
             model = judge.train(self.painter, self.steps["judge"], SEED + 1)
-            right = judge.accuracy(model, self.painter, damage=False)
+            right = judge.accuracy(partial(judge.judge, model), self.painter, damage=False)
             print(json.dumps({"judge on unseen renderings": right}), flush=True)
             saved(self.folder / "judge.pt", model.state_dict())
 
