@@ -18,7 +18,7 @@ from ..editing.edits.spec import EditSpec, PromptTokens
 from ..editing.engine.host import add_edit
 from ..editing.methods.kpop import edit_of
 from ..jobs.train import Course
-from ..jobs.train_kpop import Recipe, train_kpop
+from ..jobs.train_kpop import KPOPRecipe, train_kpop
 from .erasure import natural
 from .sampling import Demo, demo, object_prompts
 from .table import Rate, Row, Table
@@ -109,7 +109,7 @@ def trained(
 ) -> tuple[Any, PromptTokens]:
     """The MODEL without the erased objects, as the host loads the file, and the key."""
     text, neutral = texts(towards, keep)
-    recipe = Recipe(**{**SETTINGS, "neutral": neutral, **settings})
+    recipe = KPOPRecipe(**{**SETTINGS, "neutral": neutral, **settings})
     lora, prompt, _ = train_kpop(demo.model, demo.clip, text, recipe, Course(steps, "fp32"))
     return comfy.sd.load_lora_for_models(demo.model, None, dict(lora), 1.0, 0.0)[0], prompt
 

@@ -15,7 +15,7 @@ from ..editing.files.artefacts import Artefact
 from ..editing.training.harness import Predictor
 from ..editing.training.mode import gradients
 from ..editing.training.textual_inversion import ConceptOptions, LearnedTokens, tokens_start
-from .train import Course, conduct, encode, lines_for
+from .train import CELL, Course, conduct, encode, lines_for
 
 
 def learn_concept(
@@ -66,7 +66,7 @@ def checked(images: Any) -> Tensor:
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or not 1 <= len(images) <= 8:
         count = len(images) if isinstance(images, torch.Tensor) else "no"
         raise ValueError(f"images holds {count} pictures; connect 1 to 8 of one size")
-    height, width = (size // 8 * 8 for size in images.shape[1:3])
+    height, width = (size // CELL * CELL for size in images.shape[1:3])
     if min(height, width) < 16:
         raise ValueError(
             f"images are of {images.shape[2]}x{images.shape[1]} pixels, too small to learn from; scale "

@@ -24,6 +24,7 @@ from .progress import Progress, silent
 
 KIND = "checkpoint"
 SHOWN = 5  # steps between two pictures
+CELL = 8  # pixels a side of a latent's numbers, in all models that can be trained (training/harness.py)
 T = TypeVar("T", bound=Training)
 
 
@@ -164,6 +165,11 @@ def key_of(settings: Mapping[str, Any]) -> str:
 def encode(clip: Any, text: str) -> list[Any]:
     """A prompt as one entry of a CONDITIONING."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+
+
+def latents_for(model: Any, pictures: int, width: int, height: int) -> Tensor:
+    """Empty ones for so many pictures of width x height pixels, [B, C, height / 8, width / 8]."""
+    return torch.zeros(pictures, model.model.latent_format.latent_channels, height // CELL, width // CELL)
 
 
 def lines_for(name: str, text: str, count: int, what: str) -> list[str]:

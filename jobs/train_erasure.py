@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..editing.edits.digest import digest
 from ..editing.edits.spec import Concept
 from ..editing.engine.host import fingerprint_of
@@ -18,10 +16,7 @@ from ..editing.training.erasure.erasing import Erasing, ErasureOptions, Texts
 from ..editing.training.harness import Predictor
 from ..editing.training.loop import Text
 from ..editing.training.mode import gradients
-from .train import Course, conduct, encode, lines_for
-
-DEFAULTS = ErasureOptions()
-RANK, STEPS = 16, 300
+from .train import Course, conduct, encode, latents_for, lines_for
 
 
 @dataclass(frozen=True)
@@ -33,15 +28,15 @@ class ErasureRecipe:
     neutral: str = ""
     width: int = 512
     height: int = 512
-    learning_rate: float = DEFAULTS.lr
-    rank: int = RANK
-    eta: float = DEFAULTS.eta
-    guidance: float = DEFAULTS.guidance
-    path_steps: int = DEFAULTS.path_steps
-    pictures: int = DEFAULTS.pictures
-    batch_size: int = DEFAULTS.batch
+    learning_rate: float = ErasureOptions.lr
+    rank: int = 16
+    eta: float = ErasureOptions.eta
+    guidance: float = ErasureOptions.guidance
+    path_steps: int = ErasureOptions.path_steps
+    pictures: int = ErasureOptions.pictures
+    batch_size: int = ErasureOptions.batch
     seed: int = 0
-    path: str = DEFAULTS.path
+    path: str = ErasureOptions.path
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -79,14 +74,14 @@ def train_erasure(
         "concept": concept.key,
         "texts": digest(c.float().cpu() for c, _ in encoded)[:20],
     }
-    shape = recipe.batch_size, model.model.latent_format.latent_channels, recipe.height // 8, recipe.width // 8
+    latents = latents_for(model, recipe.batch_size, recipe.width, recipe.height)
     training, losses = conduct(
         "erasure",
         course,
         settings,
         model,
         encoded,
-        torch.zeros(shape),
+        latents,
         lambda predict: started(predict, concept, guides, prompts, recipe),
     )
     with gradients():

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from ..editing.edits.digest import digest
 from ..editing.edits.encode import lines_of
 from ..editing.edits.spec import PromptTokens
@@ -18,31 +16,30 @@ from ..editing.training.changes import LoRA
 from ..editing.training.harness import Predictor
 from ..editing.training.kpop import KPOP, METHOD, KPOPOptions, LearnedPrompt, prompt_start
 from ..editing.training.mode import gradients
-from .train import Course, conduct, encode, lines_for
+from .train import Course, conduct, encode, latents_for, lines_for
 
 BLOCKS = {"middle": "middle", "middle and up": "middle,output", "all": "all"}
-DEFAULTS = KPOPOptions()
 
 
 @dataclass(frozen=True)
-class Recipe:
+class KPOPRecipe:
     """What is learned, beside the concepts. width, height: of the pictures, in pixels."""
 
     neutral: str = "a photo"
     name: str = ""
     width: int = 512
     height: int = 512
-    learning_rate: float = DEFAULTS.lr
-    prompt_learning_rate: float = DEFAULTS.prompt_lr
-    lam: float = DEFAULTS.lam
+    learning_rate: float = KPOPOptions.lr
+    prompt_learning_rate: float = KPOPOptions.prompt_lr
+    lam: float = KPOPOptions.lam
     prompt_size: int = 10
     mechanism: str = "concat"
     blocks: str = "middle"
     weights: str = "cross-attention"
     rank: int = 0
-    guidance: float = DEFAULTS.guidance
-    overshoot: float = DEFAULTS.overshoot
-    path_steps: int = DEFAULTS.path_steps
+    guidance: float = KPOPOptions.guidance
+    overshoot: float = KPOPOptions.overshoot
+    path_steps: int = KPOPOptions.path_steps
     batch_size: int = 1
     seed: int = 0
     path: str = "chain"
@@ -73,7 +70,7 @@ class Recipe:
 
 
 def train_kpop(
-    model: Any, clip: Any, text: str, recipe: Recipe, course: Course
+    model: Any, clip: Any, text: str, recipe: KPOPRecipe, course: Course
 ) -> tuple[LoRA, PromptTokens, list[float]]:
     """The weights' changes, the prompt, and the losses. text: what to erase, one concept a line."""
     lines = lines_of(text)
@@ -90,9 +87,9 @@ def train_kpop(
         "concepts": lines,
         "texts": digest(c.float().cpu() for c, _ in encoded)[:20],
     }
-    shape = recipe.batch_size, model.model.latent_format.latent_channels, recipe.height // 8, recipe.width // 8
+    latents = latents_for(model, recipe.batch_size, recipe.width, recipe.height)
     training, losses = conduct(
-        "kpop", course, settings, model, encoded, torch.zeros(shape), lambda predict: started(predict, recipe)
+        "kpop", course, settings, model, encoded, latents, lambda predict: started(predict, recipe)
     )
     made = {**settings, "steps": course.steps}
     name = recipe.name.strip() or lines[0]
@@ -101,7 +98,7 @@ def train_kpop(
         return LoRA(training.changes.lora(), described(name, backbone, lines, made)), prompt, losses
 
 
-def started(predict: Predictor, recipe: Recipe) -> KPOP:
+def started(predict: Predictor, recipe: KPOPRecipe) -> KPOP:
     """Before its first step. The prompts are the concepts, the neutral text of each, and the empty one."""
     *texts, empty = predict.texts
     concepts, neutral = texts[: len(texts) // 2], texts[len(texts) // 2 :]

@@ -20,7 +20,6 @@ from .training import course, train_inputs
 from .types import ConceptType
 
 LEARN = "ConceptGuardLearnConcept"
-DEFAULTS = ConceptOptions()
 
 
 class ConceptGuardLearnConcept(io.ComfyNode):
@@ -47,7 +46,7 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                 ),
                 count(
                     "tokens",
-                    DEFAULTS.tokens,
+                    ConceptOptions.tokens,
                     1,
                     32,
                     "How many tokens stand for it; at least 1, not 0. More say more of these very pictures.",
@@ -68,7 +67,7 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                 count("steps", 300, 1, 100_000, "How many times the tokens are updated; at least 1, not 0."),
                 number(
                     "learning_rate",
-                    DEFAULTS.lr,
+                    ConceptOptions.lr,
                     0.0,
                     1.0,
                     1e-5,
@@ -77,7 +76,7 @@ class ConceptGuardLearnConcept(io.ComfyNode):
                 ),
                 count(
                     "batch_size",
-                    DEFAULTS.batch,
+                    ConceptOptions.batch,
                     1,
                     64,
                     "Noisy pictures a step, each of one of the images; at least 1, not 0.",
@@ -99,12 +98,12 @@ class ConceptGuardLearnConcept(io.ComfyNode):
         vae: Any,
         images: Tensor,
         name: str = "",
-        tokens: int = DEFAULTS.tokens,
+        tokens: int = ConceptOptions.tokens,
         captions: str = "",
         start_from: str = "",
         steps: int = 300,
-        learning_rate: float = DEFAULTS.lr,
-        batch_size: int = DEFAULTS.batch,
+        learning_rate: float = ConceptOptions.lr,
+        batch_size: int = ConceptOptions.batch,
         seed: int = 0,
         **run: Any,
     ) -> io.NodeOutput:

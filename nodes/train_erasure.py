@@ -11,7 +11,7 @@ from ..editing.edits.spec import Concept
 from ..editing.pictures.chart import curve
 from ..editing.training.erasure import METHODS
 from ..editing.training.path import PATHS
-from ..jobs.train_erasure import DEFAULTS, RANK, STEPS, ErasureRecipe, train_erasure
+from ..jobs.train_erasure import ErasureRecipe, train_erasure
 from .inputs import CATEGORY, choice_input, count, expect, named, number, path_steps_input, size_inputs
 from .show import id_of
 from .training import RUN, course, train_inputs
@@ -37,7 +37,7 @@ class ConceptGuardTrainErasure(io.ComfyNode):
                 choice_input(
                     "path",
                     PATHS,
-                    DEFAULTS.path,
+                    ErasureRecipe.path,
                     "ESD, SDD: which noisy pictures it learns from: every step of a picture that is being drawn "
                     "(chain), or a new picture each time (fresh), as the papers do, at some 25 times the cost.",
                 ),
@@ -69,7 +69,7 @@ def erasure_inputs() -> list[io.Input]:
         io.Combo.Input(
             "method",
             options=list(METHODS),
-            default="ESD-x",
+            default=ErasureRecipe.method,
             tooltip="ESD-x: cross-attentions are pushed away from the concept. ESD-u: all other weights are, for "
             "what appears unasked. CA: the concept is drawn as `neutral` is. SDD: as the empty prompt is, averaged "
             "over the training. FMN: nothing in the picture is to read its words.",
@@ -83,10 +83,10 @@ def erasure_inputs() -> list[io.Input]:
             "FMN takes none.",
         ),
         *size_inputs(),
-        count("steps", STEPS, 1, 100_000, "How many times the weights are updated; at least 1, not 0."),
+        count("steps", 300, 1, 100_000, "How many times the weights are updated; at least 1, not 0."),
         number(
             "learning_rate",
-            DEFAULTS.lr,
+            ErasureRecipe.learning_rate,
             0.0,
             1.0,
             1e-6,
@@ -96,7 +96,7 @@ def erasure_inputs() -> list[io.Input]:
         ),
         count(
             "rank",
-            RANK,
+            ErasureRecipe.rank,
             0,
             512,
             "Of the LoRA that is learned; 0 changes every number of the weights, as the papers do, and needs far more "
@@ -104,7 +104,7 @@ def erasure_inputs() -> list[io.Input]:
         ),
         number(
             "eta",
-            DEFAULTS.eta,
+            ErasureRecipe.eta,
             0.0,
             10.0,
             0.1,
@@ -113,22 +113,22 @@ def erasure_inputs() -> list[io.Input]:
         ),
         number(
             "guidance",
-            DEFAULTS.guidance,
+            ErasureRecipe.guidance,
             0.0,
             30.0,
             0.1,
             "With how much guidance the pictures it learns from are drawn; 0 draws them without text.",
             round=False,
         ),
-        path_steps_input(DEFAULTS.path_steps),
+        path_steps_input(ErasureRecipe.path_steps),
         count(
             "pictures",
-            DEFAULTS.pictures,
+            ErasureRecipe.pictures,
             1,
             10_000,
             "CA, FMN: how many pictures it draws to learn from, each once; at least 1, not 0. CA's paper has 1000.",
         ),
-        count("batch_size", DEFAULTS.batch, 1, 64, "Noisy pictures a step; at least 1, not 0."),
+        count("batch_size", ErasureRecipe.batch_size, 1, 64, "Noisy pictures a step; at least 1, not 0."),
     ]
 
 

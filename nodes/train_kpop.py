@@ -12,7 +12,7 @@ from ..editing.pictures.chart import curve
 from ..editing.training.changes import WEIGHTS
 from ..editing.training.kpop import KEYS_AND_VALUES, STARTS
 from ..editing.training.path import PATHS
-from ..jobs.train_kpop import BLOCKS, DEFAULTS, Recipe, train_kpop
+from ..jobs.train_kpop import BLOCKS, KPOPRecipe, train_kpop
 from .inputs import CATEGORY, choice_input, count, named, path_steps_input, size_inputs
 from .show import id_of
 from .training import RUN, course, train_inputs
@@ -45,9 +45,8 @@ class ConceptGuardTrainKPOP(io.ComfyNode):
             display_name="Train KPOP",
             category=f"{CATEGORY}/train",
             description="Erases concepts from the model's weights, while a learned prompt takes up what was erased: "
-            "the "
-            "result is a LoRA for everybody and, apart from it, a prompt that brings the concepts back, for you. Needs "
-            "no pictures. SD1.x, SD2.x, SDXL.",
+            "the result is a LoRA for everybody and, apart from it, a prompt that brings the concepts back, for you. "
+            "Needs no pictures. SD1.x, SD2.x, SDXL.",
             inputs=[
                 *kpop_inputs(),
                 *train_inputs(checkpointing=True),
@@ -67,20 +66,14 @@ class ConceptGuardTrainKPOP(io.ComfyNode):
         with named(NODE):
             recipe = {name: value for name, value in inputs.items() if name not in RUN}
             how = course(NODE, id_of(cls), model, **{name: inputs[name] for name in RUN if name in inputs})
-            lora, prompt, losses = train_kpop(model, clip, text, Recipe(**recipe), how)
+            lora, prompt, losses = train_kpop(model, clip, text, KPOPRecipe(**recipe), how)
             sanitised, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0.0)
             return io.NodeOutput(sanitised, lora, prompt, curve(losses, f"loss of {prompt.name}"))
 
 
 def kpop_inputs() -> list[io.Input]:
     def number(name: str, tooltip: str, low: float = 0.0, high: float = 1.0, step: float = 1e-6) -> io.Float.Input:
-        default = {
-            "learning_rate": DEFAULTS.lr,
-            "prompt_learning_rate": DEFAULTS.prompt_lr,
-            "lam": DEFAULTS.lam,
-            "guidance": DEFAULTS.guidance,
-            "overshoot": DEFAULTS.overshoot,
-        }[name]
+        default = getattr(KPOPRecipe, name)
         return io.Float.Input(name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip)
 
     return [
@@ -90,7 +83,7 @@ def kpop_inputs() -> list[io.Input]:
         io.String.Input(
             "neutral",
             multiline=True,
-            default="a photo",
+            default=KPOPRecipe.neutral,
             tooltip="What a prompt that names the concept is to give instead: one line for all concepts, "
             "or a line for each ('a photo of a cat' for 'a photo of a knife': what both say is "
             "kept). Empty: what no prompt gives.",
@@ -111,7 +104,7 @@ def kpop_inputs() -> list[io.Input]:
         ),
         count(
             "prompt_size",
-            10,
+            KPOPRecipe.prompt_size,
             1,
             1000,
             "Tokens of a concatenated prompt; at least 1, not 0. An additive one has the text's length.",
@@ -119,25 +112,25 @@ def kpop_inputs() -> list[io.Input]:
         io.Combo.Input(
             "mechanism",
             options=list(MECHANISMS),
-            default="concat",
+            default=KPOPRecipe.mechanism,
             tooltip="Append the prompt to the text (concat), or add it to the text's encoding (additive).",
         ),
         io.Combo.Input(
             "blocks",
             options=list(BLOCKS),
-            default="middle",
+            default=KPOPRecipe.blocks,
             tooltip="Which cross-attentions read the prompt. An additive prompt is read by all of them.",
         ),
         io.Combo.Input(
             "weights",
             options=list(WEIGHTS),
-            default="cross-attention",
+            default=KPOPRecipe.weights,
             tooltip="Which weights are changed: those of the cross-attentions, for what words name; the "
             "others, for what pictures show without being asked; or all.",
         ),
         count(
             "rank",
-            0,
+            KPOPRecipe.rank,
             0,
             512,
             "0 changes every number of the weights, as the paper does; above 0 a LoRA of this rank is "
@@ -158,8 +151,14 @@ def kpop_inputs() -> list[io.Input]:
             10.0,
             0.1,
         ),
-        path_steps_input(DEFAULTS.path_steps),
-        count("batch_size", 1, 1, 64, "Pictures a step, each of one concept drawn at random; at least 1, not 0."),
+        path_steps_input(KPOPRecipe.path_steps),
+        count(
+            "batch_size",
+            KPOPRecipe.batch_size,
+            1,
+            64,
+            "Pictures a step, each of one concept drawn at random; at least 1, not 0.",
+        ),
     ]
 
 

@@ -31,7 +31,7 @@ from conceptguard.editing.training.textual_inversion import (
 )
 from conceptguard.jobs import train as train_job
 from conceptguard.jobs.train import Course
-from conceptguard.jobs.train_kpop import BLOCKS, Recipe, train_kpop
+from conceptguard.jobs.train_kpop import BLOCKS, KPOPRecipe, train_kpop
 from conceptguard.nodes import bounds
 from conceptguard.nodes.cre import ConceptGuardCRE
 from conceptguard.nodes.eiup import ConceptGuardEIUP
@@ -292,7 +292,7 @@ def test_each_concept_has_its_own_neutral_text(model: Any, clip: Any) -> None:
     """A text that is neutral to itself asks for no change: its removal loss is 0, as the weights still are."""
 
     def first_loss(neutral: str) -> float:
-        recipe = Recipe(neutral, width=64, height=64, lam=0.0, path_steps=3, prompt_size=2)
+        recipe = KPOPRecipe(neutral, width=64, height=64, lam=0.0, path_steps=3, prompt_size=2)
         return train_kpop(model, clip, "kitchen knife\nbeer mug", recipe, Course(1, "fp32"))[2][0]
 
     assert first_loss("kitchen knife\nbeer mug") == 0 < first_loss("beer mug\nkitchen knife")
