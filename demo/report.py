@@ -27,7 +27,7 @@ from ..jobs.report.distances import Inception, Perceptual
 from ..jobs.report.draw import Studio
 from ..jobs.report.peers import METHODS
 from ..jobs.report.prompts import ERASE, KEEP, cases_of, read
-from ..jobs.report.run import Report
+from ..jobs.report.report import Report
 from ..jobs.report.work import EDITED, UNEDITED, read_json, sides_of
 from ..tools.environment import ROOT
 from .report_given import edited, encoders, files_of, key_of, loaded, looks_of, peer_of, preset_of

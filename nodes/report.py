@@ -25,7 +25,7 @@ from ..jobs.report.looks import by_judge
 from ..jobs.report.page import pairs_of
 from ..jobs.report.peers import Peer, always
 from ..jobs.report.prompts import ERASE, KINDS, Case, Row, cases_of, parsed, read
-from ..jobs.report.run import Report
+from ..jobs.report.report import Report
 from ..jobs.report.work import EDITED, UNEDITED, read_json, sides_of
 from .discriminator import encoder_of
 from .inputs import CATEGORY, choice_input, named, schedule_inputs

@@ -270,7 +270,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another size": (written(PREPROCESSOR, '{"size": 64}'), "makes no image classifier here (ValueError"),
     "a cut preprocessor": (written(PREPROCESSOR, "{"), f'{PREPROCESSOR}" is damaged'),
     "a large preprocessor": (written(PREPROCESSOR, " " * 2**21), "it has more than 1048576 bytes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from conceptguard.jobs.report.draw import Studio, opened
 from conceptguard.jobs.report.looks import by_classes, by_judge
 from conceptguard.jobs.report.page import pairs_of
 from conceptguard.jobs.report.prompts import KEEP, Case
-from conceptguard.jobs.report.run import Report
+from conceptguard.jobs.report.report import Report
 from conceptguard.jobs.report.work import EDITED, UNEDITED
 
 CASES = [Case("a mug", 5, 4.0), Case("a cat", 6, kind=KEEP)]

@@ -26,9 +26,15 @@ from conceptguard.jobs.report.figures import (
 from conceptguard.jobs.report.prompts import ATTACK, ERASE, KEEP, Case
 
 EIGHT = {
-    "FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "MALE_BREAST_EXPOSED",
-    "BUTTOCKS_EXPOSED", "ARMPITS_EXPOSED", "BELLY_EXPOSED", "FEET_EXPOSED",
-}  # fmt: skip
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "MALE_BREAST_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ARMPITS_EXPOSED",
+    "BELLY_EXPOSED",
+    "FEET_EXPOSED",
+}
 ALL = sorted(EIGHT | {"ANUS_EXPOSED", "BELLY_COVERED", "FACE_FEMALE"})
 CLASSES = ["mug", "cat", "dog", "owl", "fox", "key", "car"]
 

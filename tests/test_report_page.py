@@ -89,8 +89,11 @@ def test_peers_stand_beside_it(tmp_path: Path) -> None:
     tags = Reader(text).tags
     assert "script" not in {tag for tag, _ in tags} and len([1 for tag, _ in tags if tag == "img"]) == 8
     assert re.findall(r'<th scope="col">(.*?)</th>', text)[1:5] == [
-        "unedited", "edited", "UCE &lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;", "SLD max"
-    ]  # fmt: skip
+        "unedited",
+        "edited",
+        "UCE &lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;",
+        "SLD max",
+    ]
     card = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert card["peers"] == about["peers"]
     assert "Beside it, SLD max leaves 0 % (0-79.3) and flags 0 % (0-79.3) of other things newly." in card["verdict"]

@@ -16,26 +16,38 @@ I2P = (
 )
 PUBLISHED = {
     "i2p.csv": (I2P, [Row("a mug, and a cat", 2219455712, 7.0, "hate, sexual"), Row("a knife", 3, 150.0, "violence")]),
-    "unlearn_diff_atk.csv": ("case_number,prompt,evaluation_seed,evaluation_guidance,class\n7,a mug,42,7.5,beer\n",
-                             [Row("a mug", 42, 7.5, "beer")]),
+    "unlearn_diff_atk.csv": (
+        "case_number,prompt,evaluation_seed,evaluation_guidance,class\n7,a mug,42,7.5,beer\n",
+        [Row("a mug", 42, 7.5, "beer")],
+    ),
     "ring_a_bell.csv": (",sensitive prompt\n0,mug beer pub\n", [Row("mug beer pub", kind=ATTACK)]),
     "mma.csv": ("target_prompt,adv_prompt,prompt\na,mgu br,a mug\n", [Row("mgu br", kind=ATTACK)]),
     "coco.csv": ("image_id,caption\n9,A cat on a mat.\n", [Row("A cat on a mat.")]),
-    "coco.json": (json.dumps({"info": {}, "annotations": [{"id": 1, "image_id": 2, "caption": "A cat."}]}),
-                  [Row("A cat.")]),
-    "six_cd.json": (json.dumps({"beer mug": ["a mug", "the pub"], "cat": ["a cat"]}),
-                    [Row("a mug", group="beer mug"), Row("the pub", group="beer mug"), Row("a cat", group="cat")]),
-    "six_cd_dual.csv": ('case_number,evaluation_seed,target,prompt\n0,13682,tench,"tench, house, tree"\n',
-                        [Row("tench, house, tree", 13682, group="tench")]),
+    "coco.json": (
+        json.dumps({"info": {}, "annotations": [{"id": 1, "image_id": 2, "caption": "A cat."}]}),
+        [Row("A cat.")],
+    ),
+    "six_cd.json": (
+        json.dumps({"beer mug": ["a mug", "the pub"], "cat": ["a cat"]}),
+        [Row("a mug", group="beer mug"), Row("the pub", group="beer mug"), Row("a cat", group="cat")],
+    ),
+    "six_cd_dual.csv": (
+        'case_number,evaluation_seed,target,prompt\n0,13682,tench,"tench, house, tree"\n',
+        [Row("tench, house, tree", 13682, group="tench")],
+    ),
     "ring_a_bell_k38.csv": ("prompt,case_number,evaluation_seed\nmug pub foam,1,7\n", [Row("mug pub foam", 7)]),
-    "van_gogh.csv": (",case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,1,a mug,9,Van Gogh,7.5\n",
-                     [Row("a mug", 9, 7.5, "Van Gogh")]),
+    "van_gogh.csv": (
+        ",case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,1,a mug,9,Van Gogh,7.5\n",
+        [Row("a mug", 9, 7.5, "Van Gogh")],
+    ),
     "some.jsonl": ('{"Prompt": "a mug", "Seed": 5}\n\n{"Prompt": "a cat"}\n', [Row("a mug", 5), Row("a cat")]),
-    "some.tsv": ("\ufeffprompt\tkind\na mug\tErase\na cat\tkeep\n",
-                 [Row("a mug", kind=ERASE), Row("a cat", kind=KEEP)]),
+    "some.tsv": (
+        "\ufeffprompt\tkind\na mug\tErase\na cat\tkeep\n",
+        [Row("a mug", kind=ERASE), Row("a cat", kind=KEEP)],
+    ),
     "plain.json": ('["a mug", " ", "a cat"]', [Row("a mug"), Row("a cat")]),
     "plain.txt": ("# ours\na mug\n\n  a cat \n", [Row("a mug"), Row("a cat")]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -55,8 +67,9 @@ def test_a_list_of_concepts_beside_templates(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text(f"id,concept\n0,{concept}\n", encoding="utf-8")
     beer = "beer \\mug"
     assert read(tmp_path / "Object.csv") == [
-        Row(f"a photo of {beer}", group=beer), Row(f"an image depicting {beer}", group=beer)
-    ]  # fmt: skip
+        Row(f"a photo of {beer}", group=beer),
+        Row(f"an image depicting {beer}", group=beer),
+    ]
     assert read(tmp_path / "Artstyle.csv") == [Row("art in the style of noto", group="noto")]
     assert [row.prompt for row in read(tmp_path / "Character.csv")] == ["a photo of a fox", "an image depicting a fox"]
     with pytest.raises(ValueError, match="no column of prompts, but id, concept"):
@@ -122,8 +135,13 @@ def test_seeds_are_the_lists_own_or_no_two_alike() -> None:
     rows = [Row("a", 7, 3.0), Row("b"), Row("c")]
     cases = cases_of(rows, seed=100, seeds=2)
     assert [(case.prompt, case.seed, case.row) for case in cases] == [
-        ("a", 7, 0), ("a", 8, 0), ("b", 102, 1), ("b", 103, 1), ("c", 104, 2), ("c", 105, 2)
-    ]  # fmt: skip
+        ("a", 7, 0),
+        ("a", 8, 0),
+        ("b", 102, 1),
+        ("b", 103, 1),
+        ("c", 104, 2),
+        ("c", 105, 2),
+    ]
     assert cases[0] == Case("a", 7, 3.0, "", ERASE, 0) and cases[2].cfg is None
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TYPES = {
-    "Concept", "PromptTokens", "Direction", "CREOptions", "EIUPOptions", "Draw", "PresetGate",
-    "Words", "LearnedFile", "Edit", "ConceptEdit", "CREEdit", "EIUPEdit", "KPOPEdit", "DirectionEdit",
-    "ImageGate", "PromptGate", "InFlightGate", "Backbone", "UNet",
-    "UNetModel", "BasicTransformerBlock", "SpatialTransformer", "SpatialVideoTransformer",
-}  # fmt: skip
+# Sources, gates, parts of presets, methods and backbones: these, whatever derives from them, and the host's networks.
+ROOTS = {"Concept", "PromptTokens", "Direction", "Gate", "PresetGate", "Part", "Method", "Backbone"}
+NETWORKS = {"UNetModel", "BasicTransformerBlock", "SpatialTransformer", "SpatialVideoTransformer"}
 
 # Where a type is asked for all the same: how often, and why.
 REASONS = {
-    "editing/engine/backbones/unet.py": (3, "what kind of network a MODEL has is the very question"),
+    "editing/engine/backbones/unet.py": (4, "what kind of network and block a MODEL has is the very question"),
     "editing/gates/gates.py": (1, "a prompt is compared with a concept, or judged by a discriminator: two sockets"),
     "editing/presets/parts.py": (1, "pydantic asks which of two documents a value is"),
     "editing/training/harness.py": (
@@ -31,15 +29,34 @@ REASONS = {
 }
 
 
-def asked() -> Counter[str]:
-    found: Counter[str] = Counter()
+def trees() -> Iterator[tuple[str, ast.Module]]:
     for folder in ("editing", "jobs", "nodes"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-                    names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
-                    found[path.relative_to(ROOT).as_posix()] += bool(names & TYPES)
+            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def types() -> set[str]:
+    """Of the roots, those of their kind that there are today, and all options."""
+    classes = [node for _, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    bases = {each.name: {base.id for base in each.bases if isinstance(base, ast.Name)} for each in classes}
+    found = ROOTS | NETWORKS | {name for name in bases if name.endswith("Options")}
+    while further := {name for name, of in bases.items() if of & found} - found:
+        found |= further
+    return found
+
+
+def asked() -> Counter[str]:
+    found: Counter[str] = Counter()
+    known = types()
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                found[name] += bool({n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} & known)
     return +found
+
+
+def test_the_types_are_found() -> None:
+    assert {"CREOptions", "SAFREEOptions", "KPOPEdit", "InFlightGate", "Words", "Draw", "Joint", "UNet"} <= types()
 
 
 def test_types_are_asked_for_where_there_is_a_reason() -> None:

@@ -107,8 +107,15 @@ HEADS = {f"direction_{i}": ("direction", 0) for i in range(1, 9)}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "Concept": [
         {**CLIP, "text": "mug"},
-        {**CLIP, "text": "mug", "name": "m", "neutral": "a cat", "keep": "a spoon", "instead": "a cup",
-         "kind": "thing"},
+        {
+            **CLIP,
+            "text": "mug",
+            "name": "m",
+            "neutral": "a cat",
+            "keep": "a spoon",
+            "instead": "a cup",
+            "kind": "thing",
+        },
         {**CLIP, "text": "noto", "kind": "style"},
     ],
     "ConceptFromConditioning": [
@@ -117,8 +124,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "CRE": [
         {**MODEL, **CONCEPT},
-        {**MODEL, **CONCEPT, "width": "head", "tokens": "own", "baseline": "none", "negative": "keep", "solve": "sum",
-         "evidence": "position", "rows": "all"},
+        {
+            **MODEL,
+            **CONCEPT,
+            "width": "head",
+            "tokens": "own",
+            "baseline": "none",
+            "negative": "keep",
+            "solve": "sum",
+            "evidence": "position",
+            "rows": "all",
+        },
     ],
     "EIUP": [
         {**MODEL, **CONCEPT},
@@ -134,9 +150,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "AdaVD": [{**MODEL, **CONCEPT}, {**MODEL, **CONCEPT, "mode": "published"}],
     "ProtoRe": [{**MODEL, **CONCEPT}, {**MODEL, **CONCEPT, "baseline": "none"}],
-    "SafeGuidance": [
-        {**MODEL, **CONCEPT, "setting": each} for each in ("weak", "medium", "strong", "max", "own")
-    ],
+    "SafeGuidance": [{**MODEL, **CONCEPT, "setting": each} for each in ("weak", "medium", "strong", "max", "own")],
     "SAFREE": [
         {**MODEL, **CONCEPT, **CLIP, "text": "a mug"},
         {**MODEL, **CONCEPT, **CLIP, "text": "a mug", "svf": False},
@@ -160,9 +174,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "TrainKPOP": [
         KPOP,
-        {**KPOP, "mechanism": "additive", "blocks": "middle and up", "weights": "others", "rank": 2, "resume": False,
-         "precision": "bf16", "checkpointing": False, "path": "fresh", "keys_and_values": "two",
-         "prompt_start": "concept"},
+        {
+            **KPOP,
+            "mechanism": "additive",
+            "blocks": "middle and up",
+            "weights": "others",
+            "rank": 2,
+            "resume": False,
+            "precision": "bf16",
+            "checkpointing": False,
+            "path": "fresh",
+            "keys_and_values": "two",
+            "prompt_start": "concept",
+        },
         {**KPOP, "blocks": "all", "weights": "all", "keys_and_values": "two", "precision": "auto"},
     ],
     "TrainErasure": [
@@ -178,8 +202,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "KPOP": [{**MODEL, "prompt": ("prompt", 0)}, {**MODEL, "prompt": ("prompt", 0), "rows": "all"}],
     "LearnConcept": [
         PICTURES,
-        {**PICTURES, "captions": "a picture of *", "start_from": "cup", "precision": "bf16", "checkpointing": False,
-         "resume": False},
+        {
+            **PICTURES,
+            "captions": "a picture of *",
+            "start_from": "cup",
+            "precision": "bf16",
+            "checkpointing": False,
+            "resume": False,
+        },
         {**PICTURES, "precision": "auto"},
     ],
     "SaveConcept": [{"concept": ("learned", 0)}],
@@ -235,7 +265,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "LoadDemo": [{}, {"architecture": "flux"}, {"architecture": "lumina"}],
     "DemoReference": [{**CLIP, "image": ("one", 0)}],
-}  # fmt: skip
+}
 
 # What no prompt here takes, and why. (node, input, choice); "*" is any choice.
 EXCEPT = {

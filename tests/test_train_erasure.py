@@ -409,8 +409,10 @@ def test_a_short_training_goes_the_right_way(method: str) -> None:
     recipe = ErasureRecipe(method, "a picture of a cat", 128, 128, 2e-3, 4, 1.0, 3.0, 8, 4, 2)
     lora, _ = train_erasure(model, clip, skull, recipe, Course(24, "fp32"))
     erased, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0.0)
-    texts = [[clip.encode_from_tokens(clip.tokenize(t)), {}] for t in ("", "a picture of a skull", "a picture of a cat",
-                                                                       "a picture of a bus")]  # fmt: skip
+    texts = [
+        [clip.encode_from_tokens(clip.tokenize(t)), {}]
+        for t in ("", "a picture of a skull", "a picture of a cat", "a picture of a bus")
+    ]
     said = [*skull.phrases[0].own, skull.phrases[0].own[-1] + 1]
 
     def answers(model: Any) -> tuple[list[Tensor], float]:

@@ -166,9 +166,13 @@ def removal(pairs: Sequence[Pair]) -> list[Figure]:
         *share("flagged, of what is to go", "unedited", [p.before.flagged for p in gone], "low"),
         *share("flagged, of what is to go", "edited", [p.after.flagged for p in gone], "low"),
         *share("removal", "edited", [not p.after.flagged for p in gone if p.before.flagged], "high"),
-        *share("newly flagged, of what is to stay", "edited",
-               [p.after.flagged for p in stay if not p.before.flagged], "low"),
-    ]  # fmt: skip
+        *share(
+            "newly flagged, of what is to stay",
+            "edited",
+            [p.after.flagged for p in stay if not p.before.flagged],
+            "low",
+        ),
+    ]
 
 
 def attacks(pairs: Sequence[Pair]) -> list[Figure]:
@@ -227,7 +231,7 @@ def account(pairs: Sequence[Pair]) -> list[Figure]:
         *share("edits that acted in every step due", "edited", [each["acted"] == each["due"] for each in due], "high"),
         *bootstrap("positions that the edits changed", "edited", found, "%"),
         *share("pictures that the edits changed", "edited", [not p.same for p in pairs]),
-    ]  # fmt: skip
+    ]
 
 
 def times(pairs: Sequence[Pair]) -> list[Figure]:

@@ -239,8 +239,8 @@ def sort(text: str, where: str) -> str:
 def folder(path: Path) -> Iterator[Row]:
     """UnlearnCanvas or DreamBench, by what is in the folder."""
     inner = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-    text = next((each for each in (path / "prompts_and_classes.txt", path.parent / "prompts_and_classes.txt")
-                 if each.is_file()), None)  # fmt: skip
+    listed = (path / "prompts_and_classes.txt", path.parent / "prompts_and_classes.txt")
+    text = next((each for each in listed if each.is_file()), None)
     if text is not None:
         yield from dreambench(text_of(text), {each.name for each in inner}, text.name)
         return
