@@ -1,4 +1,7 @@
-"""Where in pictures a concept is found: the model looks at them at a few noise levels, and a Watch at the model."""
+"""Where in pictures a concept is found: the model looks at them at a few noise levels, and a Watch at the model.
+
+Noise levels, sigmas: [S], in units of the clean latent.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def concept_map(
     size: tuple[int, int],
     progress: Progress = silent,
 ) -> Tensor:
-    """The heat of the watch's concept in the pictures x [B, 4, h, w]: [B, *size], unscaled. sigmas: noise levels."""
+    """The heat of the watch's concept in the pictures x [B, 4, h, w]: [B, *size], unscaled."""
     watched = add_watch(model, watch)
     with closing(watch):
         look(watched, positive, x, seed, sigmas, progress)
@@ -44,7 +47,8 @@ def look(model: Any, positive: list, x: Tensor, seed: int, sigmas: Tensor, progr
 
 
 class Levels(comfy.samplers.Sampler):
-    """Not a sampler, but what stands in its place: one model call at each noise level, on the same finished picture."""
+    """Not a sampler, but what stands in its place: one model call at each noise level, on the same finished
+    pictures [B, 4, h, w]."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -17,4 +17,4 @@ class Progress(Protocol):
 
 
 def silent(done: int, most: int, words: str = "", latents: Tensor | None = None) -> None:
-    """Nobody is told, and nobody stops it."""
+    """Nobody is told, and nobody stops it. latents: [n, 4, h, w]."""

@@ -118,7 +118,10 @@ def kept_in(file: Path, found: Period) -> str:
 
 @dataclass
 class Search(comfy.samplers.Sampler):
-    """Stands in the sampler's place: runs it as often as the search asks, within one sampling run."""
+    """Stands in the sampler's place: runs it as often as the search asks, within one sampling run.
+
+    sigmas: [S + 1], in units of the clean latent; all latents are [B, 4, h, w].
+    """
 
     sampler: comfy.samplers.KSAMPLER
     find: Callable[[Callable[[int, int], float], int], Period]

@@ -63,8 +63,8 @@ def conduct(
     """The training, after `course.steps` steps, and their losses. If it is stopped, a checkpoint is left.
 
     settings: all that decides what is learned, but for the model and the number of steps; the checkpoint's name is made
-    of them. positive, latent: the prompts and pictures that the model is to predict for (harness.train_with). make: the
-    training before its first step, or where it was after these `losses`.
+    of them. positive, latent: the prompts and the pictures, [B, 4, h, w], that the model is to predict for
+    (harness.train_with). make: the training before its first step, or where it was after these `losses`.
     """
     known = {**settings, "model": weights_key(model, course.precision)}
     if edits := [edit.key for edit in edits_of(model)]:

@@ -11,6 +11,9 @@ import pytest
 from conceptguard.benchmarks.measured import KEPT, PAGE, page
 from conceptguard.benchmarks.run import TABLES, chosen
 from conceptguard.benchmarks.table import Rate, Record, Table, run
+from conceptguard.editing.edits.method import methods
+from conceptguard.editing.training.erasure import METHODS as TRAINED
+from conceptguard.editing.weights.edit import METHODS as SOLVED
 from conceptguard.nodes import NODES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +99,7 @@ def test_tables_are_chosen_by_name_or_beginning() -> None:
     assert len({t.name for t in TABLES}) == len(TABLES)
     assert [t.name for t in chosen(["kpop"])] == ["kpop"]
     assert [t.name for t in chosen(["causal", "causal-edit"])] == ["causal-period", "causal-edit", "causal-definition"]
-    with pytest.raises(SystemExit, match="no table 'cre'; choose of: judge, unedited"):
+    with pytest.raises(SystemExit, match="no table 'cre'; choose of: judge, "):
         chosen(["cre"])
 
 
@@ -140,6 +143,36 @@ def test_every_node_that_edits_judges_or_learns_is_on_the_front_page() -> None:
         name = node.define_schema().display_name
         if not name.startswith(("Save ", "Load ")):
             assert all(word in told for word in name.replace("(", "").replace(")", "").split()), name
+
+
+def test_every_method_has_a_row_on_the_front_page() -> None:
+    rows = re.search(r"^## Methods$(.*?)^## ", text("README.md"), flags=re.M | re.S)
+    assert rows is not None
+    told = " ".join(re.findall(r"^\| (.*?) \|", rows[1], flags=re.M)).replace("-", " ")
+    ways = {way.partition("-")[0] for way in TRAINED}
+    assert not [name for name in {*(method.label for method in methods()), *SOLVED, *ways} if name not in told]
+
+
+# --- the map ---------------------------------------------------------------------------------------------------------
+
+
+def folders(root: Path) -> set[str]:
+    """Those that hold a part of the pack: not what a command or the host leaves there."""
+    return {p.name for p in root.iterdir() if p.is_dir() and p.name[0] not in "._" and p.name != "output"}
+
+
+def test_the_map_names_every_room() -> None:
+    rows = re.findall(r"^\| (`[^|]*`) \|", text("CONTRIBUTING.md"), flags=re.M)
+    told = {name.rstrip("/") for row in rows for name in re.findall(r"`([a-z_]+/)`", row)}
+    assert told == folders(ROOT) | folders(ROOT / "editing")
+
+
+def test_every_file_that_the_map_names_is_there() -> None:
+    told = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|toml|json))`", text("CONTRIBUTING.md"))
+    places = [ROOT, ROOT / "editing", ROOT / "locales" / "zh", ROOT / "tests", *(ROOT / "editing").iterdir()]
+    places += list((ROOT / "editing").glob("*/*/"))
+    missing = [name for name in told if not any((place / name).is_file() for place in places)]
+    assert len(told) > 30 and not missing
 
 
 def test_every_make_target_of_the_pages_is_there() -> None:

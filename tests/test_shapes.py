@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent / "editing"
-ROOMS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py")))
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = [f"editing/{path.name}" for path in sorted((ROOT / "editing").iterdir()) if any(path.glob("*.py"))] + ["jobs"]
 SHAPE = re.compile(r"\[(?:[A-Za-z0-9_.,+ ]|, )+\]|Shapes as in")
 UNIT = re.compile(r"in\s+units\s+of\s+the\s+clean\s+latent")
 LEVEL = re.compile(r"(sigma|timestep)s?(_\w+)?")  # the names of parameters that are noise levels
@@ -76,7 +76,8 @@ def test_units_of_noise_levels_are_told(room: str) -> None:
 
 
 def test_every_room_is_looked_at() -> None:
-    assert {"edits", "engine", "files", "gates", "methods", "presets", "training", "weights"} <= set(ROOMS)
+    rooms = ("edits", "engine", "files", "gates", "methods", "presets", "training", "weights")
+    assert {f"editing/{room}" for room in rooms} <= set(ROOMS)
 
 
 def test_the_reader_sees_who_says_nothing() -> None:

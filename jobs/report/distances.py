@@ -103,8 +103,11 @@ def root(C: Tensor) -> Tensor:
 
 
 def fid(x: Tensor, y: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Distance:
-    """Frechet inception distance. Resamples with return know fewer pictures and lie farther apart: the interval is
-    their spread about their own mean, laid around the value."""
+    """Frechet inception distance of two sets of features [n, d], [m, d].
+
+    Resamples with return know fewer pictures and lie farther apart: the interval is their spread about their own mean,
+    laid around the value.
+    """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID compares two pictures of each kind at least, not {len(x)} and {len(y)}")
     x, y = x.double(), y.double()
