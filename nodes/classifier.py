@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 from comfy_api.latest import io
 
 from ..editing.gates.classifiers import TORCHVISION, torchvision_classifier, transformers_classifier
 from ..editing.gates.packages import LABELS, NudeNet, OpenNSFW
-from .files import FOLDER
+from .files import FOLDER, within
 from .inputs import CATEGORY, named
-from .show import offered, told
+from .show import told
 from .types import DiscriminatorType
 
 CLASSIFIER, NUDENET, OPEN_NSFW = "ConceptGuardLoadClassifier", "ConceptGuardNudeNet", "ConceptGuardOpenNSFW"
@@ -21,14 +20,9 @@ PLACE = "classifiers"  # the folder inside concept_guard/
 
 def classifiers() -> dict[str, Path]:
     """What there is: folders with a config.json, and safetensors files."""
-    found = {}
-    for base in folder_paths.get_folder_paths(FOLDER):
-        place = Path(base) / PLACE
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            whole = (path / "config.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
-            if whole and offered(path.name):
-                found[path.name] = path
-    return found
+    return within(
+        PLACE, lambda path: (path / "config.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
+    )
 
 
 class ConceptGuardLoadClassifier(io.ComfyNode):

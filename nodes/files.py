@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -55,6 +56,17 @@ def choices(kind: str) -> list[str]:
         if is_learned(name) and offered(name) and path and told(Path(path)) in (kind, None):
             ours.append(name.replace(os.sep, "/"))
     return [choice for choice, path in DEMO.get(kind, {}).items() if path.is_file()] + ours
+
+
+def within(place: str, fits: Callable[[Path], bool]) -> dict[str, Path]:
+    """What lies right inside a folder of our models folder, by its name."""
+    found = {}
+    for base in folder_paths.get_folder_paths(FOLDER):
+        folder = Path(base) / place
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if fits(path) and offered(path.name):
+                found[path.name] = path
+    return found
 
 
 def told(path: Path) -> str | None:

@@ -28,10 +28,12 @@ from ..jobs.report.prompts import ERASE, KINDS, Case, Row, cases_of, parsed, rea
 from ..jobs.report.report import Report
 from ..jobs.report.work import EDITED, UNEDITED, read_json, sides_of
 from .discriminator import encoder_of
+from .files import OFF
 from .inputs import CATEGORY, choice_input, named, schedule_inputs
 from .preset import suits
 from .preset_routes import read_file
 from .progress import Shown
+from .report_measures import apart_of, look_of, measure_inputs
 from .report_routes import add_routes, reports_folder
 from .show import id_of, told
 from .types import DiscriminatorType
@@ -116,6 +118,7 @@ class ConceptGuardReport(io.ComfyNode):
                 io.Model.Input("peer_1", optional=True, tooltip=peer.format("One")),
                 io.Model.Input("peer_2", optional=True, tooltip=peer.format("A second one")),
                 io.Model.Input("peer_3", optional=True, tooltip=peer.format("A third one")),
+                *measure_inputs(),
             ],
             outputs=[
                 io.String.Output(display_name="folder", tooltip="Where report.html, report.json and report.csv lie."),
@@ -152,6 +155,10 @@ class ConceptGuardReport(io.ComfyNode):
         peer_1: Any = None,
         peer_2: Any = None,
         peer_3: Any = None,
+        fid: str = OFF,
+        lpips: str = OFF,
+        clip_score: str = OFF,
+        real: str = "",
     ) -> io.NodeOutput:
         with named(NODE):
             judges = [image_discriminator(it) for it in (discriminator_1, discriminator_2, discriminator_3) if it]
@@ -165,7 +172,7 @@ class ConceptGuardReport(io.ComfyNode):
                 vae,
                 latent["samples"][:1],
                 Sampling(steps, cfg, sampler_name, scheduler),
-                [by_judge(judge, threshold) for judge in judges],
+                [*(by_judge(judge, threshold) for judge in judges), *look_of(clip_score)],
                 negative,
                 see=shown.see,
             )
@@ -180,7 +187,8 @@ class ConceptGuardReport(io.ComfyNode):
                 **({"peers": {side: peer.name for side, peer in peers.items()}} if peers else {}),
                 **{f"{side}_key": peer.key for side, peer in peers.items()},
             }
-            report = placed(Report(Path(), cases, studio, about, size_of(vae, latent)))
+            apart = apart_of(fid, lpips, real)
+            report = placed(Report(Path(), cases, studio, about, size_of(vae, latent), apart))
             page = report(shown, shown.say)
             verdict = "\n".join(read_json(page.with_suffix(".json"))["verdict"])
         folder = page.parent.relative_to(folder_paths.get_output_directory()).as_posix()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,6 @@ from conceptguard.editing.gates import classifiers
 from conceptguard.editing.gates.classifiers import Classifier, chosen_of, read_weights, torchvision_classifier
 from conceptguard.editing.gates.packages import NudeNet, OpenNSFW
 from conceptguard.nodes import NODES
-from conceptguard.nodes import classifier as node
 from conceptguard.nodes.classifier import ConceptGuardLoadClassifier, ConceptGuardNudeNet, ConceptGuardOpenNSFW
 
 LABELS = {0: "tench", 1: "beer glass", 2: "Knife"}
@@ -149,7 +149,7 @@ def load(small: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", connect)
-    monkeypatch.setattr(node.folder_paths, "get_folder_paths", lambda name: [str(small.parent.parent)])
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(small.parent.parent)])
     return ConceptGuardLoadClassifier.execute
 
 

@@ -68,6 +68,10 @@ class Network(torch.nn.Module):
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_packages(monkeypatch)
+
+
+def in_place_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     def extractor(name: str, features: list[str], feature_extractor_weights_path: str) -> Network:
         assert features == ["2048"]
         network = Network()

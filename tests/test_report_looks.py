@@ -19,9 +19,8 @@ MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 TOKENIZER = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random CLIP with the real tokenizer and preprocessor."""
+def small_clip(path: Path) -> Path:
+    """A small random CLIP with the real tokenizer and preprocessor, in a folder of transformers' form."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -29,11 +28,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPConfig(
         text_config={**small, "eos_token_id": 49407}, vision_config={**small, "patch_size": 32}, projection_dim=16
     )
-    path = tmp_path_factory.mktemp("clip") / "small"
     CLIPModel(config).save_pretrained(path)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_clip(tmp_path_factory.mktemp("clip") / "small")
 
 
 def by_hand(folder: Path, image: torch.Tensor, text: str) -> float:

@@ -10,15 +10,18 @@ import folder_paths
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from conceptguard.editing.edits.spec import EditSpec
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods import eiup
-from conceptguard.jobs.report.draw import Studio
+from conceptguard.jobs.report.draw import Studio, png
 from conceptguard.nodes import report
 from conceptguard.nodes.report import ConceptGuardReport, rows_of, squares
 
+from test_report_distances import in_place_of_packages  # isort: skip
 from test_report_draw import Bright, Clip, Vae  # isort: skip
+from test_report_looks import small_clip  # isort: skip
 
 
 @pytest.fixture
@@ -105,3 +108,59 @@ def test_prompts_are_lines_or_a_list_in_the_input_folder(places: Path) -> None:
     assert [(row.prompt, row.seed) for row in rows_of("list.csv")] == [("a mug", 4)]
     assert [row.prompt for row in rows_of("list.csv\na cat")] == ["list.csv", "a cat"]
     assert [row.prompt for row in rows_of("a mug/b")] == ["a mug/b"]
+
+
+@pytest.fixture
+def measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The models folder's place for networks that measure, with one of each kind."""
+    in_place_of_packages(monkeypatch)
+    models = tmp_path / "models"
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [str(models)])
+    folder = models / "measures"
+    small_clip(folder / "clip")
+    save_file({"w": torch.tensor([1.0, 2.0, 3.0])}, folder / "inception.safetensors")
+    torch.save({"features.0.w": torch.ones(3)}, folder / "alex.pth")
+    (folder / "notes.txt").write_text("no weights")
+    return folder
+
+
+def test_it_measures_with_networks_of_the_persons_own(places: Path, measures: Path) -> None:
+    """What `make report` has: figures that need the pictures themselves, without a picture drawn again for them."""
+    options = {each.id: each.options for each in ConceptGuardReport.GET_SCHEMA().inputs if hasattr(each, "options")}
+    weights = ["off", "alex.pth", "inception.safetensors"]
+    assert [options[name] for name in ("fid", "lpips", "clip_score")] == [weights, weights, ["off", "clip"]]
+    real = places / "input" / "real"
+    real.mkdir()
+    for i in range(3):
+        (real / f"{i}.png").write_bytes(png(torch.full((8, 8, 3), i / 3), {}))
+
+    def figures(**more: Any) -> tuple[str, dict[str, Any]]:
+        folder = ConceptGuardReport.execute(**given(kind="keep", **more)).args[0]
+        card = json.loads((places / "output" / folder / "report.json").read_text(encoding="utf-8"))
+        return folder, {each["name"]: each for each in card["figures"] if each["side"] == "edited"}
+
+    first, found = figures()
+    assert not {name for name in found if name.startswith(("FID", "KID", "LPIPS", "CLIP"))}
+    second, found = figures(fid="inception.safetensors", lpips="alex.pth", real="real")
+    ways = {f"{name} of what is to stay, to {to}" for name in ("FID", "KID") for to in ("unedited", "real pictures")}
+    assert second == first and ways < found.keys() and found["LPIPS of what is to stay"]["value"] > 0
+    third, found = figures(clip_score="clip")
+    assert third != first and found["CLIP score of what is to stay"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"fid": "gone.pth"}, 'fid: "gone.pth" is not in the models folder concept_guard/measures/'),
+        ({"lpips": "../alex.pth"}, "lpips: .* is not in the models folder"),
+        ({"clip_score": "inception.safetensors"}, "clip_score: .* is not in the models folder"),
+        ({"fid": "alex.pth"}, "does not fit torch-fidelity's InceptionV3"),
+        ({"lpips": "inception.safetensors"}, "is no AlexNet of torchvision"),
+        ({"real": "real"}, "is no folder inside the input folder"),
+        ({"real": ".."}, "leads out of the input folder"),
+    ],
+)
+def test_what_of_these_it_refuses(more: dict[str, Any], words: str, places: Path, measures: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        ConceptGuardReport.execute(**given(**more))
+    assert not (places / "output" / "concept_guard_reports").exists()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_report_looks import small_clip
 
 from conceptguard.nodes import NODES
 from conceptguard.tools.host import Host, HostError
@@ -260,6 +261,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {**REPORT, "edited": ("edited", 0), "discriminator_1": ("judge", 0)},
         {**REPORT, "preset": PRESET, "kind": "keep", "negative": "a cat"},
         {**REPORT, "edited": ("edited", 0), "kind": "attack", "discriminator_2": ("judge", 0)},
+        {**REPORT, "edited": ("edited", 0), "kind": "keep", "clip_score": "clip"},
         {**REPORT, "edited": ("edited", 0), "erased": "mug", "prompts": "kinds.csv", "discriminator_3": ("judge", 0)},
         {**REPORT, "preset": PRESET, "peer_1": ("edited", 0), "peer_2": ("edited", 0), "peer_3": ("edited", 0)},
     ],
@@ -394,6 +396,7 @@ def server(host: Host) -> Host:
     kinds = "prompt,class,sd_seed,sd_guidance_scale\na mug,mug,7,3.0\na cat,cat,8,3.0\n"
     (host.base / "input" / "kinds.csv").write_text(kinds, encoding="utf-8")
     classifiers(host.base / "models" / "concept_guard" / "classifiers")
+    small_clip(host.base / "models" / "concept_guard" / "measures" / "clip")
     for name in SAVED:
         if not (host.base / "models" / "concept_guard" / FILES[name]).exists():
             host.run(saving(name))
