@@ -116,6 +116,36 @@ def test_the_share_of_positions(model: Any, options: Any) -> None:
     assert heat.shape == (2, tiny.SIZE, tiny.SIZE) and 0 < heat.mean() < 1
 
 
+def of_two_edits(model: Any, **run: Any) -> Account:
+    gun = tiny.concept("gun", 200, phrases=3)
+    return account(cre(cre(model, options=FOUND, gate=Gate((0.0, 1.0))), gun, replace(FOUND, width="head")), **run)
+
+
+def test_findings_are_added_up_once_a_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are the same numbers as those of every call added to the ones before it; of a large model, some calls at a
+    time."""
+    waiting: list[int] = []
+    add_up = Account._add_up
+
+    def counted(self: Account) -> None:
+        waiting.append(len(self._held))
+        add_up(self)
+        assert not self._held and not self._numbers
+
+    monkeypatch.setattr(Account, "_add_up", counted)
+    once = of_two_edits(model, batch=2, steps=6)
+    assert waiting == [6]
+    for held, expected in ((0, [1] * 6 + [0]), (2**14, None)):
+        waiting.clear()
+        monkeypatch.setattr("conceptguard.editing.engine.account.HELD", held)
+        others = of_two_edits(model, batch=2, steps=6)
+        assert waiting == expected or (expected is None and 1 < max(waiting) < 6 and sum(waiting) == 6)
+        for one, other in zip(once.entries.values(), others.entries.values(), strict=True):
+            assert one.sums.keys() == other.sums.keys() and one.found == other.found and 0 < one.found < 1
+            assert all(torch.equal(x, other.sums[size]) for size, x in one.sums.items())
+            assert all(torch.equal(n, other.counts[size]) for size, n in one.counts.items())
+
+
 def test_each_image_has_its_own_map(model: Any) -> None:
     only = entry(cre(model, options=FOUND, gate=Gate((0.0, 1.0))), batch=2, steps=1)
     heat = only.heat(2, tiny.SIZE, tiny.SIZE)

@@ -339,7 +339,7 @@ class EditSpec(Shared):
     def how(self) -> Method:
         return method(self.method)
 
-    @property
+    @cached_property
     def idle(self) -> bool:
         """Whether this edit can never do anything: it is then never installed."""
         closed = not any(self.gate.values)
@@ -364,7 +364,7 @@ class EditSpec(Shared):
         numbers = (self.strength, window, self.blocks, self.gate, self.options, *later)
         return digest((self.method, self.source.key, *numbers))
 
-    @property
+    @cached_property
     def order(self) -> tuple[bool, int, str, str]:
         return self.last, self.how.order, self.source.name, self.key
 

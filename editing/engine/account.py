@@ -8,6 +8,7 @@ predictions [B, C, h, w].
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ ACCOUNTS = "concept_guard_accounts"  # in transformer_options: an Accounts, of t
 KEPT = 8  # runs of a MODEL that are remembered
 UNNAMED = "unnamed"  # prompts that no guider knows
 LITTLE = 0.005  # of the positions: an edit that found less found nothing
+HELD = 2**18  # numbers of what was found that wait to be added up: small models' whole run, some calls of large ones
 Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
 
 
@@ -129,13 +131,23 @@ class Entry:
 
 @dataclass
 class Noted:
-    """Where some edits of one model call found what they look for, in one attention. found: [K, R, N], of K phrases;
-    owner: the edit of each phrase, by its place in the plan."""
+    """Where some edits of one model call found what they look for, in one attention. found: [K, R, N, ..], of K
+    phrases, in any of its heads; owner: the edit of each phrase, by its place in the plan."""
 
     size: Size
     rows: Rows
     owner: Sequence[int]
     found: Tensor
+
+
+@dataclass
+class Held:
+    """What one model call found. entries: of its edits, by their place in the plan; images: of the run, as far as the
+    call shows them. The rows of its notes tell which edits and images it was for."""
+
+    entries: Sequence[Entry | None]
+    images: int
+    noted: Sequence[Noted]
 
 
 class Account(Shared):
@@ -148,6 +160,7 @@ class Account(Shared):
         self.specs = tuple(specs)
         self.gates: dict[str, dict[str, Any]] = {}
         self.trouble = ""
+        self._last = math.nan, 0  # a noise level, and its step
         self.clear()
 
     def clear(self) -> None:
@@ -157,6 +170,8 @@ class Account(Shared):
         self.edited: set[str] = set()  # those that were taken for conditional
         self.made: list[tuple[str | None, Tensor]] = []  # what each prompt predicts, in one guided prediction
         self.calls = 0
+        self._held: list[Held] = []  # of model calls whose findings are not added up yet
+        self._numbers = 0  # in them
 
     def _named(self, spec: EditSpec) -> Sequence[BlockKey]:
         chosen = self.backbone.chosen(spec.blocks, spec.node)
@@ -168,7 +183,9 @@ class Account(Shared):
 
     def step(self, sigma: float) -> int:
         """The step that a noise level belongs to: samplers also call between the steps."""
-        return min(range(self.steps), key=lambda i: abs(self.schedule[i] - sigma), default=0)
+        if sigma != self._last[0]:  # asked three times a step
+            self._last = sigma, min(range(self.steps), key=lambda i: abs(self.schedule[i] - sigma), default=0)
+        return self._last[1]
 
     # -- while the run goes on -----------------------------------------------------------------------------------------
 
@@ -191,8 +208,8 @@ class Account(Shared):
         """What the edits of one model call (run.Call) reached; origin: of each edit, the one that the MODEL carries."""
         plan, step = call.plan, self.step(sigma)
         rows = plan.rows(call.served, call.served.batch)
-        for i, spec in enumerate(plan.specs):
-            entry = self.entries.get(origin.get(spec, spec))
+        entries = [self.entries.get(origin.get(spec, spec)) for spec in plan.specs]
+        for i, entry in enumerate(entries):
             if entry is None:
                 continue
             entry.installed += 1
@@ -201,28 +218,38 @@ class Account(Shared):
                 continue
             entry.open += 1
             reached = call.read if i in plan.texts else call.reached
-            reached = [key for key in reached if key in plan.chosen[i]]
-            entry.reached.update(dict.fromkeys(reached))
-            if reached:
+            if reached.keys() - entry.reached.keys():  # most calls reach what the first one did
+                entry.reached.update((key, None) for key in reached if key in plan.chosen[i])
+            if any(key in plan.chosen[i] for key in reached):
                 entry.acted.add(step)
                 entry.edited += rows.on[i]
-        self._found(call, origin)
+        if call.noted:
+            self._hold(Held(entries, max(call.served.shown) + 1, call.noted))
 
-    def _found(self, call: Any, origin: Mapping[EditSpec, EditSpec]) -> None:
-        """Adds up where edits found something, all attentions of one size at once."""
-        alike: dict[tuple[Any, ...], list[Noted]] = {}
-        for noted in call.noted:
-            alike.setdefault((noted.size, tuple(noted.owner), id(noted.rows)), []).append(noted)
-        for (size, owner, _), group in alike.items():
+    def _hold(self, held: Held) -> None:
+        """Keeps what a model call found as it is: many small tensors are added up at once in the time of a few."""
+        self._held.append(held)
+        self._numbers += sum(noted.found.numel() for noted in held.noted)
+        if self._numbers > HELD:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """Adds up where edits found something, all attentions of one size and of all calls alike at once."""
+        alike: dict[tuple[Any, ...], tuple[Held, list[Noted]]] = {}
+        for held in self._held:
+            for noted in held.noted:
+                alike.setdefault((noted.size, tuple(noted.owner), id(noted.rows)), (held, []))[1].append(noted)
+        for (size, owner, _), (held, group) in alike.items():
             rows = group[0].rows
-            found = torch.stack([noted.found for noted in group])  # [blocks, K, R, N]
+            found = torch.stack([noted.found for noted in group])  # [calls x blocks, K, R, N, ..]
+            found = found if found.ndim == 4 else found.flatten(4).amax(4)
             for i in sorted(set(owner)):
-                entry = self.entries.get(origin.get(call.plan.specs[i], call.plan.specs[i]))
-                if entry is None:
+                if (entry := held.entries[i]) is None:
                     continue
                 own = found[:, [k for k, edit in enumerate(owner) if edit == i]].amax(1).sum(0)  # [R, N]
                 on = (rows.s[i] != 0).to(own.dtype)
-                entry.add(size, max(call.served.shown) + 1, rows.image, own * on[:, None], on * len(group))
+                entry.add(size, held.images, rows.image, own * on[:, None], on * len(group))
+        self._held, self._numbers = [], 0
 
     def guided(self, spec: EditSpec, step: int, rows: int) -> None:
         """An edit has changed the prediction of a positive prompt: as good as in all attentions."""
@@ -242,9 +269,11 @@ class Account(Shared):
         """What guidance made of it: look, until an edit's pictures are seen to follow its prompts, whether they follow
         another one alone."""
         made, self.made = self.made, []
+        if not made:
+            return
         step = self.step(sigma)
         here = [e for e in self.entries.values() if step in e.due and not e.followed and e.spec.rows != "all"]
-        if not here or not made:
+        if not here:
             return
         alike = [name for name, out in made if same(out, denoised)]
         alone = bool(alike) and not any(map(positive, alike))
@@ -270,8 +299,9 @@ class Account(Shared):
     # -- when it has ended ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Takes the sums off the device."""
+        """Adds up what is left, and takes the sums off the device."""
         self.made = []
+        self._add_up()
         for entry in self.entries.values():
             entry.sums = {size: x.cpu() for size, x in entry.sums.items()}
             entry.counts = {size: n.cpu() for size, n in entry.counts.items()}

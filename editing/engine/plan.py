@@ -27,7 +27,7 @@ from .rows import Layout, Rows, Served, put
 from .streams import Streams, prompts_of
 
 Observer = Callable[..., None]
-Note = Callable[[Sequence[int], Tensor], None]  # told the owners of some phrases, and where each was found, [K, R, N]
+Note = Callable[[Sequence[int], Tensor], None]  # told the owners of phrases, and where each was found, [K, R, N, ..]
 
 # Numbers that the outputs found for all of a block's prompts may hold at once. A CPU is several times faster on what
 # fits its caches; elsewhere this only bounds the memory of large pictures with many concepts.
@@ -112,7 +112,7 @@ class Steering:
             if found.weight is not None and found.weight.gained is not None:
                 gained.append(found.weight.gained)
         if note is not None and where:
-            note(self.owners, where[0] if len(where) == 1 else torch.cat(where, -1))
+            note(self.owners, where[0] if len(where) == 1 else torch.cat(where, 2))
         return along_positions(pieces), along_positions(gained) if gained else None
 
     def _project(self, found: Found, s: Tensor, observe: Observer | None, note: Callable[[Tensor], None]) -> Tensor:

@@ -57,7 +57,7 @@ class Call(Shared):
         return self.plan.specs[0].node if self.plan.specs or self.watch is None else self.watch.node
 
     def note(self, rows: Rows, shape: Sequence[int], owner: Sequence[int], found: Tensor) -> None:
-        """Put down what was found, [K, R, N]. shape: the picture's at that attention, [B, C, h, w]."""
+        """Put down what was found, [K, R, N] or by head [K, R, N, H, 1]. shape: the picture's there, [B, C, h, w]."""
         self.noted.append(Noted((shape[-2], shape[-1], self.served.tiles), rows, owner, found))
 
     def reaches(self, key: BlockKey) -> bool:

@@ -92,7 +92,7 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     """What eq. 4 takes away, sum_k s_k c_k (At_k - A0), or (At_k - Ar_k) where something is drawn instead; in fp32.
 
     found: with A [..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all; note: told where
-    each concept is found, [K, ...]; returns [..., H, d].
+    each concept is found, [K, ..., H or 1, 1]; returns [..., H, d].
     """
     A, At, A0 = found.A, found.At, found.A0
     a, x = (less(each, A0, options.width) for each in (A, At))
@@ -101,7 +101,7 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     near = None if found.kept is None else likeness(a, less(found.kept.found, A0, options.width), found.kept.of)
     where = alike(a, along, square.sqrt(), floors(options.floor, found.said), near)
     if note is not None and isinstance(where, Tensor):
-        note(where[..., 0, 0] if where.shape[-2] == 1 else where[..., 0].amax(-1))
+        note(where)
     s = s * where
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0, options.negative == "clip")
