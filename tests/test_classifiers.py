@@ -260,6 +260,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "eight bits": (rewritten(lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e5m2)})), "kind float8_e5m2"),
     "no config": (written("config.json", ""), '"broken/config.json" is damaged'),
     "a config that is a list": (written("config.json", "[]"), '"broken/config.json" is damaged (it holds no object'),
+    "a name twice": (written("config.json", '{"id2label": {}, "id2label": {}}'), "(has the name 'id2label' twice"),
     "a config without end": (written("config.json", "[" * 10**5), '"broken/config.json" is damaged'),
     "NaN before it": (written(PREPROCESSOR, '{"image_mean": [0, NaN, 0]}'), "is damaged (it holds NaN"),
     "infinity before it": (written(PREPROCESSOR, '{"image_std": [1, 1e999, 1]}'), "1e999 is too large for a number"),

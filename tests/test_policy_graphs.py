@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
 from foreign_graphs import GRAPHS, graphs
-from test_policy_server import KNIVES, TEXT, entries
+from test_policy_server import entries, laid_out
 
 from conceptguard.demo import lora
 from conceptguard.tools.host import Host, HostError
@@ -18,10 +17,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     base = tmp_path_factory.mktemp("base")
-    folder = base / "user" / "__concept_guard"
-    folder.mkdir(parents=True)
-    (folder / "policy.toml").write_text(TEXT)
-    (folder / "knives.json").write_text(json.dumps(KNIVES))
+    laid_out(base)
     lora.write(base / "models" / "loras")
     with Host(base=base) as running:
         yield running

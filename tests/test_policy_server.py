@@ -34,13 +34,19 @@ KNIVES = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    base = tmp_path_factory.mktemp("base")
+def laid_out(base: Path) -> Path:
+    """The policy and its preset, where a server of this base looks for them: that folder."""
     folder = base / "user" / "__concept_guard"
     folder.mkdir(parents=True)
     (folder / "policy.toml").write_text(TEXT)
     (folder / "knives.json").write_text(json.dumps(KNIVES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    base = tmp_path_factory.mktemp("base")
+    laid_out(base)
     with Host(base=base, arguments=("--multi-user",)) as running:
         yield running
 
@@ -239,10 +245,7 @@ def test_an_example_graph_runs_under_it(server: Host, path: Path) -> None:
 
 def test_a_kill_in_the_middle_of_a_run_costs_that_run_alone(tmp_path: Path) -> None:
     """The server that comes after it goes on with the same record, behind a line that was torn."""
-    folder = tmp_path / "user" / "__concept_guard"
-    folder.mkdir(parents=True)
-    (folder / "policy.toml").write_text(TEXT)
-    (folder / "knives.json").write_text(json.dumps(KNIVES))
+    folder = laid_out(tmp_path)
     with Host(base=tmp_path) as first:
         first.run(graph(seed=1))
         first.post("/prompt", {"prompt": graph(seed=2, steps=500)})

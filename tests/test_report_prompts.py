@@ -112,6 +112,7 @@ def test_a_folder_of_subjects(tmp_path: Path) -> None:
         ("a.csv", "prompt,kind\na,maybe\n", "it is one of erase, keep, attack"),
         ("a.csv", "prompt\n", "holds no prompts"),
         ("a.json", "{", "is no JSON"),
+        ("a.json", '{"cat": ["a"], "cat": ["b"]}', "has the name 'cat' twice"),
         ("a.json", "[1]", "neither prompts nor objects"),
         ("a.xlsx", "", "of a kind that is not read"),
         ("a.txt", "# nothing\n", "holds no prompts"),

@@ -168,3 +168,6 @@ def test_a_damaged_score_is_told(tmp_path: Path) -> None:
     it.score(0, "edited").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="is damaged; delete it"):
         it.results()
+    it.score(0, "edited").write_text('{"a": 1, "a": 0}')
+    with pytest.raises(ValueError, match="has the name 'a' twice in one place.; delete it"):
+        it.results()

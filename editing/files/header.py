@@ -19,9 +19,9 @@ class Twins(ValueError):
     """A name stands twice in an object of JSON: readers differ in which of the two they take."""
 
 
-def json_of(text: str | bytes) -> Any:
-    """Anybody's JSON. Raises ValueError, or RecursionError for one too deep."""
-    return json.loads(text, object_pairs_hook=without_twins)
+def json_of(text: str | bytes, **options: Any) -> Any:
+    """Anybody's JSON; options: json.loads's. Raises ValueError, or RecursionError for one too deep."""
+    return json.loads(text, object_pairs_hook=without_twins, **options)
 
 
 def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

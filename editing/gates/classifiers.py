@@ -5,7 +5,6 @@ The confidence is the sum of the probabilities of the chosen labels. Weights are
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..edits.digest import Shared
+from ..files.header import json_of
 from .features import weights_digest
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and spread of torchvision's weights
@@ -287,7 +287,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_WORDS:
             raise ValueError(f"it has more than {MOST_WORDS} bytes")
-        about = json.loads(file.read_text(encoding="utf-8"), parse_constant=refused, parse_float=finite)
+        about = json_of(file.read_text(encoding="utf-8"), parse_constant=refused, parse_float=finite)
     except FileNotFoundError:
         raise ValueError(f'there is no "{told(file)}"; fetch the folder whole') from None
     except (OSError, ValueError, RecursionError) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...editing.edits.encode import lines_of
+from ...editing.files.header import json_of
 
 ERASE, KEEP, ATTACK = KINDS = "erase", "keep", "attack"
 MAX_BYTES = 256 * 1024**2
@@ -153,7 +153,7 @@ def table(text: str, separator: str, name: str, templates: Sequence[str] = ()) -
 def structured(text: str, lines: bool, name: str) -> list[Row]:
     """A list of objects or prompts, {"annotations": ..} or {"prompts": ..}, {class: prompts}, or an object a line."""
     try:
-        value = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        value = [json_of(line) for line in text.splitlines() if line.strip()] if lines else json_of(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f'"{name}" is no JSON ({error}); mend it, or save the prompts as plain text') from None
     if isinstance(value, dict):

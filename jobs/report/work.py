@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...editing.files.header import json_of
 from ...editing.files.whole import beside, in_words, moved, put
 from .prompts import Case
 
@@ -145,7 +146,7 @@ class Work:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json_of(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f'"{file.name}" cannot be read ({error}); delete it, and run the report again') from None
     if not isinstance(value, dict):
