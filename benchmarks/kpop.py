@@ -1,7 +1,7 @@
 """KPOP on the demo model: 5 of 10 objects erased at once, what survives, what the prompt brings back, the ablations.
 
-The metrics are the paper's: ESR-1, the share of pictures of erased objects in which the witness does not see them first
-among the objects, and PSR-1, the share of pictures of preserved objects in which it does.
+The metrics are the paper's: ESR-k, the share of pictures of erased objects in which the witness does not see them among
+the k surest objects, and PSR-k, the share of pictures of preserved objects in which it does.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def seen(
     return pictures, demo.verdicts(model, [p.caption for p in pictures], seed)
 
 
-def first(pictures: Sequence[world.Picture], verdicts: Sequence[Testimony]) -> Rate:
-    """How many show their object before all others."""
-    tops = [next(name for name in v.objects if name in world.OBJECTS) for v in verdicts]
-    return Rate.of([top == p.objects[0] for top, p in zip(tops, pictures, strict=True)])
+def among(k: int, pictures: Sequence[world.Picture], verdicts: Sequence[Testimony]) -> Rate:
+    """How many show their object among the k surest."""
+    tops = [[name for name in v.objects if name in world.OBJECTS][:k] for v in verdicts]
+    return Rate.of([p.objects[0] in top for top, p in zip(tops, pictures, strict=True)])
 
 
 def with_prompt(model: Any, prompt: PromptTokens) -> Any:
@@ -123,23 +123,33 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """A row a method; the first is the unedited model's."""
     groups = ERASED, KEPT, OTHERS[:: max(1, len(OTHERS) // 10)][:10]
-    plain = [first(*seen(demo, demo.model, names, count, seed)) for names in groups]
-    yield {"method": "unedited", "ESR-1": missed(plain[0]), "PSR-1": plain[1], "others found": plain[2]}
+    looks = [seen(demo, demo.model, names, count, seed) for names in groups]
+    plain = [among(1, *look) for look in looks]
+    yield {"method": "unedited"} | figures(looks)
     for name, changes in which.items():
         model, prompt = trained(demo, **{**settings, **changes})
         looks = [seen(demo, model, names, count, seed) for names in groups]
-        erased, kept, others = (first(*look) for look in looks)
-        back = first(*seen(demo, with_prompt(model, prompt), ERASED, count, seed))
+        back = among(1, *seen(demo, with_prompt(model, prompt), ERASED, count, seed))
         yield {
             "method": name,
-            "ESR-1": missed(erased),
-            "natural": natural(looks[0][1]),
-            "PSR-1": kept,
-            "PSR-1 of unedited": share(kept, plain[1]),
-            "others found": others,
+            **figures(looks),
+            "PSR-1 of unedited": share(among(1, *looks[1]), plain[1]),
             "found with the prompt": back,
             "recovered": share(back, plain[0]),
         }
+
+
+def figures(looks: Sequence[tuple[list[world.Picture], list[Testimony]]]) -> Row:
+    """looks: at what is erased, what is preserved, and others."""
+    erased, kept, others = looks
+    return {
+        "ESR-1": missed(among(1, *erased)),
+        "ESR-5": missed(among(5, *erased)),
+        "natural": natural(erased[1]),
+        "PSR-1": among(1, *kept),
+        "PSR-5": among(5, *kept),
+        "others found": among(1, *others),
+    }
 
 
 def share(rate: Rate, of: Rate) -> str:
@@ -159,7 +169,8 @@ TABLES = (
         "kpop",
         "KPOP",
         f"{', '.join(ERASED)} erased at once, {STEPS} steps if not said; {', '.join(KEPT)} preserved; "
-        "ten other things. ESR-1: the witness does not see the erased object first; PSR-1: it sees the preserved one.",
+        "ten other things. ESR-k: the witness does not see the erased object among the k surest; PSR-k: it sees the "
+        "preserved one.",
         partial(trainings, METHODS),
         partial(brief, METHODS),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..editing.files.whole import put
 from ..tools.environment import ROOT
+from . import papers
 from .table import Rate, Record, Row, Table, weights
 
 KEPT = ROOT / "docs" / "measured"
@@ -18,12 +19,17 @@ HEAD = """\
 
 Written by `make bench` from the records in [measured/](measured/), not by hand. A share stands with its 95 % interval
 (Wilson's) and the number of pictures: "96.1 % (91-98) of 128". Pictures are the demo model's unless a table says
-otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. The judge that looks at them is a
-classifier of its own, which has no part in any edit. [What falls short](limits.md) of the goals is told apart.
+otherwise: 20 steps, cfg 4, euler/normal, fp32 on a CPU, seeds as in the code. Who looks at them is a classifier of
+its own, the witness, which has no part in any edit. [What falls short](limits.md) of the goals is told apart.
 
 A table names the demo model that it was measured on; those of an earlier one say so.
 
 A new run of a table replaces its record only when asked: `make bench ARGS="--only NAME --keep"`.
+"""
+BESIDE = """
+Theirs are of Kosmos-G and Stable Diffusion 1.4 and of photographs, ours of a small model of drawings: what can be
+compared is the order of the methods and what a setting changes. Each of ours stands in the table that is named, with
+its command. The papers on EIUP and on safe regions print no figure in what could be read of them.
 """
 
 
@@ -58,8 +64,14 @@ def sections(tables: Sequence[Table], folder: Path) -> Iterator[str]:
             yield section(table.title, Record.read(file))
 
 
+def beside_theirs(folder: Path) -> str:
+    """The papers' own figures and ours."""
+    parts = [f"### {paper}\n\n{grid(rows)}\n" for paper, rows in papers.rows(folder)]
+    return "\n".join(["## The papers' figures and ours", BESIDE, *parts])
+
+
 def page(tables: Sequence[Table], folder: Path = KEPT) -> str:
-    return "\n".join([HEAD, *sections(tables, folder)])
+    return "\n".join([HEAD, *sections(tables, folder), beside_theirs(folder)])
 
 
 def write_page(tables: Sequence[Table]) -> None:
