@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.supported_models
@@ -125,6 +126,7 @@ class Call:
         options: dict[str, Any] = {"cond_or_uncond": [1, 0][-self.rows :], "sigmas": torch.full((1,), 0.6)}
         if self.edits:
             run = start_run(of_model(self.model, "bench"), base.model_sampling, self.edits)
+            run.guiders.add(SimpleNamespace(conds={"positive": [], "negative": []}), True)  # an edit is for the first
             wrappers = {kind: {EDITS: [wrapper]} for kind, wrapper in WRAPPERS.items()}
             options |= {EDITS: list(self.edits), RUN: run, "wrappers": wrappers}
         more: dict[str, Any] = {"guidance": torch.full((self.rows,), 3.5)} if self.shape.pooled else {}

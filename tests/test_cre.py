@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.methods.attention import attend, split_heads
-from conceptguard.editing.methods.cre import CHOICES, DEFAULTS, CREOptions, project
-from conceptguard.editing.methods.found import Kept
+from conceptguard.editing.methods.cre import CHOICES, DEFAULTS, CREOptions, project, projection
+from conceptguard.editing.methods.found import Found, Kept, Weight
 
 N, H, D = 5, 4, 12
 PRINTED = CREOptions(width="full", tokens="all", baseline="none", negative="keep", solve="sum")
@@ -189,3 +189,20 @@ def test_attend_gives_every_row_the_attention_to_every_prompt() -> None:
 def test_an_unknown_choice_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 'often'; choose one of"):
         CREOptions(**{**vars(DEFAULTS), name: "often"})
+
+
+def test_a_prompt_that_says_the_concept_lowers_the_floor_and_not_that_of_weights() -> None:
+    """A text's weight beside the picture follows only where the position itself finds the concept."""
+    A0, x, other = (random(1, 60, H, D, seed=i) for i in range(3))
+    share = torch.linspace(0, 1, 60)[:, None, None]
+    A, options = A0 + share * x + (1 - share) * other, replace(DEFAULTS, floor=0.5)
+    weight = Weight(random(1, 1, 60, H, 1, seed=3))
+    found = Found(A, (A0 + x)[None], A0, said=torch.ones(1, 1, 1), weight=weight)
+    taken = projection(found, torch.ones(1, 1, 1), options).flatten(-2).norm(dim=-1)
+    a, x = (A - A0).flatten(-2), x.flatten(-2)
+    cosine = torch.cosine_similarity(a, x, dim=-1)
+    c = ((a * x).sum(-1) / (x * x).sum(-1)).clamp(0, 1)
+    want = (c * (cosine >= 0.5))[..., None, None] * weight.more[0]
+    assert weight.gained is not None and ((cosine > 0.25) & (cosine < 0.45)).any()
+    torch.testing.assert_close(weight.gained, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(taken > 0, cosine >= 0.2)

@@ -23,6 +23,7 @@ from torch import Tensor
 from conceptguard.editing.edits.encode import rows_of
 from conceptguard.editing.edits.families import TRANSFORMERS, UNETS
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, PromptTokens
+from conceptguard.editing.engine import plan
 from conceptguard.editing.engine.backbones import cross, joint, unet
 from conceptguard.editing.engine.backbones.joint import Joint, sections
 from conceptguard.editing.engine.host import add_edit, add_watch, of_model
@@ -32,7 +33,7 @@ from conceptguard.editing.methods import cre as cre_method
 from conceptguard.editing.methods.eiup import DEFAULTS as EIUP
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
-from conceptguard.editing.methods.said import UNKNOWN
+from conceptguard.editing.methods.said import MARGIN, UNKNOWN
 from conceptguard.editing.presets.document import read, write
 from conceptguard.nodes.preset import suits
 
@@ -263,6 +264,38 @@ def test_a_prompt_that_is_the_concept_draws_what_the_replacements_prompt_does(
     assert (made - want).abs().max() < 0.02 * (unedited - want).abs().max()
 
 
+@pytest.mark.parametrize("name", APPENDED)
+@pytest.mark.parametrize("gate", [Gate(), Gate((0.0, 1.0, 0.5))], ids=["open", "one shut"])
+def test_prompts_without_an_edit_carry_no_texts(name: str, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the texts would weigh little, or weights are brought to the device in each call, all rows are one call."""
+    model, lengths = dits.build(name), []
+    edited = cre(model, gate=gate)
+    more = {"batch": 3, "cfg": 5.0, "steps": 2, "negative": cond(tokens(2, 9))}
+    monkeypatch.setattr(joint, "WORTH", 1.0)
+    one = dits.sample(name, edited, cond(tokens(1, 9)), **more)
+    monkeypatch.setattr(joint, "WORTH", 0.0)
+    plain = joint.Parted.through
+
+    def looked(self: Any, executor: Any) -> Tensor:
+        whole = self.call.served
+        lengths.append((len(self.x), self.context.shape[1], len(self.edited.x), self.edited.context.shape[1]))
+        out = plain(self, executor)
+        assert self.call.served == whole
+        return out
+
+    monkeypatch.setattr(joint.Parted, "through", looked)
+    two = dits.sample(name, edited, cond(tokens(1, 9)), **more)
+    text = max(9, FAMILIES[name].least)
+    assert len(lengths) == 2 and all(each[:3] == (3, text, 3) and each[3] > text for each in lengths)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(two, dits.sample(name, model, cond(tokens(1, 9)), **more), atol=1e-2)
+    lengths.clear()
+    streamed = property(lambda self: True, lambda self, loaded: None)
+    monkeypatch.setattr(type(model.model), "model_lowvram", streamed, raising=False)
+    torch.testing.assert_close(dits.sample(name, edited, cond(tokens(1, 9)), **more), one, rtol=1e-4, atol=1e-4)
+    assert not lengths
+
+
 def cre(model: Any, **changes: Any) -> Any:
     return add_edit(model, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test", **changes))
 
@@ -439,10 +472,12 @@ def eiup(model: Any, concept: Concept, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["Flux.1", "Z-Image", "SD3"])
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
-def test_a_prompts_encoding_says_a_concept_and_never_raises_the_floor(
-    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("margin", [MARGIN, 2.0])
+def test_a_prompts_encoding_says_a_concept_and_raises_no_floor_where_it_cannot_tell(
+    name: str, share: float, margin: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the positive prompt, which other words stand in as well; with the concept's own rows, as far as `share`."""
+    monkeypatch.setattr(plan, "MARGIN", margin)
     concept = dits.concept()
     rows = rows_of(concept.phrases[0].tokens, concept.phrases[0].own)
     like = tuple(torch.cat([tokens(20 + i, 4)[0], rows + 0.3 * tokens(30 + i, len(rows))[0]]) for i in range(2))
@@ -460,7 +495,8 @@ def test_a_prompts_encoding_says_a_concept_and_never_raises_the_floor(
     assert len(asked) == FAMILIES[name].blocks and (want > 0.9) == (share > 0.5)
     for said in asked:
         assert said.shape == (1, 2, 1)
-        assert said.flatten().tolist() == pytest.approx([max(want, UNKNOWN)] * 2, abs=1e-3)
+        least = UNKNOWN if margin > 1 else 0.0
+        assert said.flatten().tolist() == pytest.approx([max(want, least)] * 2, abs=1e-3)
 
 
 def test_presets_name_every_family_and_a_preset_for_one_is_not_for_others() -> None:

@@ -19,7 +19,7 @@ from ..methods.attention import attend, attend_and_weigh, logits, split_heads
 from ..methods.eiup import reweighted, share
 from ..methods.found import Found, Kept, Weight
 from ..methods.kpop import append
-from ..methods.said import UNKNOWN, Said, said_test
+from ..methods.said import MARGIN, UNKNOWN, Said, said_test
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
@@ -38,18 +38,12 @@ class Steering:
     """Concepts that are solved together in one attention, their prompts by length; the baseline, if any, is the very
     first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M].
 
-    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit;
-    least: what they say at the least.
+    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit.
     """
 
     def __init__(
-        self,
-        group: Solved,
-        bind: Callable[[TokenSet], KV],
-        tests: Mapping[int, Said] = MappingProxyType({}),
-        least: float = 0.0,
+        self, group: Solved, bind: Callable[[TokenSet], KV], tests: Mapping[int, Said] = MappingProxyType({})
     ) -> None:
-        self.least = least
         self.group, self.tests = group, {i: test for i, test in tests.items() if i in group.tested}
         sets = (group.phrases, group.keep, group.instead)
         self.prompts, self.keep, self.instead = ([bind(part) for part in parts] for parts in sets)
@@ -92,7 +86,7 @@ class Steering:
             return None
         of = {i: test(v).amax(0) for i, test in self.tests.items()}
         unknown = torch.full((len(v), 1), UNKNOWN, device=v.device)
-        return torch.stack([of.get(i, unknown) for i in self.owners]).clamp_min(self.least)
+        return torch.stack([of.get(i, unknown) for i in self.owners])
 
     def projection(
         self, A: Tensor, q: Tensor, v: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None
@@ -122,9 +116,11 @@ class Steering:
         return self.group.method.taken(found, s, self.group.options, note)
 
 
-def tests_of(groups: Iterable[Solved], values: Callable[[Tensor], Tensor | None]) -> dict[int, Said]:
-    """Of the edits whose concepts bring examples; values: as `said_test` has them."""
-    found = {i: said_test(concept, values) for group in groups for i, concept in group.tested.items()}
+def tests_of(
+    groups: Iterable[Solved], values: Callable[[Tensor], Tensor | None], margin: float | None = None
+) -> dict[int, Said]:
+    """Of the edits whose concepts bring examples; values, margin: as `said_test` has them."""
+    found = {i: said_test(concept, values, margin) for group in groups for i, concept in group.tested.items()}
     return {i: test for i, test in found.items() if test is not None}
 
 
@@ -177,8 +173,8 @@ class BlockEdits:
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
         if tests is None:
             self.steering = [Steering(group, bind, tests_of([group], values)) for group in sets.solved]
-        else:  # encodings say less surely than values that a word is not there: they never raise a floor
-            self.steering = [Steering(group, bind, tests, UNKNOWN) for group in sets.solved]
+        else:
+            self.steering = [Steering(group, bind, tests) for group in sets.solved]
         then = sets.then
         self.then = None if then is None else BlockEdits(then, backbone, key, device, dtype, streams, tests)
 
@@ -255,7 +251,7 @@ class Plan:
         self.prompts = list(prompts_of(gathered.values())) if backbone.streamed else []
         stages = [stage for sets in gathered.values() for stage in sets.stages] if backbone.streamed else []
         solved = [group for stage in stages for group in stage.solved]
-        self.tests = tests_of(solved, lambda rows: rows.to(device))  # of a text that no block has changed yet
+        self.tests = tests_of(solved, lambda rows: rows.to(device), MARGIN)  # of a text that no block has changed yet
 
     def edits(self, key: BlockKey, streams: Streams | None) -> BlockEdits | None:
         """What happens to one attention's output in a model call with these streams."""

@@ -8,7 +8,7 @@ is an error: half of the rows would be edited, or another prompt's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -83,6 +83,15 @@ class Served:
     def conditional(self, batch: int, couple: tuple[int, ...] = ()) -> list[int]:
         """The rows of the positive prompts, all images of one part before the next."""
         return [row for row, part in enumerate(self.layout(batch, couple).part) if self.edited[part]]
+
+    def of(self, parts: Sequence[int]) -> Served:
+        """What a call of these parts alone is."""
+        return replace(
+            self,
+            parts=tuple(self.parts[i] for i in parts),
+            names=tuple(self.names[i] for i in parts),
+            edited=tuple(self.edited[i] for i in parts),
+        )
 
     @property
     def batch(self) -> int:

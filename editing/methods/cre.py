@@ -107,8 +107,8 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0, options.negative == "clip")
     if options.negative == "clip":
         c = c.clamp_min(0)
-    if found.weight is not None:
-        found.weight.taken(s * c)
+    if found.weight is not None:  # what else there is beside the concept keeps its own: the floor as it is, for weights
+        found.weight.taken(s * c * alike(a, along, square.sqrt(), options.floor))
     taken = s * c * (x if found.Ar is None else less(At, found.Ar, options.width))
     return (taken[0] if len(x) == 1 else taken.sum(0)).reshape(A.shape)
 

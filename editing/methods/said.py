@@ -11,8 +11,9 @@ both the value and the threshold found from examples, in each attention apart; o
 over the tokens j of a prompt. Where high <= low the attention cannot tell the concept, and says 0. What a position
 finds (cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
 
-In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x, which tell
-less surely that a word is not there, and so only ever lower a floor.
+In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x. Some tell a
+concept well, some not at all: where high - low is less than MARGIN, a word that is not found says nothing, and raises
+no floor.
 """
 
 from __future__ import annotations
@@ -32,28 +33,34 @@ from ..edits.spec import Concept, Phrase
 UNSAID, SAID = 1.7, 0.4
 # What says neither: a concept without examples keeps its floor.
 UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
+MARGIN = 0.1  # of cosines of encodings
 
 
 @dataclass(frozen=True)
 class Said:
-    """The test for K phrases in one attention. v0: [C]; t: [K, C] of length 1; low, high: [K]."""
+    """The test for K phrases in one attention. v0: [C]; t: [K, C] of length 1; low, high: [K]; margin: what lies
+    between these at least, or nothing says less than UNKNOWN."""
 
     v0: Tensor
     t: Tensor
     low: Tensor
     high: Tensor
+    margin: float | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         """How surely each row's tokens say each phrase. v: [R, L, C]; returns [K, R, 1] in fp32."""
         cosines = F.normalize(v.float() - self.v0, dim=-1) @ self.t.T  # [R, L, K]
         share = (cosines.amax(1) - self.low) / (self.high - self.low).clamp_min(1e-6)
-        return torch.where(self.high > self.low, share, 0.0).clamp(0, 1).T[..., None]
+        said = torch.where(self.high > self.low, share, 0.0).clamp(0, 1)
+        if self.margin is not None:
+            said = torch.where(self.high - self.low < self.margin, said.clamp_min(UNKNOWN), said)
+        return said.T[..., None]
 
 
-def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None]) -> Said | None:
+def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margin: float | None = None) -> Said | None:
     """The test of a concept's phrases; None for one that brings no examples, or where values cannot be told.
 
-    values: rows of text encodings [n, W] to [n, C].
+    values: rows of text encodings [n, W] to [n, C]; margin: as a Said's.
     """
     if not concept.ordinary or not all(phrase.like for phrase in concept.phrases):
         return None
@@ -67,7 +74,7 @@ def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None]) -> Sa
     others = (ordinary - v0).split([len(rows) for rows in concept.ordinary])
     found = [tell(*(x - v0).split(n), others=others) for x, n in zip(phrases, sizes, strict=True)]
     t, low, high, _ = (torch.stack(each) for each in zip(*found, strict=True))
-    return Said(v0, t, low, high)
+    return Said(v0, t, low, high, margin)
 
 
 def rows_of_all(phrase: Phrase) -> list[Tensor]:

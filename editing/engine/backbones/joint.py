@@ -10,15 +10,17 @@ instead of it, or what it is compared with,
 
     O_I <- m' A_t' + (1 - m') A_i,      log Z_text' = log Z_text + sum_e min(c_e, 1) (log Z_r - log Z_e)
 
-so that a prompt which is the concept itself draws what the prompt r does. The text's own queries are left alone, and so
-are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
+so that a prompt which is the concept itself draws what the prompt r does; of the concepts that a position finds at its
+floor as it is, however much the prompt's words lower that: what stands beside the concept keeps its weight. The text's
+own queries are left alone, and so are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
 A concept's keys and values are those of its stream (streams.py), in one of two forms:
 
     beside    the concept in the prompt's place, in a model call of its own, with a copy of the picture that goes its
               way with it: as many calls again as there are prompts
     appended  behind the prompt, in the host's own call, which is as much longer as these texts are: each text reads
               itself and the picture, the prompt and the picture read nothing of it, and all stand where they would
-              alone. The picture that a concept reads is then the run's own, drawn with the prompt and edited
+              alone. The picture that a concept reads is then the run's own, drawn with the prompt and edited. Prompts
+              that no edit is for, the negative ones, have a call of their own without them, where that is worth it
 
 They agree in the first block, whose text has read nothing yet. All of it happens in the host's
 `optimized_attention_override`, around whatever another pack has put there.
@@ -44,10 +46,12 @@ from ...edits.spec import EditSpec
 from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
 from ..plan import PIECE
+from ..rows import Rows, Served
 from ..run import CALL, Call, Run
 from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
+WORTH = 0.05  # the share of a call's tokens above which two calls are made of it, to be without them
 
 
 def attribute(path: str) -> Callable[[Any], Any]:
@@ -310,11 +314,12 @@ class Joint(Backbone):
             made.more["c_crossattn"] = call.place.said = self.changed(run, call, made)
         if not call.plan.prompts:
             return made
-        index = rows.index
-        if isinstance(index, slice):
-            index = torch.arange(index.start, index.stop, device=made.x.device)
         if self.appends(made):
-            return self.appended(call, made, index)
+            idle = self.idle(run, call, made, rows)
+            return (
+                Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, numbers(rows, made))
+            )
+        index = numbers(rows, made)
         call.streams = self.streams(call, call.plan.prompts, made, index, executor)
         return made
 
@@ -323,7 +328,20 @@ class Joint(Backbone):
         replaced = made.more["transformer_options"].get("patches_replace", {}).get("dit")
         return self.kind.appended and made.more.get("attention_mask") is None and not replaced
 
-    def appended(self, call: Call, made: ModelCall, index: Tensor) -> ModelCall:
+    def idle(self, run: Run, call: Call, made: ModelCall, rows: Rows) -> set[int]:
+        """The parts of the batch that no edit is for, where the texts would weigh enough there for a call without them.
+
+        Weights that are brought to the device in each call are not brought twice.
+        """
+        edited = {call.served.layout(len(made.x)).part[row] for row in numbers(rows, made).tolist()}
+        idle = set(range(len(call.served.parts))) - edited
+        if call.watch is not None or call.served.tiles > 1 or getattr(run.model, "model_lowvram", False):
+            return set()
+        more = sum(len(names) * self.tokens(tokens) for names, tokens, _ in call.plan.prompts)
+        saved = len(idle) / len(call.served.parts) * more / (call.place.text + call.place.image + more)
+        return idle if saved >= WORTH else set()
+
+    def appended(self, call: Call, made: ModelCall, index: Tensor) -> Appended:
         """The call with the plan's texts behind the prompt's. index: [R], the edited rows."""
         place, texts = call.place, [self.filled(made.context)]
         for names, tokens, _ in call.plan.prompts:
@@ -427,6 +445,57 @@ class Appended(ModelCall):
         ends += [(each.at.start + each.front + lengths[each.name], each.at.stop) for each in self.place.segments]
         for end, stop in ends:
             out[:, end:stop] = self.backbone.network.cap_pad_token.to(out)
+        return out
+
+
+@dataclass
+class Parted(ModelCall):
+    """A model call in two: of the parts that no edit is for, as it would be without one, and of the others.
+
+    index: rows of either; served: what the others are; edited: their call.
+    """
+
+    call: Call | None = None
+    index: tuple[Tensor, Tensor] | None = None
+    served: Served | None = None
+    edited: Appended | None = None
+
+    @classmethod
+    def in_two(cls, backbone: Joint, run: Run, call: Call, made: ModelCall, idle: set[int]) -> Parted:
+        served, options = call.served, made.more["transformer_options"]
+        parts = [i for i in range(len(served.parts)) if i not in idle]
+        of_row = served.layout(len(made.x)).part
+        others, own_rows = (
+            torch.tensor([row for row, part in enumerate(of_row) if (part in idle) == plain], device=made.x.device)
+            for plain in (True, False)
+        )
+
+        def some(of: Sequence[int]) -> dict[str, Any]:
+            """transformer_options for these parts alone."""
+            told = {name: options[name] for name in ("cond_or_uncond", "uuids") if options.get(name)}
+            return {**options, **{name: [each[i] for i in of] for name, each in told.items()}}
+
+        plain = {**some(sorted(idle)), CALL: None}
+        del plain[OVERRIDE]
+        own = made.rows(own_rows, 1).with_options(some(parts))
+        call.place = backbone.place(own)
+        here = run.same(served.of(parts))
+        rows = call.plan.rows(here, len(own.x))
+        assert rows is not None
+        edited = backbone.appended(call, own, numbers(rows, own))
+        other = made.rows(others, 1).with_options({**plain, **call.previous})
+        return cls(other.x, other.t, other.more, other.given, call, (others, own_rows), here, edited)
+
+    def through(self, executor: Callable[..., Tensor]) -> Tensor:
+        assert self.call is not None and self.index is not None and self.served is not None and self.edited is not None
+        whole = self.call.served
+        plain = super().through(executor)
+        self.call.served = self.served
+        edited = self.edited.through(executor)
+        self.call.served = whole
+        out = plain.new_empty(len(plain) + len(edited), *plain.shape[1:])
+        for index, part in zip(self.index, (plain, edited), strict=True):
+            out[index] = part
         return out
 
 
@@ -661,6 +730,12 @@ def shaped(
     if more.get("scale") is not None:
         q = q * (more["scale"] * q.shape[-1] ** 0.5)
     return q, k, v
+
+
+def numbers(rows: Rows, made: ModelCall) -> Tensor:
+    """Of the edited rows of a model call: [R]."""
+    index = rows.index
+    return torch.arange(index.start, index.stop, device=made.x.device) if isinstance(index, slice) else index
 
 
 def sections(kind: Family, place: Place, length: int) -> tuple[slice, slice]:
