@@ -79,6 +79,8 @@ def joined(demo: Demo, name: str) -> Any:
     return [[torch.cat([a, b], 1), about]]
 
 
+FEW = ("three times", "weighted 1.4", "other words", "beside two things", "in capitals")  # on the transformers
+
 CONDS: dict[str, Callable[[Demo, str], Any]] = {
     "average": averaged,
     "extrapolated": extrapolated,
@@ -266,6 +268,14 @@ def rows(
         yield row(edit, gradient, (a.recovered(a.embedded(steps)) for a in attacked))
 
 
+def forms(architecture: str, names: Sequence[str] = tuple(CONCEPTS), count: int = 2) -> Iterator[Row]:
+    """A row for each of some forms, under the first edit of one of the demo's transformers."""
+    edit = next(iter(EDITS))
+    attacked = under(ready := Demo.ready(architecture), edit, names, count, {})
+    for form in FEW:
+        yield row(edit, form, (a.recovered(ready.encode(TEXTS[form](a.name))) for a in attacked))
+
+
 def searches(names: Sequence[str] = tuple(CONCEPTS), count: int = 4, evaluations: int = 300) -> Iterator[Row]:
     """A row for each concept, under the first edit, with the prompt that was found."""
     ready, unedited, first = demo(), dict[tuple[str, str], list[bool]](), next(iter(EDITS))
@@ -288,6 +298,17 @@ TABLES = (
         rows,
         partial(rows, tuple(EDITS)[:1], ("bomb",), 2, 2),
         ("edit", "attack"),
+    ),
+    *(
+        Table(
+            f"attack-{architecture}",
+            f"What a prompt can do against an edit of {name}",
+            ABOUT,
+            partial(forms, architecture),
+            partial(forms, architecture, ("bomb",), 1),
+            ("attack",),
+        )
+        for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
     ),
     Table(
         "attack-search",

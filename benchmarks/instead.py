@@ -100,11 +100,9 @@ def row(ready: Demo, name: str, count: int, instead: str) -> tuple[dict[str, lis
     return found, x, asked
 
 
-def rows(
-    names: Sequence[str] = tuple(OBJECTS), count: int = 50, instead: bool = True, architecture: str = "unet"
-) -> Iterator[Row]:
+def rows(names: Sequence[str] = tuple(OBJECTS), count: int = 50, instead: bool = True) -> Iterator[Row]:
     """A row for each concept, and one for all."""
-    ready = demo() if architecture == "unet" else Demo.ready(architecture)
+    ready = demo()
     every, pictures = dict[str, list[bool]](), []
     for name in names:
         thing = OBJECTS[name][0] if instead else ""
@@ -112,13 +110,29 @@ def rows(
         pictures.append((x, asked))
         for k, v in found.items():
             every.setdefault(k, []).extend(v)
-        yield told(name, thing, found, distance(x, asked))
+        yield told(name, thing, found) | {"KID": str(distance(x, asked))}
     x, asked = (torch.cat(each) for each in zip(*pictures, strict=True))
-    yield told("all", "", every, distance(x, asked))
+    yield told("all", "", every) | {"KID": str(distance(x, asked))}
 
 
-def told(name: str, thing: str, found: dict[str, list[bool]], kid_: Distance) -> Row:
-    return {"concept": name, "instead": thing, **{k: Rate.of(v) for k, v in found.items()}, "KID": str(kid_)}
+def rows_of(architecture: str, concepts: Sequence[str] = SOME, count: int = 8) -> Iterator[Row]:
+    """A row for each concept, on one of the demo's transformers."""
+    ready = Demo.ready(architecture)
+    for name in concepts:
+        yield told(name, OBJECTS[name][0], row(ready, name, count, OBJECTS[name][0])[0])
+
+
+def told(name: str, thing: str, found: dict[str, list[bool]]) -> Row:
+    return {"concept": name, "instead": thing, **{k: Rate.of(v) for k, v in found.items()}}
+
+
+def summed(rows: Sequence[Row]) -> Row:
+    """What rows of counts are together."""
+    columns = dict.fromkeys(column for row in rows for column, value in row.items() if isinstance(value, Rate))
+    of = {column: [row[column] for row in rows if column in row] for column in columns}
+    return {"concept": "all", "instead": ""} | {
+        column: Rate(sum(each.hits for each in rates), sum(each.n for each in rates)) for column, rates in of.items()
+    }
 
 
 def distance(x: Tensor, asked: Tensor) -> Distance:
@@ -167,21 +181,22 @@ def style_rows(styles: Sequence[str] = world.NAMED_STYLES, count: int = 16) -> I
 ABOUT = (
     "CRE at its defaults, by the witness. Held-out words: phrasings that no training caption holds. Kept: of what the "
     "unedited pictures show. Neighbours are named nowhere in the concept. Natural: as sure a thing as 95 % of clean "
-    "drawings. KID: to the unedited pictures of the same prompt"
+    "drawings."
 )
+KID = "KID: to the unedited pictures of the same prompt"
 TWELVE = "The last six concepts were never used while the method was made."
 TABLES = (
     Table(
         "instead",
         "CRE with something to draw instead",
-        f"{ABOUT} that asks for the replacement. {TWELVE}",
+        f"{ABOUT} {KID} that asks for the replacement. {TWELVE}",
         partial(rows, count=16),
         partial(rows, names=("bomb",), count=2),
     ),
     Table(
         "instead-nothing",
         "CRE with nothing to draw instead",
-        f'{ABOUT} that says "something" for the concept. {TWELVE}',
+        f'{ABOUT} {KID} that says "something" for the concept. {TWELVE}',
         partial(rows, count=8, instead=False),
         partial(rows, names=("bomb",), count=2, instead=False),
     ),
@@ -197,9 +212,11 @@ TABLES = (
         Table(
             f"instead-{architecture}",
             f"CRE with something to draw instead, on {name}",
-            f"{ABOUT} that asks for the replacement. It reads by the demo model's text encoder and draws its latents.",
-            partial(rows, names=SOME, count=8, architecture=architecture),
-            partial(rows, names=SOME[:1], count=2, architecture=architecture),
+            f"{ABOUT} It reads by the demo model's text encoder and draws its latents.",
+            partial(rows_of, architecture),
+            partial(rows_of, architecture, SOME[:1], 2),
+            ("concept",),
+            summed,
         )
         for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
     ),

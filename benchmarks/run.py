@@ -88,7 +88,8 @@ def main() -> None:
         "--methods", metavar="A;B", help="of `peers` and `attack`: these rows alone; the others stay as they were"
     )
     parser.add_argument("--architectures", metavar="A;B", help="of `peers`: the same, of these demo models")
-    parser.add_argument("--count", type=int, metavar="N", help="of `peers`: pictures of each kind for each concept")
+    parser.add_argument("--concepts", metavar="A;B", help="of `instead-flux` and `instead-lumina`: the same, of these")
+    parser.add_argument("--count", type=int, metavar="N", help="of all of these: pictures of a kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
     parser.add_argument("--page", action="store_true", help="measure nothing: write docs/measured.md from its records")
     parser.add_argument("--sheet", action="store_true", help="measure nothing: draw docs/erasers.jpg")
@@ -97,11 +98,11 @@ def main() -> None:
         return sheet.draw()
     if args.quick and args.keep:
         parser.error("--quick measures nothing worth keeping")
-    part = {name: each.split(";") for name in ("methods", "architectures") if (each := getattr(args, name))}
+    part = {name: each.split(";") for name in ("methods", "architectures", "concepts") if (each := getattr(args, name))}
     part |= {"count": args.count} if args.count else {}
     tables = () if args.page else chosen(args.only) if args.only else TABLES
     if part and not (tables and all(table.key for table in tables)):
-        parser.error("--methods, --architectures and --count are of --only peers, or --only attack")
+        parser.error("--methods, --architectures, --concepts and --count are of tables whose rows are measured apart")
     start = time.time()
     for table in tables:
         print(f"\n{table.name}: {table.about}", flush=True)

@@ -31,7 +31,8 @@ Rows = Callable[..., Iterable[Row]]
 class Table:
     """A table of figures: `full` yields the rows that are kept, `quick` a few of few samples, to see that it runs.
 
-    key: the columns that name a row, of a table whose `full` can yield a part of its rows.
+    key: the columns that name a row, of a table whose `full` can yield a part of its rows; total: of all others, a last
+    row, wherever they were measured.
     """
 
     name: str  # of its files, and what `--only` asks for
@@ -40,6 +41,19 @@ class Table:
     full: Rows
     quick: Rows
     key: tuple[str, ...] = ()
+    total: Callable[[Sequence[Row]], Row] | None = None
+
+    def same(self, one: Row, other: Row) -> bool:
+        """Whether two rows are of one name."""
+        return bool(self.key) and all(one[k] == other[k] for k in self.key)
+
+    def totalled(self, rows: Sequence[Row]) -> list[Row]:
+        """With the last row made anew."""
+        if self.total is None:
+            return list(rows)
+        name = self.total(rows)
+        parts = [row for row in rows if not self.same(row, name)]
+        return [*parts, self.total(parts)]
 
     @property
     def command(self) -> str:
@@ -97,7 +111,7 @@ def run(
         return Record(table.name, table.command, table.about, settings, commit, finished, tuple(notes), tuple(done))
 
     for row in table.quick() if quick else table.full(**part or {}):
-        done = [other for other in done if not table.key or any(other[k] != row[k] for k in table.key)] + [row]
+        done = table.totalled([other for other in done if not table.same(other, row)] + [row])
         yield record(False)
     yield record(True)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 
-from conceptguard.benchmarks import peers
-from conceptguard.benchmarks.table import Record, Row, Table, run
+from conceptguard.benchmarks import instead, peers
+from conceptguard.benchmarks.table import Rate, Record, Row, Table, run
 from conceptguard.demo import world
 from conceptguard.editing.edits.spec import EditSpec
 from conceptguard.editing.engine.host import add_edit
@@ -32,6 +32,22 @@ def test_a_part_of_a_table_leaves_its_other_rows_as_they_were() -> None:
     assert {row["method"]: row["found"] for row in after.rows} == {"a": 1, "b": 5, "c": 1, "d": 5}
     again = last(Table("t", "T", "about", rows, rows), held=before.rows)
     assert len(again.rows) == 6  # rows without a key are all kept
+
+
+def test_a_total_is_of_all_rows_whenever_they_were_measured() -> None:
+    def some(concepts: tuple[str, ...] = ("a", "b"), count: int = 2) -> Iterator[Row]:
+        for concept in concepts:
+            yield {"concept": concept, "left": Rate(1, count)}
+
+    table = Table("t", "T", "about", some, some, ("concept",), instead.summed)
+    before = last(table)
+    assert [(row["concept"], row["left"]) for row in before.rows] == [
+        ("a", Rate(1, 2)),
+        ("b", Rate(1, 2)),
+        ("all", Rate(2, 4)),
+    ]
+    after = last(table, part={"concepts": ("b",), "count": 8}, held=before.rows)
+    assert {row["concept"]: row["left"] for row in after.rows} == {"a": Rate(1, 2), "b": Rate(1, 8), "all": Rate(2, 10)}
 
 
 def test_the_prompt_without_the_word() -> None:
