@@ -35,6 +35,7 @@ from conceptguard.editing.presets.apply import Given, specs_of
 from conceptguard.editing.presets.document import read
 from conceptguard.editing.training.harness import train_with
 from conceptguard.nodes.cre import ConceptGuardCRE
+from conceptguard.nodes.eiup import ConceptGuardEIUP
 from conceptguard.nodes.preset import ConceptGuardApplyPreset
 
 HOOKED = [
@@ -382,6 +383,63 @@ def test_weak_edits_of_the_graph_do_not_share_what_the_policys_take(model: Any, 
     free = sample(model, clip)
     assert (made - alone).norm() < 0.01 * (free - alone).norm()
     assert len(list(enforcement.record.entries())[-1]["edits"]) == 13
+
+
+ADDING = {"separate": "none", "share": "share", "alike": "alike", "joint": "none"}
+
+
+@pytest.mark.parametrize(("form", "evidence"), ADDING.items())
+def test_an_edit_that_adds_against_a_sum_of_the_policys_is_refused(
+    model: Any, clip: Any, tmp_path: Path, form: str, evidence: str
+) -> None:
+    """EIUP with a weight above 0 of nearly the same words would cancel the policy's; below 0, and beside a projection,
+    it changes nothing of what that takes."""
+    form = form if form == "joint" else "separate"
+    how = {**EIUP, "weights": [-1.0], "form": form, "evidence": evidence}
+    concept = concept_from_text(clip, "a knife!", "blade")
+
+    def mine(weight: float) -> Any:
+        given = {"concept": concept, "weight": weight, "form": form, "evidence": evidence}
+        return ConceptGuardEIUP.execute(model=model, **given).args[0]
+
+    with governed(tmp_path, how) as enforcement:
+        with pytest.raises(Refused, match='edit of "blade" adds it, and this server takes "knife" away'):
+            sample(mine(4.0), clip)
+        sample(mine(-0.01), clip)
+    assert verdicts(enforcement) == ["refused", "edited"]
+    with governed(tmp_path) as enforcement:
+        sample(mine(4.0), clip)
+    assert verdicts(enforcement)[-1] == "edited"
+
+
+def test_an_eiup_preset_holds_against_the_ways_that_a_graph_has(model: Any, clip: Any, tmp_path: Path) -> None:
+    """Strength 0, less of it, a dozen that would share its softmax, wrappers dropped, the other prompt leading."""
+    how = {**EIUP, "weights": [-1.0], "form": "joint"}
+    with governed(tmp_path, how):
+        alone = sample(model, clip)
+    free, crowd = sample(model, clip), model
+    text = (tmp_path / "mine.json").read_text()
+    for i in range(12):
+        other = concept_from_text(clip, "a knife" + "!" * i, f"knife {i}")
+        crowd = ConceptGuardEIUP.execute(model=crowd, concept=other, weight=-1e-6, form="joint").args[0]
+    weak = [
+        *(ConceptGuardApplyPreset.execute(model, clip, text, s, other_models=True).args[0] for s in (0.0, 0.01)),
+        packs.new_transformer_options(model),
+        packs.new_wrappers(model),
+    ]
+    with governed(tmp_path, how) as enforcement:
+        crowded = sample(crowd, clip)
+        for each in weak:
+            assert torch.equal(sample(each, clip), alone)
+        sample(model, clip, "", "a knife", cfg=0.1)
+        for pack in (packs.wrappers_dropped_while_sampling, packs.known_options_only):
+            with pytest.raises(ValueError, match="ConceptGuard policy: "):
+                sample(pack(model), clip)
+    took = (sample(crowd, clip) - crowded).norm() / (free - alone).norm()
+    assert took > 0.9  # of what it takes alone; shared with the dozen it would be 0.6
+    lines = list(enforcement.record.entries())[1:]
+    assert [line["verdict"] for line in lines] == ["edited"] * 6 + ["refused"] * 2
+    assert lines[5]["edits"][0]["rows"]["for"] == "all"
 
 
 def test_what_the_graph_draws_in_a_things_place_is_edited_after_it(model: Any, clip: Any, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ class Method:
         """Whether its options say that nothing happens."""
         return False
 
+    def adds(self, spec: EditSpec) -> bool:
+        """Whether its options say that it brings in what it names, by a sum that another edit's share can cancel."""
+        return False
+
     def admit(self, spec: EditSpec, backbone: Any) -> None:
         """Raise `spec.error` if it cannot edit this model, for reasons beside the text's width and the blocks."""
 

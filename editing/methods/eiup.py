@@ -167,6 +167,9 @@ class EIUP(Method):
     def idle(self, spec: EditSpec) -> bool:
         return spec.options.nothing
 
+    def adds(self, spec: EditSpec) -> bool:
+        return any(weight > 0 for weight in spec.options.weights)
+
     def admit(self, spec: EditSpec, backbone: Any) -> None:
         neutral_needed(spec, "another evidence")
         auto = spec.options.auto

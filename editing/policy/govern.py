@@ -181,10 +181,22 @@ def seen_at_last(specs: Sequence[EditSpec], verdicts: Verdicts, look: Look) -> l
 
 
 def together(carried: Sequence[EditSpec], ours: Sequence[EditSpec]) -> list[EditSpec]:
-    """The edits that the graph brought and the policy's, none twice: of one concept by one method the policy's."""
+    """The edits that the graph brought and the policy's, none twice: of one concept by one method the policy's.
+
+    Raises Refused for an edit of the graph that cancels one of the policy's.
+    """
     keys = {spec.key for spec in carried}
     new = [spec for spec in ours if spec.key not in keys]
-    return [spec for spec in carried if not any(weaker(spec, other) for other in new)] + new
+    others = [spec for spec in carried if not any(weaker(spec, other) for other in new)]
+    for theirs in others:
+        for own in ours:
+            if theirs.how is own.how and theirs.how.adds(theirs) and not theirs.how.adds(own) and not theirs.idle:
+                raise Refused(
+                    f'the graph\'s edit of "{theirs.source.name}" adds it, and this server takes "{own.source.name}" '
+                    f"away by the same sum ({own.how.label}), where neither has the last word; give the graph's edit "
+                    "a weight below 0, or leave it out"
+                )
+    return others + new
 
 
 def weaker(theirs: EditSpec, ours: EditSpec) -> bool:
