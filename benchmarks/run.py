@@ -87,7 +87,11 @@ def main() -> None:
     parser.add_argument(
         "--methods", metavar="A;B", help="of `peers` and `attack`: these rows alone; the others stay as they were"
     )
-    parser.add_argument("--architectures", metavar="A;B", help="of `peers`: the same, of these demo models")
+    parser.add_argument(
+        "--architectures",
+        metavar="A;B",
+        help="of `peers`: the same, of these demo models; of `overhead-transformers`: of these",
+    )
     parser.add_argument("--concepts", metavar="A;B", help="of `instead-flux` and `instead-lumina`: the same, of these")
     parser.add_argument("--count", type=int, metavar="N", help="of all of these: pictures of a kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")

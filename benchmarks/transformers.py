@@ -149,8 +149,8 @@ def memory(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def rows(names: Sequence[str] = tuple(SHAPES), dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
-    for name in names:
+def rows(architectures: Sequence[str] = tuple(SHAPES), dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
+    for name in architectures:
         shape = SHAPES[name]
         model = build(shape, dtype)
         edit = EditSpec("projection", concept(shape), options=CRE)
@@ -173,6 +173,7 @@ TABLES = (
         "A model call with one block of each kind, bf16, random weights, one CRE concept with something to draw "
         "instead: three texts, with what it is compared with. Time of the process; the edit active.",
         rows,
-        partial(rows, names=tuple(SHAPES)[1:]),
+        partial(rows, tuple(SHAPES)[1:]),
+        ("model", "rows"),
     ),
 )

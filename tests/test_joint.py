@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.ldm.lumina.model
@@ -17,9 +18,13 @@ import pytest
 import reference
 import tiny
 import torch
+from comfy.ldm.flux.redux import ReduxImageEncoder
+from comfy.sd import StyleModel
 from dits import APPENDED, FAMILIES, cond, tokens
+from nodes import StyleModelApply
 from torch import Tensor
 
+from conceptguard.editing.edits.concept import concept_from_conditioning
 from conceptguard.editing.edits.encode import rows_of
 from conceptguard.editing.edits.families import TRANSFORMERS, UNETS
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, Phrase, PromptTokens
@@ -261,6 +266,26 @@ def test_a_prompt_that_is_the_concept_draws_what_the_replacements_prompt_does(
         edited.model_options["transformer_options"].update(theirs)
     made, unedited = (dits.sample(name, each, cond(words), steps=2) for each in (edited, model))
     want = dits.sample(name, model, cond(other, dits.pooled(2)), steps=2)
+    assert (made - want).abs().max() < 0.02 * (unedited - want).abs().max()
+
+
+def test_a_concept_in_an_example_picture_that_flux_redux_reads() -> None:
+    """The host's StyleModelApply puts a picture's tokens behind the prompt's: they are text, and are edited as text."""
+    redux = StyleModel(ReduxImageEncoder(5, dits.WIDTH))
+    for i, parameter in enumerate(redux.model.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.4
+
+    def showing(picture: int) -> Any:
+        looked = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(picture))
+        seen = SimpleNamespace(last_hidden_state=looked)
+        return StyleModelApply().apply_stylemodel(cond(tokens(1, 9)), redux, seen, 1.0, "multiply")[0]
+
+    given = {"neutral": [*showing(3), *showing(4)], "instead": showing(2)}
+    concept = concept_from_conditioning(showing(1), "it", **given)
+    model = dits.build("Flux.1")
+    edited = add_edit(model, EditSpec("projection", concept, options=tiny.CRE, node="Test"))
+    made, unedited = (dits.sample("Flux.1", each, showing(1), steps=2) for each in (edited, model))
+    want = dits.sample("Flux.1", model, showing(2), steps=2)
     assert (made - want).abs().max() < 0.02 * (unedited - want).abs().max()
 
 

@@ -302,9 +302,10 @@ class Plan:
         s = torch.tensor([[of_rows[row] for row in index] for of_rows in strengths], device=self.device)
         image = torch.tensor([served.shown[layout.image[row]] for row in index], device=self.device)
         on = tuple(sum(map(bool, of_rows)) for of_rows in strengths)
+        parts = frozenset(layout.part[row] for row in index)
         if index == list(range(index[0], index[-1] + 1)):
-            return Rows(slice(index[0], index[-1] + 1), s, image, on)
-        return Rows(torch.tensor(index, device=self.device), s, image, on)
+            return Rows(slice(index[0], index[-1] + 1), s, image, on, parts)
+        return Rows(torch.tensor(index, device=self.device), s, image, on, parts)
 
     def changed(self, context: Tensor, key: BlockKey, rows: Rows) -> Tensor:
         """`context` [B, L, W] as the edits of the text that reach this attention make it, in the edited rows."""

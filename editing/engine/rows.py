@@ -29,13 +29,15 @@ CHANGE = "take it out, or put the Attention Couple of ComfyUI-ppm or of comfyui-
 class Rows:
     """The R edited rows of a batch, and s: [edits, R], the strength of each edit times its gate there.
 
-    image: [R], whose row each is, of the whole batch; on: for each edit, in how many of them it acts.
+    image: [R], whose row each is, of the whole batch; on: for each edit, in how many of them it acts; parts: whose the
+    rows are.
     """
 
     index: slice | Tensor
     s: Tensor
     image: Tensor
     on: tuple[int, ...]
+    parts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Place(Shared):
     width: int
     said: Tensor
     segments: list[Segment] = field(default_factory=list)
-    rows: Tensor | None = None
+    rows: slice | Tensor | None = None
     placed: int = 0
     calls: int = 0
     count: int = 0
@@ -316,9 +316,7 @@ class Joint(Backbone):
             return made
         if self.appends(made):
             idle = self.idle(run, call, made, rows)
-            return (
-                Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, numbers(rows, made))
-            )
+            return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
         index = numbers(rows, made)
         call.streams = self.streams(call, call.plan.prompts, made, index, executor)
         return made
@@ -333,16 +331,15 @@ class Joint(Backbone):
 
         Weights that are brought to the device in each call are not brought twice.
         """
-        edited = {call.served.layout(len(made.x)).part[row] for row in numbers(rows, made).tolist()}
-        idle = set(range(len(call.served.parts))) - edited
+        idle = set(range(len(call.served.parts))) - rows.parts
         if call.watch is not None or call.served.tiles > 1 or getattr(run.model, "model_lowvram", False):
             return set()
         more = sum(len(names) * self.tokens(tokens) for names, tokens, _ in call.plan.prompts)
         saved = len(idle) / len(call.served.parts) * more / (call.place.text + call.place.image + more)
         return idle if saved >= WORTH else set()
 
-    def appended(self, call: Call, made: ModelCall, index: Tensor) -> Appended:
-        """The call with the plan's texts behind the prompt's. index: [R], the edited rows."""
+    def appended(self, call: Call, made: ModelCall, rows: Rows) -> Appended:
+        """The call with the plan's texts behind the prompt's. rows: the edited ones."""
         place, texts = call.place, [self.filled(made.context)]
         for names, tokens, _ in call.plan.prompts:
             front = max(0, self.kind.least(self.network) - tokens.shape[1])
@@ -351,7 +348,7 @@ class Joint(Backbone):
                 start = place.behind
                 place.segments.append(Segment(name, slice(start, start + text.shape[1]), front))
                 texts.append(text.expand(len(made.x), -1, -1))
-        place.rows, call.streams = index, Streams()
+        place.rows, call.streams = rows.index, Streams()
         longer = made.reading(torch.cat(texts, 1))
         return Appended(longer.x, longer.t, longer.more, longer.given, self, place, made.context.shape[1], call.plan)
 
@@ -482,7 +479,7 @@ class Parted(ModelCall):
         here = run.same(served.of(parts))
         rows = call.plan.rows(here, len(own.x))
         assert rows is not None
-        edited = backbone.appended(call, own, numbers(rows, own))
+        edited = backbone.appended(call, own, rows)
         other = made.rows(others, 1).with_options({**plain, **call.previous})
         return cls(other.x, other.t, other.more, other.given, call, (others, own_rows), here, edited)
 
