@@ -308,11 +308,15 @@ def weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return random * 0.8 * random[0].numel() ** -0.5 if len(shape) > 1 else 0.1 * random
 
 
+def asked_by_newer(config: str) -> dict[str, Any]:
+    """What the host's class of that name is told beside, where the host is newer."""
+    params, newer = NEWER.get(config, (FluxParams, {}))
+    return {name: value for name, value in newer.items() if name in params.__dataclass_fields__}
+
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> ModelPatcher:
     family = {**FAMILIES, **CROSS, **ADAPTED}[name]
-    params, newer = NEWER.get(family.config, (FluxParams, {}))
-    asked = {name: value for name, value in newer.items() if name in params.__dataclass_fields__}
-    config = getattr(comfy.supported_models, family.config)({**family.shape, **asked})
+    config = getattr(comfy.supported_models, family.config)({**family.shape, **asked_by_newer(family.config)})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device="cpu")
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.ops
+import dits
 import folder_paths
 import pytest
 import torch
@@ -31,7 +32,7 @@ def network(kind: str) -> torch.nn.Module:
     how: dict[str, Any] = {"operations": comfy.ops.disable_weight_init, "device": torch.device("meta")}
     with torch.device("meta"):
         if kind == "flux":
-            return comfy.ldm.flux.model.Flux(**FLUX, **how)
+            return comfy.ldm.flux.model.Flux(**FLUX, **dits.asked_by_newer("Flux"), **how)
         if kind == "aura":
             return MMDiT(n_layers=4, n_double_layers=2, **how)
         return UNetModel(**UNET, **SDXL.unet_config, **how)
