@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conceptguard.editing.edits.digest import digest
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Phrase
-from conceptguard.editing.engine.host import add_edit, add_watch
+from conceptguard.editing.engine.host import accounts_of, add_edit, add_watch
 from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
@@ -119,6 +119,46 @@ def test_cre_edits_what_the_picture_finds_in_the_text(
             torch.testing.assert_close(out[row].double(), want, rtol=close, atol=close)
             moved = max(moved, float((want - A).abs().max()))
     assert moved > 3 * close
+
+
+@torch.no_grad()
+def test_a_block_behind_one_that_is_left_out_has_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip Layer Guidance asks for the positive prompt once more, without some blocks, and without counting them."""
+    model = build("Wan")
+    edited = cre(model, blocks="block.1", strength=0.7)
+    edited.set_model_patch_replace(lambda args, _: args, "dit", "double_block", 0)
+    seen = Outputs(model, "Wan", 9, monkeypatch)
+    sample("Wan", edited)
+    ((q, k, v),), (out,) = seen.calls, seen.outs
+    network = model.model.diffusion_model
+    heads = CROSS["Wan"].heads
+
+    def found(encoding: Tensor) -> Tensor:
+        k, v = of_wan(network, network.blocks[1].cross_attn, encoding)
+        return reference.attention(q[0], k[0], v[0], heads)
+
+    A, At = reference.attention(q[0], k[0], v[0], heads), [found(phrase.tokens) for phrase in concept(2).phrases]
+    want = reference.cre(A, At, [0.7] * 2, 1, clip=True, joint=True, A0=found(concept().baseline))
+    torch.testing.assert_close(out[0].double(), want, rtol=2e-4, atol=2e-4)
+    assert not torch.allclose(want, A, atol=1e-2)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_beside_skip_layer_guidance(order: bool) -> None:
+    """Whoever patches first, both passes of the prompt are edited."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    def guided(m: ModelPatcher) -> ModelPatcher:
+        return SkipLayerGuidanceDiT.execute(m, 3.0, 0.0, 1.0, "0", "", 0.0).args[0]
+
+    model = build("Wan")
+    edited = guided(cre(model)) if order else cre(guided(model))
+    assert not torch.equal(sample("Wan", guided(model), cfg=5.0), picture := sample("Wan", edited, cfg=5.0))
+    assert torch.equal(picture, sample("Wan", cre(guided(cre(model)), strength=0.0), cfg=5.0))
+    accounts = accounts_of(edited)
+    assert accounts is not None and (found := accounts.of("")) is not None
+    (only,) = found.entries.values()
+    assert (only.installed, only.edited, only.seen) == (2, 2, 3) and not only.missed
 
 
 def prompt_of_anima(seed: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -374,6 +374,15 @@ def test_blocks_are_chosen_by_their_names() -> None:
         cre(model, blocks="middle")
 
 
+def test_a_block_behind_one_that_is_left_out_keeps_its_name() -> None:
+    """As Skip Layer Guidance leaves it out of SD3."""
+    model = dits.build("SD3")
+    model.set_model_patch_replace(lambda args, _: args, "dit", "double_block", 0)
+    assert not torch.equal(dits.sample("SD3", cre(model, blocks="joint.1")), dits.sample("SD3", model))
+    with pytest.raises(ValueError, match="reached none of 1 blocks"):
+        dits.sample("SD3", cre(model, blocks="joint.0"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_another_packs_attention_is_kept(name: str) -> None:
     model, calls = dits.build(name), []

@@ -26,7 +26,7 @@ from ..backbone import Backbone, register_backbone
 from ..binding import KV
 from ..run import CALL, Call, Run
 from ..streams import ModelCall
-from .joint import OVERRIDE, admit_beside, attribute, through
+from .joint import OVERRIDE, admit_beside, attribute, counted, through
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Cross(Backbone):
             made.more["c_crossattn"], _ = run.text(next(iter(self.blocks)), text, text, options)
             call.read.update(dict.fromkeys(self.blocks))
         if self.kind.overridden:
-            return made
+            return made.with_options(counted(made.more["transformer_options"], call.place))
         return Projected(made.x, made.t, made.more, made.given, CrossHooks(run, self), self.network.blocks)
 
     def admit(self, spec: Any) -> None:

@@ -65,6 +65,25 @@ def attribute(path: str) -> Callable[[Any], Any]:
     return found
 
 
+def counted(options: dict[str, Any], place: Any) -> dict[str, Any]:
+    """transformer_options of a model call in which whole blocks that a pack replaces say which ones they are: it may
+    leave some out, and the attentions behind them are told by how many were called. place: with their `count`."""
+    replaced = options.get("patches_replace", {})
+    blocks = replaced.get("dit", {})
+
+    def known(i: int, replacement: Callable[..., Any]) -> Callable[..., Any]:
+        def block(*args: Any, **more: Any) -> Any:
+            place.count = i
+            out = replacement(*args, **more)
+            place.count = i + 1
+            return out
+
+        return block
+
+    counting = {key: known(key[1], blocks[key]) for key in blocks if key[0] == "double_block"}
+    return {**options, "patches_replace": {**replaced, "dit": {**blocks, **counting}}} if counting else options
+
+
 @dataclass(frozen=True)
 class Segment:
     """A concept's text behind the prompt's: at which tokens; front: how many of them are before its own."""
@@ -290,6 +309,10 @@ class Joint(Backbone):
         return Place(self.tokens(made.context) + more, layers * height, width, made.context)
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
+        made = self.with_streams(run, call, made, executor)
+        return made.with_options(counted(made.more["transformer_options"], call.place))
+
+    def with_streams(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         """The text as edits of the text make it, and the concepts' streams."""
         if made.more.get("c_crossattn") is None:
             raise ValueError(f"{call.who}: {self.name} is called without a text; connect a prompt")
@@ -383,7 +406,7 @@ class Joint(Backbone):
             part = call.served.layout(len(made.x)).part
             mine = [call.served.parts[part[i]] for i in index.tolist()[:: call.served.images]]
             own = {OVERRIDE: recorder.attention, CALL: None, "cond_or_uncond": mine * len(names), "uuids": names}
-            beside.with_options({**options, **own}).through(executor)
+            beside.with_options(counted({**options, **own}, recorder.place)).through(executor)
         if not streams.found and not self.looked:
             raise ValueError(f"{call.who}: {self.unreached}")
         return streams
