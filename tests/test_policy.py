@@ -396,7 +396,7 @@ def test_an_edit_that_adds_against_a_sum_of_the_policys_is_refused(
     it changes nothing of what that takes."""
     form = form if form == "joint" else "separate"
     how = {**EIUP, "weights": [-1.0], "form": form, "evidence": evidence}
-    concept = concept_from_text(clip, "a knife!", "blade")
+    concept = concept_from_text(clip, "a knife of steel", "blade")
 
     def mine(weight: float) -> Any:
         given = {"concept": concept, "weight": weight, "form": form, "evidence": evidence}
@@ -420,7 +420,7 @@ def test_an_eiup_preset_holds_against_the_ways_that_a_graph_has(model: Any, clip
     free, crowd = sample(model, clip), model
     text = (tmp_path / "mine.json").read_text()
     for i in range(12):
-        other = concept_from_text(clip, "a knife" + "!" * i, f"knife {i}")
+        other = concept_from_text(clip, f"knife {i}")
         crowd = ConceptGuardEIUP.execute(model=crowd, concept=other, weight=-1e-6, form="joint").args[0]
     weak = [
         *(ConceptGuardApplyPreset.execute(model, clip, text, s, other_models=True).args[0] for s in (0.0, 0.01)),

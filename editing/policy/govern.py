@@ -76,7 +76,8 @@ def edits_for(loaded: Loaded, rule: Rule, run: Sampling, files: Files) -> list[E
     if words_of(presets) and not run.encoders:
         raise Refused(
             "no text encoder is known that made this run's prompts, and the policy's words cannot be encoded; make the "
-            "prompts with a CLIP of this model (CLIP Text Encode)"
+            "prompts with a CLIP of this model (CLIP Text Encode); those encoded before the policy came on are "
+            "encoded anew when a letter of them changes"
         )
     made: dict[str, EditSpec] = {}
     encoders: Sequence[Encoder | None] = run.encoders or [None]
