@@ -20,7 +20,6 @@ from .training import course
 from .types import ConceptType, DirectionType
 
 NODE = "ConceptGuardTrainDirection"
-DEFAULTS = Settings(("",))
 
 
 class ConceptGuardTrainDirection(io.ComfyNode):
@@ -54,13 +53,13 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 io.Combo.Input(
                     "goal",
                     options=list(GOALS),
-                    default=DEFAULTS.goal,
+                    default=Settings.goal,
                     tooltip="Lead away from the concept, or towards it.",
                 ),
                 count("steps", 400, 1, 100_000, "How many updates; at least 1, 0 is refused."),
                 number(
                     "learning_rate",
-                    DEFAULTS.learning_rate,
+                    Settings.learning_rate,
                     0.0001,
                     10.0,
                     0.001,
@@ -69,7 +68,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 ),
                 number(
                     "guidance",
-                    DEFAULTS.guidance,
+                    Settings.guidance,
                     0.0,
                     50.0,
                     0.5,
@@ -79,14 +78,14 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 seed_input("Of the start and the training pictures; 0 is a seed like any other."),
                 count(
                     "sampling_steps",
-                    DEFAULTS.sampling_steps,
+                    Settings.sampling_steps,
                     1,
                     1000,
                     "Denoising steps of a training picture, one update each; at least 1, not 0.",
                 ),
                 number(
                     "cfg",
-                    DEFAULTS.cfg,
+                    Settings.cfg,
                     0.0,
                     50.0,
                     0.5,
@@ -94,7 +93,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 ),
                 number(
                     "start_percent",
-                    DEFAULTS.start_percent,
+                    Settings.start_percent,
                     0.0,
                     1.0,
                     0.001,
@@ -103,7 +102,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 ),
                 number(
                     "end_percent",
-                    DEFAULTS.end_percent,
+                    Settings.end_percent,
                     0.0,
                     1.0,
                     0.001,
@@ -118,7 +117,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
                 choice_input(
                     "precision",
                     tuple(DTYPES),
-                    DEFAULTS.precision,
+                    Settings.precision,
                     "What the model computes in: its own precision (auto; bf16 for a model in fp16, whose "
                     "gradients would vanish), bf16 or fp32.",
                 ),
@@ -139,7 +138,7 @@ class ConceptGuardTrainDirection(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, start_percent: float | None = DEFAULTS.start_percent, end_percent: float | None = DEFAULTS.end_percent
+        cls, start_percent: float | None = Settings.start_percent, end_percent: float | None = Settings.end_percent
     ) -> bool | str:
         return check(cls, None, start_percent, end_percent)
 
