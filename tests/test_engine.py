@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 import pytest
 import reference
@@ -506,3 +507,20 @@ def test_an_edit_is_active_from_its_start_to_just_before_its_end() -> None:
         False,
         False,
     ]
+
+
+def test_a_model_that_was_sampled_goes_with_its_last_reference(model: Any) -> None:
+    """Not only when Python looks for circles: the host would take its network for a leak, and look for circles itself
+    whenever it loads a model."""
+    edited = cre(model)
+    tiny.sample(edited)
+    there = weakref.ref(edited)
+    gc.collect()
+    gc.disable()
+    try:
+        tiny.sample(edited)
+        del edited
+        assert there() is None
+    finally:
+        gc.enable()
+    assert not [loaded for loaded in comfy.model_management.current_loaded_models if loaded.is_dead()]

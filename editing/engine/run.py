@@ -124,6 +124,7 @@ class Run(Shared):
         self.gated.clear()
         self.momenta.clear()
         del self.hooks  # they hold the run
+        self.guiders, self.model = Guiders(), None  # they hold the MODEL
 
     def window(self, spec: EditSpec) -> tuple[float, float]:
         """The noise levels of its percents, (start, end), and the first look at an edit that arrives in mid-run."""
