@@ -9,7 +9,16 @@ from typing import Any
 import dits
 import nodes
 import pytest
+import tiny
 import torch
+from comfy_extras.nodes_model_advanced import (
+    ModelSamplingAuraFlow,
+    ModelSamplingContinuousEDM,
+    ModelSamplingContinuousV,
+    ModelSamplingDiscrete,
+    ModelSamplingFlux,
+    ModelSamplingSD3,
+)
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec
@@ -62,3 +71,35 @@ def test_every_row_of_the_positive_is_edited(name: str, joined: str) -> None:
     (only,) = account.entries.values()
     assert (only.edited, account.prompts) == (rows, {"positive": rows, "negative": 1})
     assert not only.missed and (after - before).norm() > 0.01 * before.norm()
+
+
+SAMPLING = {
+    "Flux.1": lambda m: ModelSamplingFlux().patch(m, 1.15, 0.5, 1024, 1024)[0],
+    "SD3": lambda m: ModelSamplingSD3().patch(m, 6.0)[0],
+    "Z-Image": lambda m: ModelSamplingAuraFlow().patch_aura(m, 1.73)[0],
+    "Wan": lambda m: ModelSamplingSD3().patch(m, 8.0)[0],
+    "v": lambda m: ModelSamplingDiscrete().patch(m, "v_prediction", True)[0],
+    "lcm": lambda m: ModelSamplingDiscrete().patch(m, "lcm", False)[0],
+    "edm": lambda m: ModelSamplingContinuousEDM().patch(m, "eps", 120.0, 0.002)[0],
+    "continuous v": lambda m: ModelSamplingContinuousV().patch(m, "v_prediction", 500.0, 0.03)[0],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_window_follows_the_sampling_wherever_it_is_put(name: str, model: Any) -> None:
+    """The percents of an edit are those of the schedule that the run has."""
+    unet, sampled = name not in dits.FAMILIES and name not in dits.CROSS, SAMPLING[name]
+    plain, concept = (model, tiny.concept()) if unet else (dits.build(name), dits.concept())
+    spec = EditSpec("projection", concept, options=EVERYWHERE, node="Test", start_percent=0.25, end_percent=0.75)
+    pictures, acted = [], []
+    for edited in (sampled(add_edit(plain, spec)), add_edit(sampled(plain), spec)):
+        pictures.append(tiny.sample(edited, steps=8) if unet else dits.sample(name, edited, steps=8))
+        accounts = accounts_of(edited)
+        assert accounts is not None and (account := accounts.of("")) is not None
+        (only,) = account.entries.values()
+        start, end = map(edited.get_model_object("model_sampling").percent_to_sigma, (0.25, 0.75))
+        within = {i for i, sigma in enumerate(account.schedule) if end < sigma <= start}
+        assert only.acted == within and 0 < len(within) < 8
+        acted.append(only.acted)
+    before = tiny.sample(sampled(plain), steps=8) if unet else dits.sample(name, sampled(plain), steps=8)
+    assert torch.equal(*pictures) and acted[0] == acted[1] and not torch.equal(before, pictures[0])

@@ -339,6 +339,33 @@ def test_a_line_without_a_word(clip: Any) -> None:
         ConceptGuardConcept.execute(clip, "knife\n()")
 
 
+@pytest.mark.parametrize("line", ["(knife:0)", "(knife:-1)", "(knife:0) (gun:-0.5)"])
+def test_a_line_whose_words_have_no_weight(clip: Any, line: str) -> None:
+    with pytest.raises(ValueError, match="ConceptGuardConcept: text: .* gives none of its words a weight above 0"):
+        ConceptGuardConcept.execute(clip, f"dagger\n{line}")
+    assert make(ConceptGuardConcept, clip, "(knife:0) gun (fork:0.5)").phrases
+
+
+def test_a_concept_that_nothing_can_be_taken_of(clip: Any) -> None:
+    """Edits would have run, and have put back what they took, or have kept it; the account found it everywhere."""
+    words, concept = ConceptGuardConcept, ConceptGuardConceptFromConditioning
+    knife, cat, nothing = ([[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("knife", "a cat", ""))
+    zeros = [[torch.zeros_like(nothing[0][0]), {}]]
+    for node, inputs, why in (
+        (words, (clip, "gun\nknife", "", "a cat", "knife"), 'keep holds "knife", which is the concept itself'),
+        (words, (clip, "knife", "", "a cat", "", " knife "), '"knife" would be drawn instead of itself'),
+        (words, (clip, "something"), '"something" would be drawn instead of itself'),
+        (concept, (knife, "it", nothing, knife), "neutral says the same as conditioning, .*nothing would be left"),
+        (concept, (nothing, "it", nothing), "empty says the same as conditioning, .*nothing would be left"),
+        (concept, (cat + zeros, "it", nothing), "conditioning: an encoding of zeros .* says nothing"),
+        (concept, (knife, "it", nothing, None, knife), "keep holds .*, which is the concept itself"),
+        (concept, (knife, "it", nothing, None, None, knife), ".* would be drawn instead of itself"),
+    ):
+        with pytest.raises(ValueError, match=f"{node.__name__}: {why}"):
+            node.execute(*inputs)
+    assert make(concept, knife, "it", nothing, cat, cat, cat).phrases
+
+
 def test_a_checkpoint_without_text_encoder() -> None:
     with pytest.raises(ValueError, match="ConceptGuardConcept: clip is empty: the checkpoint has no text encoder"):
         ConceptGuardConcept.execute(None, "knife")

@@ -75,7 +75,7 @@ def concept_from_text(
     beside: dict[str, tuple[Mapping[str, Tensor], ...]] = {}
     parts = (parts_of_style if style else parts_of_thing)(clip, text, keep, drawn, lines, beside)
     ordinary, empty = [encoded(clip, line) for line in lines], encoded(clip, "")
-    return Concept(
+    concept = Concept(
         name.strip() or parts.phrases[0].text,
         parts.phrases,
         mean_of([empty], "empty", beside),
@@ -93,6 +93,7 @@ def concept_from_text(
         beside=beside,
         kind="style" if style else "thing",
     )
+    return not_in_vain(concept, "text")
 
 
 def check_inputs(clip: Any, text: str, kind: str) -> None:
@@ -180,7 +181,7 @@ def concept_from_conditioning(
                 f"{what} was made with a text encoder of width {tokens.shape[-1]} and conditioning with one of "
                 f"{width}; make both with the same CLIP"
             )
-    return Concept(
+    concept = Concept(
         name,
         phrases,
         means.get("empty"),
@@ -191,6 +192,32 @@ def concept_from_conditioning(
         pooled_instead=mean_pooled(pooled_in(instead or ())),
         beside=beside,
     )
+    return not_in_vain(concept, "conditioning")
+
+
+def not_in_vain(concept: Concept, what: str) -> Concept:
+    """The same; raises where an edit could only put back what it takes. what: the input that says the phrases."""
+    compared = "neutral" if concept.neutral is not None else "empty"
+    for phrase in concept.phrases:
+        if not phrase.tokens.any():
+            raise ValueError(
+                f"{what}: an encoding of zeros (ConditioningZeroOut's) says nothing; connect a CLIPTextEncode's"
+            )
+        if alike(phrase.tokens, concept.baseline):
+            raise ValueError(
+                f'{compared} says the same as {what}, "{phrase.text}", and is what the concept is compared with: '
+                f"nothing would be left to erase. Put other words into one of them"
+            )
+        if any(alike(phrase.tokens, kept.tokens) for kept in concept.keep):
+            raise ValueError(f'keep holds "{phrase.text}", which is the concept itself; take it out')
+        if alike(phrase.tokens, concept.instead):
+            raise ValueError(f'"{phrase.text}" would be drawn instead of itself; put another thing into instead')
+    return concept
+
+
+def alike(a: Tensor, b: Tensor | None) -> bool:
+    """Whether two encodings [1, T, W] are the same text's."""
+    return b is not None and a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def encoding_of(entry: Sequence[Any]) -> Encoding:

@@ -38,6 +38,11 @@ def encode_lines(clip: Any, text: str, name: str, beside: dict[str, Any] | None 
         own = own_tokens(clip, line, tokens.shape[1])
         if not own:
             raise ValueError(f'{name}: the text encoder finds no word in "{line}"; write a word, or drop the line')
+        if weight_of(clip, line) <= 0:
+            raise ValueError(
+                f'{name}: "{line}" gives none of its words a weight above 0, and so says nothing, or the opposite; '
+                "write it without weights, or drop the line"
+            )
         phrases.append(Phrase(line, tokens, own, pooled=pooled))
     return tuple(phrases)
 
@@ -77,6 +82,13 @@ def own_tokens(clip: Any, text: str, rows: int | None = None) -> tuple[int, ...]
         return (*own[first], *(lengths[first] + i for i in own["t5xxl"]))
     dropped = max(0, lengths[first] - rows)  # Qwen-Image's encoder leaves its template's first rows out
     return tuple(i - dropped for i in own[first] if i >= dropped)
+
+
+def weight_of(clip: Any, text: str) -> float:
+    """The largest that the text gives to one of its words."""
+    tokens, empty = (clip.tokenize(each, return_word_ids=True) for each in (text, ""))
+    pairs = [(flat(tokens[name]), flat(empty[name])) for name in tokens]
+    return max(float(said[i][1]) for said, nothing in pairs for i in words_in(said, nothing))
 
 
 def flat(pieces: Sequence[Any]) -> list[Any]:
