@@ -77,6 +77,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return files(folder)
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_draws_nothing_twice_and_loses_nothing(tmp_path: Path, single: dict[str, bytes]) -> None:
     rng, kills = random.Random(0), 0
     for _ in range(10):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfy.ldm.flux import math
 from nodes import EmptyLatentImage, common_ksampler
 from safetensors.torch import save_file
 from torch import nn
@@ -30,6 +31,16 @@ def net(architecture: str) -> nn.Module:
     return made
 
 
+def rope_learns() -> bool:
+    """Whether this host's rotary positions have a gradient: its kernels of one version (core 0.8.0's) have none."""
+    q = torch.randn(1, 1, 2, 4, requires_grad=True)
+    try:
+        math.apply_rope(q, q, math.rope(torch.arange(2.0)[None], 4, 10)[:, None])[0].sum().backward()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return q.grad is not None
+
+
 @pytest.mark.parametrize("architecture", transformers.CONFIGS)
 def test_what_trains_is_the_stock_forward(architecture: str) -> None:
     made = net(architecture).requires_grad_(True)
@@ -40,6 +51,8 @@ def test_what_trains_is_the_stock_forward(architecture: str) -> None:
     found = transformers.flow(architecture, made, x, t, context, pooled)
     torch.testing.assert_close(found, stock, atol=1e-5, rtol=1e-4)
     assert stock.std() > 0.1
+    if not rope_learns():
+        pytest.skip("no training here: this host's rotary positions have no gradient")
     found.square().mean().backward()
     unused = [k for k, w in made.named_parameters() if w.grad is None]
     assert unused == ["norm_final.weight"] * hasattr(made, "norm_final")  # older hosts' Lumina keeps a norm for nothing
