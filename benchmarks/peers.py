@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -148,6 +148,7 @@ METHODS: dict[str, Eraser] = {
     "CRE": Eraser(lambda demo, model, concept: demo.erase(concept, model=model)),
     "CRE, instead": Eraser(lambda demo, model, concept: demo.erase(concept, model=model), instead=True),
     "EIUP": edited("erasure", eiup.DEFAULTS),
+    "EIUP, alike": edited("erasure", replace(eiup.DEFAULTS, evidence="alike")),
     "UCE": closed("UCE"),
     "UCE, keys as well": closed("UCE", "keys and values"),
     "UCE, keys as well, instead": Eraser(partial(weights, "UCE", "keys and values"), each=False, instead=True),
