@@ -76,8 +76,11 @@ def steered(demo: Demo, model: Any, concept: Concept) -> Any:
     """A MODEL steered away from a concept whose text names a thing or a style of the demo world."""
     known = (*world.OBJECTS, *world.NAMED_STYLES)
     name = max((each for each in known if each in concept.phrases[0].text), key=len)
+    steering = Steering(demo, name)
+    if not steering.vectors:
+        raise ValueError("CASteer steers what cross-attentions find, and this model has none")
     model = model.clone()
-    model.set_model_attn2_output_patch(Steering(demo, name))
+    model.set_model_attn2_output_patch(steering)
     return model
 
 

@@ -30,7 +30,7 @@ from ..editing.methods.adavd import AdaVDOptions
 from ..editing.methods.protore import DEFAULTS as PROTORE
 from ..editing.methods.safree import SAFREEOptions, of_prompt
 from ..editing.methods.sld import SETTINGS
-from ..editing.weights.edit import erasure, lora_of
+from ..editing.weights.edit import erasure
 from ..jobs.train import Course
 from ..jobs.train_erasure import ErasureRecipe, train_erasure
 from . import casteer
@@ -77,10 +77,10 @@ class Eraser:
 
 
 def weights(method: str, which: str, demo: Demo, model: Any, concept: Concept) -> Any:
-    W = projections(model, concept, which, "peers")
+    of = projections(model, concept, which, "peers")
     assert concept.empty is not None
-    change = erasure(concept, concept.empty, encode_lines(demo.clip, NEUTRAL, "preserve"), method, W, 1)
-    return with_lora(model, lora_of(change, W, concept, method), 1.0)
+    lora = erasure(concept, concept.empty, encode_lines(demo.clip, NEUTRAL, "preserve"), method, of, 1)
+    return with_lora(model, lora, 1.0)
 
 
 def closed(method: str, which: str = "values") -> Eraser:

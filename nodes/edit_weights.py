@@ -12,7 +12,7 @@ from ..editing.edits.spec import Concept, complaint_about
 from ..editing.engine import weights
 from ..editing.engine.weights import PROJECTIONS, with_lora
 from ..editing.weights.closed_form import METHODS
-from ..editing.weights.edit import erasure, lora_of
+from ..editing.weights.edit import erasure
 from .inputs import CATEGORY, check, choice_input, expect, folded, named, strength_input
 from .types import ConceptType, LoRAType
 
@@ -98,12 +98,12 @@ class ConceptGuardEditWeights(io.ComfyNode):
                     raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
             if complaint := complaint_about(strength, 0.0, 1.0, "all"):
                 raise ValueError(complaint)
-            W = weights.projections(model, concept, projections, NODE)
+            changed = weights.projections(model, concept, projections, NODE)
             keep = encode_lines(clip, preserve, "preserve")
             if any(phrase.tokens.shape[-1] != concept.width for phrase in keep):
                 raise ValueError("clip is another text encoder than the concept's; connect the one that made it")
             empty = encode(clip, "") if concept.empty is None else concept.empty
-            lora = lora_of(erasure(concept, empty, keep, method, W, rounds), W, concept, method)
+            lora = erasure(concept, empty, keep, method, changed, rounds)
         return io.NodeOutput(with_lora(model, lora, strength) if strength else model, lora)
 
 

@@ -6,7 +6,7 @@ act there, on which rows and how strongly, is the run's part (run.py), the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +89,12 @@ class Backbone:
     def values(self, key: BlockKey, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Rows of text encodings [n, W] as one attention's values, [n, H * d]; None where they cannot be told alone."""
         return self.blocks[key].to_v(rows.to(dtype)[None])[0]
+
+    def text_weights(self, names: Sequence[str]) -> tuple[list[Any], Any, Any]:
+        """The modules whose weights a closed-form edit changes: those that read the text, of these names in each of its
+        attentions or the one before them all; what norms the text for them; and the one that reads the pooled text.
+        None where there is no such thing."""
+        return [getattr(attn, name, None) for attn in self.blocks.values() for name in names], None, None
 
     # -- what suits it -------------------------------------------------------------------------------------------------
 

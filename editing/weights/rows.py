@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..edits.spec import Phrase
+from ..edits.spec import Concept, Phrase
 
 
 def said(phrase: Phrase) -> Tensor:
@@ -29,3 +29,14 @@ def erased(phrases: Sequence[Phrase], empty: Tensor, instead: Tensor | None = No
 def preserved(phrases: Sequence[Phrase], like: Tensor) -> Tensor:
     """P: the rows of what is to stay, of the width of `like`."""
     return torch.cat([like.double()[:0], *map(said, phrases)])
+
+
+def pooled_rows(concept: Concept, keep: Sequence[Phrase]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """C, G and P of the pooled texts: the phrases', what each is to become, and what is to stay; None where the text
+    encoder makes none."""
+    guide = concept.pooled if concept.given_instead is None else concept.pooled_instead
+    C = [phrase.pooled.double() for phrase in concept.phrases if phrase.pooled is not None]
+    if guide is None or not C:
+        return None
+    P = [phrase.pooled.double() for phrase in (*keep, *concept.keep) if phrase.pooled is not None]
+    return torch.cat(C), guide.double().expand(len(torch.cat(C)), -1), torch.cat([C[0][:0], *P])

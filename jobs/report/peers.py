@@ -20,7 +20,7 @@ from ...editing.methods import cre, eiup, protore, sld
 from ...editing.methods.adavd import AdaVDOptions
 from ...editing.methods.safree import SAFREEOptions, of_prompt
 from ...editing.weights import closed_form
-from ...editing.weights.edit import erasure, lora_of
+from ...editing.weights.edit import erasure
 from .prompts import Case
 
 NODE = "report"
@@ -82,11 +82,10 @@ def filtered(model: Any, clip: Any, concepts: Sequence[Concept], prompt: str) ->
 def in_weights(model: Any, clip: Any, concept: Concept, method: str) -> Any:
     """A closed form in the weights of keys and values. SPEED preserves the concept's neighbours alone: ordinary prompts
     leave it no room in narrow models."""
-    W = projections(model, concept, "keys and values", NODE)
+    of = projections(model, concept, "keys and values", NODE)
     empty = encode(clip, "") if concept.empty is None else concept.empty
     keep = () if method == "SPEED" else encode_lines(clip, NEUTRAL, "preserve")
-    change = erasure(concept, empty, keep, method, W, 1)
-    return with_lora(model, lora_of(change, W, concept, method), 1.0)
+    return with_lora(model, erasure(concept, empty, keep, method, of, 1), 1.0)
 
 
 def by_weights(file: Path, key: str, model: Any) -> Peer:

@@ -155,6 +155,8 @@ class Family:
     tokens as `placed` has them; aside: how many attentions, the first of a call, are over one token's layers each;
     refiners: how many, the next, are over the text alone. references: whether pictures to go by stand behind the
     picture; pooled: as a Backbone's.
+    reads, normed, reads_pooled: the module that all of the text comes in by, what norms it before that, and what reads
+    the pooled text; empty if there is none.
     second: the argument that brings the prompt's states in all layers of another encoder, [B, layers, L, W]; the last's
     stand behind the text, and behind them, in each block, those of a layer of its own.
     """
@@ -176,6 +178,9 @@ class Family:
     refiners: Callable[[Any], int] = lambda network: 0
     references: bool = True
     pooled: Callable[[Any], int] = lambda network: 0
+    reads: str = ""
+    normed: str = ""
+    reads_pooled: str = ""
     second: str = ""
 
 
@@ -194,8 +199,19 @@ FAMILIES = (
         least=flux_2_least,
         indexed=True,
         pooled=lambda network: network.params.vec_in_dim or 0,
+        reads="txt_in",
+        normed="txt_norm",
+        reads_pooled="vector_in.in_layer",
     ),
-    Family("Chroma", "Chroma", FLUX, attribute("params.context_in_dim"), attribute("num_heads"), indexed=True),
+    Family(
+        "Chroma",
+        "Chroma",
+        FLUX,
+        attribute("params.context_in_dim"),
+        attribute("num_heads"),
+        indexed=True,
+        reads="txt_in",
+    ),
     Family(
         "Qwen-Image",
         "QwenImageTransformer2DModel",
@@ -203,6 +219,8 @@ FAMILIES = (
         attribute("txt_in.in_features"),
         attribute("transformer_blocks.0.attn.heads"),
         indexed=True,
+        reads="txt_in",
+        normed="txt_norm",
     ),
     Family(
         "Lumina 2 and Z-Image",
@@ -215,6 +233,8 @@ FAMILIES = (
         placed=to_the_picture,
         refiners=lambda network: len(network.context_refiner),
         references=False,
+        reads="cap_embedder.1",
+        normed="cap_embedder.0",
     ),
     Family(
         "SD3",
@@ -224,6 +244,8 @@ FAMILIES = (
         attribute("joint_blocks.0.x_block.attn.num_heads"),
         positions="",
         pooled=lambda network: network.y_embedder.mlp[0].in_features,
+        reads="context_embedder",
+        reads_pooled="y_embedder.mlp.0",
     ),
     Family(
         "HiDream",
@@ -295,6 +317,10 @@ class Joint(Backbone):
             )
         if self.kind.second:
             admit_beside(spec, LLAMA, self.name)
+
+    def text_weights(self, names: Sequence[str]) -> tuple[list[Any], Any, Any]:
+        modules = dict(self.network.named_modules()) | {"": None}
+        return [modules.get(self.kind.reads)], modules.get(self.kind.normed), modules.get(self.kind.reads_pooled)
 
     def tokens(self, text: Tensor) -> int:
         """How many stand for a text [.., T, W] in an attention."""
