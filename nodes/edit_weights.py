@@ -29,7 +29,8 @@ class ConceptGuardEditWeights(io.ComfyNode):
             description="Changes, in one step and without training, the weights that make values (and keys) of the "
             "text, so that the concept's texts are read like the empty prompt, or like what is to be drawn instead. "
             "Costs nothing while sampling, and is saved with the model. Stands behind the LoRAs whose share of the "
-            "concept is to go as well: it reads the weights with all that comes before it. SD1.x, SD2.x, SDXL.",
+            "concept is to go as well: it reads the weights with all that comes before it. SD1.x, SD2.x, SDXL; Flux, "
+            "Chroma, Qwen-Image, Lumina 2, Z-Image, SD3.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to edit; the one that comes in stays as it is."),
                 io.Clip.Input("clip", tooltip="The text encoder that the concept was made with."),
@@ -56,7 +57,8 @@ class ConceptGuardEditWeights(io.ComfyNode):
                     tuple(PROJECTIONS),
                     "keys and values",
                     "Which weights: those of the keys as well, as the papers do, or those of the values alone, a "
-                    "smaller change that spares others less well on the demo model.",
+                    "smaller change that spares others less well on the demo model. Of a transformer, both change what "
+                    "all of its text comes in by.",
                 ),
                 folded(
                     io.Int.Input(
