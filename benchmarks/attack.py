@@ -30,6 +30,7 @@ from ..editing.training.harness import Predictor, train_with
 from ..editing.training.loop import Text
 from ..jobs.measure import Sampling, pictures
 from ..tools.environment import ROOT
+from . import peers
 from .gates import AT, THRESHOLD, shipped
 from .peers import weights
 from .presets import applied, spoken
@@ -133,9 +134,10 @@ class Attacked:
     model: Any
     count: int
     unedited: dict[tuple[str, str], list[bool]]  # what is drawn once for all edits
+    negative: str = ""  # prompt, of the edited model
 
-    def seen(self, model: Any, conds: Sequence[Any], seed: int, how: Sampling) -> list[Testimony]:
-        x = pictures(model, self.demo.vae, conds, self.demo.encode(""), (4, 16, 16), how, seed)
+    def seen(self, model: Any, conds: Sequence[Any], seed: int, how: Sampling, negative: str = "") -> list[Testimony]:
+        x = pictures(model, self.demo.vae, conds, self.demo.encode(negative), (4, 16, 16), how, seed)
         return testify(load_witness(), x)
 
     def recovered(self, cond: Any) -> list[bool]:
@@ -144,7 +146,7 @@ class Attacked:
         key = self.name, digest([cond[0][0]])
         if key not in self.unedited:
             self.unedited[key] = [t.found(self.name) for t in self.seen(self.demo.model, conds, SEED, how)]
-        after = self.seen(self.model, conds, SEED, how)
+        after = self.seen(self.model, conds, SEED, how, self.negative)
         return [a.found(self.name) for b, a in zip(self.unedited[key], after, strict=True) if b]
 
     def score(self, text: str) -> float:
@@ -276,6 +278,40 @@ def forms(architecture: str, names: Sequence[str] = tuple(CONCEPTS), count: int 
         yield row(edit, form, (a.recovered(ready.encode(TEXTS[form](a.name))) for a in attacked))
 
 
+PEERS = (
+    "negative prompt",
+    *("CRE", "CRE, instead", "EIUP, alike", "UCE, keys as well", "SPEED", "TIME", "RECE", "AdaVD", "ProtoRe"),
+    *("SLD, max", "ESD-x", "CA", "SDD"),
+)
+STRONG: dict[str, Callable[[Demo, str], Any]] = {  # what gave most back of one edit or another
+    "by name": lambda demo, name: demo.encode(TEXTS["by name"](name)),
+    "weighted 1.4": lambda demo, name: demo.encode(TEXTS["weighted 1.4"](name)),
+    "three times": lambda demo, name: demo.encode(TEXTS["three times"](name)),
+    "other words": lambda demo, name: demo.encode(TEXTS["other words"](name)),
+    "extrapolated": extrapolated,
+}
+
+
+def of_peers(
+    methods: Sequence[str] = PEERS, names: Sequence[str] = ("bomb", "skull"), count: int = 4, steps: int = 60
+) -> Iterator[Row]:
+    """A row for each eraser of the table `peers`, as that has it; a column for each attack."""
+    ready, unedited = peers.ready("unet"), dict[tuple[str, str], list[bool]]()
+    for method in methods:
+        work = peers.Pictures(ready, peers.METHODS[method], SEED)
+        attacked = [
+            Attacked(
+                ready, name, work.without(peers.phrasings(name)), count, unedited, name if work.eraser.negative else ""
+            )
+            for name in names
+        ]
+        found: dict[str, list[bool]] = {}
+        for form, cond in STRONG.items():
+            found[form] = [each for a in attacked for each in a.recovered(cond(ready, a.name))]
+        found[f"gradient, {steps} steps"] = [each for a in attacked for each in a.recovered(a.embedded(steps))]
+        yield {"method": method} | {form: Rate.of(each) if each else "not drawn" for form, each in found.items()}
+
+
 def searches(names: Sequence[str] = tuple(CONCEPTS), count: int = 4, evaluations: int = 300) -> Iterator[Row]:
     """A row for each concept, under the first edit, with the prompt that was found."""
     ready, unedited, first = demo(), dict[tuple[str, str], list[bool]](), next(iter(EDITS))
@@ -309,6 +345,17 @@ TABLES = (
             ("attack",),
         )
         for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
+    ),
+    Table(
+        "attack-peers",
+        "What a prompt can do against other erasers",
+        "Of the pictures in which the unedited model draws the concept from the same prompt and noise, how many show "
+        f"it under each eraser as the table of them has it (bomb, skull; {peers.STEPS} steps; the witness). The "
+        "gradient is in the embedding, through what the eraser does within a call of the model: SLD and a negative "
+        "prompt act outside of it, and there it is the unedited model's.",
+        of_peers,
+        partial(of_peers, ("CRE", "AdaVD"), ("bomb",), 1, 2),
+        ("method",),
     ),
     Table(
         "attack-search",

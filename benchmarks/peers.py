@@ -40,7 +40,7 @@ from .table import Rate, Row, Table
 
 NAMES = ("kitchen knife", "bomb", "skull", "wine glass")
 STYLES = ("twemoji", "noto")
-ARCHITECTURES = ("unet", "flux")
+ARCHITECTURES = ("unet", "flux", "lumina")
 SCENE = {concept: word for word, (_, concept) in world.SCENES.items()}
 STEPS = 12  # of sampling: enough for the demo model's pictures, and less to wait for than the other tables' 20
 SEED = 41  # of what is reported; settings were chosen on 900
@@ -116,7 +116,8 @@ TRAINED = {
 ANCHOR = "a picture of something"
 
 
-def trained(method: str) -> Eraser:
+def trained(method: str, most: int = 1000) -> Eraser:
+    """For at most so many steps."""
     steps, rate, eta = TRAINED[method]
     recipe = ErasureRecipe(
         method,
@@ -131,7 +132,7 @@ def trained(method: str) -> Eraser:
     )
 
     def make(demo: Demo, model: Any, concept: Concept) -> Any:
-        lora, _ = train_erasure(model, demo.clip, concept, recipe, Course(steps, "fp32"))
+        lora, _ = train_erasure(model, demo.clip, concept, recipe, Course(min(steps, most), "fp32"))
         return comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0.0)[0]
 
     return Eraser(make, each=False)

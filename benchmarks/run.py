@@ -20,6 +20,7 @@ from . import (
     instead,
     kpop,
     learned_concept,
+    memory,
     mitigation,
     overhead,
     peers,
@@ -50,6 +51,7 @@ TABLES: tuple[Table, ...] = (
     *learned_concept.TABLES,
     *presets.TABLES,
     *peers.TABLES,
+    *memory.TABLES,
     *policy.TABLES,
 )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
-from conceptguard.benchmarks import instead, peers
+from conceptguard.benchmarks import attack, instead, memory, peers
 from conceptguard.benchmarks.table import Rate, Record, Row, Table, run
 from conceptguard.demo import world
 from conceptguard.editing.edits.spec import EditSpec
@@ -83,3 +84,22 @@ def test_every_row_has_a_method_of_each_kind() -> None:
         *peers.TRAINED,
     }
     assert peers.METHODS["negative prompt"].negative and peers.METHODS["prompt without the word"].unsaid
+
+
+def test_the_peak_is_of_what_is_there_at_once_and_was_made_in_the_run() -> None:
+    before = torch.zeros(1000)
+    with memory.Peak() as peak:
+        a = before + 1  # 4000 bytes
+        for _ in range(3):
+            a = a + 1  # two of them at once
+        view = a[:500].view(50, 10)
+        view += 1
+        before.mul_(2)
+    assert peak.most == 8000 and peak.now == 4000
+    del a, view
+    assert peak.now == 0
+
+
+def test_every_eraser_that_is_attacked_is_one_of_the_table() -> None:
+    assert set(attack.PEERS) <= set(peers.METHODS)
+    assert memory.eraser("CRE") is peers.METHODS["CRE"]
