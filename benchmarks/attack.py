@@ -270,12 +270,18 @@ def rows(
         yield row(edit, gradient, (a.recovered(a.embedded(steps)) for a in attacked))
 
 
-def forms(architecture: str, names: Sequence[str] = tuple(CONCEPTS), count: int = 2) -> Iterator[Row]:
-    """A row for each of some forms, under the first edit of one of the demo's transformers."""
-    edit = next(iter(EDITS))
-    attacked = under(ready := Demo.ready(architecture), edit, names, count, {})
-    for form in FEW:
-        yield row(edit, form, (a.recovered(ready.encode(TEXTS[form](a.name))) for a in attacked))
+def forms(
+    architecture: str,
+    methods: Sequence[str] = ("CRE, instead", "UCE, instead"),
+    names: Sequence[str] = tuple(CONCEPTS),
+    count: int = 2,
+) -> Iterator[Row]:
+    """A row for each edit and some forms, on one of the demo's transformers."""
+    ready, unedited = Demo.ready(architecture), dict[tuple[str, str], list[bool]]()
+    for edit in methods:
+        attacked = under(ready, edit, names, count, unedited)
+        for form in FEW:
+            yield row(edit, form, (a.recovered(ready.encode(TEXTS[form](a.name))) for a in attacked))
 
 
 PEERS = (
@@ -341,8 +347,8 @@ TABLES = (
             f"What a prompt can do against an edit of {name}",
             ABOUT,
             partial(forms, architecture),
-            partial(forms, architecture, ("bomb",), 1),
-            ("attack",),
+            partial(forms, architecture, ("CRE, instead",), ("bomb",), 1),
+            ("edit", "attack"),
         )
         for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
     ),

@@ -28,6 +28,7 @@ from ..jobs.train import Course
 from ..jobs.train_direction import train_direction
 from .erasure import natural
 from .gates import THRESHOLD, drawings, shipped
+from .peers import METHODS, phrasings
 from .sampling import CFG, STEPS, Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
@@ -91,8 +92,8 @@ def family_judge(demo: Demo, members: Sequence[str], unseen: Sequence[str], coun
     return train(own, others, drawings(), members[0], seed=seed)[0]
 
 
-def moved(demo: Demo, direction: Direction, strength: float = 1.0, gate: Gate = OPEN) -> Any:
-    return add_edit(demo.model, EditSpec("direction", direction, strength, START, gate=gate, node="bench"))
+def moved(demo: Demo, direction: Direction, strength: float = 1.0, gate: Gate = OPEN, model: Any = None) -> Any:
+    return add_edit(model or demo.model, EditSpec("direction", direction, strength, START, gate=gate, node="bench"))
 
 
 def phrases(demo: Demo, names: Sequence[str], name: str) -> Concept:
@@ -157,6 +158,21 @@ def compare(
                 demo, each, strengths[-1], watching(demo, judge)
             )
         yield from rows_of(demo, label, members, unseen, models, count, seed)
+
+
+def combined(
+    concepts: Sequence[str] = SINGLES, count: int = 16, steps: int = 150, batch: int = 4, seed: int = 5
+) -> Iterator[Row]:
+    """The paper's combinations: a direction with SLD, and with ESD's weights, beside each of them alone."""
+    ready = demo()
+    for name in concepts:
+        prompts, concept = [f"a picture of {world.article(name)}"], ready.concept(phrasings(name))
+        d = trained(ready, phrases(ready, [name], name), prompts, steps=steps, batch=batch, seed=seed)
+        models = {"unedited": ready.model, "direction": moved(ready, d)}
+        for other in ("SLD, medium", "SLD, max", "ESD-x"):
+            models[other] = METHODS[other].make(ready, ready.model, concept)
+            models[f"direction and {other}"] = moved(ready, d, model=models[other])
+        yield from rows_of(ready, name, [name], (), models, count, seed)
 
 
 # --- fairness --------------------------------------------------------------------------------------------------------
@@ -263,6 +279,15 @@ TABLES = (
         "Gated: in flight at 0.4, restarting; a family's gate knows the named members alone.",
         compared,
         partial(compared, 4, 4, 2, (1.0,), singles=(), families=("drinks",), examples=12),
+    ),
+    Table(
+        "direction-combined",
+        "A safe-region direction with other erasers",
+        "The combinations of the paper on safe regions: a direction at strength 1 with SLD's guidance, and with "
+        "weights that ESD trained (50 steps). Each figure as in the table of directions.",
+        combined,
+        partial(combined, SINGLES[:1], 2, 2, 2),
+        ("concept", "edit"),
     ),
     Table(
         "fair",

@@ -94,7 +94,11 @@ def main() -> None:
         metavar="A;B",
         help="of `peers`: the same, of these demo models; of `overhead-transformers`: of these",
     )
-    parser.add_argument("--concepts", metavar="A;B", help="of `instead-flux` and `instead-lumina`: the same, of these")
+    parser.add_argument(
+        "--concepts",
+        metavar="A;B",
+        help="of `instead-flux`, `instead-lumina` and `direction-combined`: the same, of these",
+    )
     parser.add_argument("--count", type=int, metavar="N", help="of all of these: pictures of a kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
     parser.add_argument("--page", action="store_true", help="measure nothing: write docs/measured.md from its records")

@@ -41,3 +41,12 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = list(direction.fairness(demo, 1, 1, 1, named=1))
         assert [row["edit"] for row in rows[:3]] == ["unedited", "fair", "random"] and len(rows) == 7
         assert all(0 <= row["gender"] <= 0.5 and row["beer mug left"].n == 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_combinations_stand_beside_each_alone() -> None:
+    rows = list(direction.combined(("skull",), 1, 1, 1))
+    others = ("SLD, medium", "SLD, max", "ESD-x")
+    both = [name for other in others for name in (other, f"direction and {other}")]
+    assert [row["edit"] for row in rows] == ["unedited", "direction", *both]
+    assert all(row["named"].n == row["others"].n == 1 for row in rows)
