@@ -132,16 +132,31 @@ def appended(q: Tensor, k: Tensor, v: Tensor, k_e: Tensor, v_e: Tensor, times: i
     return attention(q, torch.cat([k, *[k_e] * times]), torch.cat([v, *[v_e] * times]), heads)
 
 
-def said(v: Tensor, own: Tensor, like: Sequence[Tensor], ordinary: Sequence[Tensor]) -> float:
+def said(
+    v: Tensor,
+    own: Tensor,
+    like: Sequence[Tensor],
+    ordinary: Sequence[Tensor],
+    common: float | None = None,
+    sure: tuple[float, float] = (0.0, 1.0),
+) -> float:
     """How surely the values v [L, C] of a prompt say a phrase whose own rows' values are own [r, C].
 
-    like, ordinary: the values of prompts that say it, and of ordinary ones, [n, C] each."""
-    v0 = torch.cat([x.double() for x in ordinary]).mean(0)
+    like, ordinary: the values of prompts that say it, and of ordinary ones, [n, C] each; common: of the latter's mean
+    variance, what lies above which counts less, by the inverse root of their covariance; sure: none and all of it."""
+    X = torch.cat([x.double() for x in ordinary])
+    v0, M = X.mean(0), torch.eye(X.shape[1], dtype=torch.double)
+    if common is not None:
+        covariance = (X - v0).T @ (X - v0)
+        least = common * covariance.trace() / min(X.shape)
+        e, u = torch.linalg.eigh(covariance + least * M)
+        M = u @ torch.diag(e**-0.5) @ u.T
 
     def most(values: Tensor, row: Tensor) -> float:
-        t = row.double() - v0
-        return max(float((x.double() - v0) @ t / ((x.double() - v0).norm() * t.norm())) for x in values)
+        t = M @ (row.double() - v0)
+        return max(float(M @ (x.double() - v0) @ t / ((M @ (x.double() - v0)).norm() * t.norm())) for x in values)
 
     told = [(min(most(x, row) for x in like), max(most(x, row) for x in ordinary), row) for row in own]
     high, low, row = max(told, key=lambda each: each[0] - each[1])
-    return min(max((most(v, row) - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    share = (most(v, row) - low) / (high - low) if high > low else 0.0
+    return min(max((share - sure[0]) / (sure[1] - sure[0]), 0.0), 1.0)

@@ -35,10 +35,11 @@ from conceptguard.editing.engine.host import add_edit, add_watch, of_model
 from conceptguard.editing.engine.streams import ModelCall
 from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods import cre as cre_method
+from conceptguard.editing.methods import said
 from conceptguard.editing.methods.eiup import DEFAULTS as EIUP
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
-from conceptguard.editing.methods.said import MARGIN, UNKNOWN
+from conceptguard.editing.methods.said import COMMON, MARGIN, SURE, UNKNOWN
 from conceptguard.editing.presets.document import read, write
 from conceptguard.nodes.preset import suits
 
@@ -521,16 +522,65 @@ def test_a_prompts_encoding_says_a_concept_and_raises_no_floor_where_it_cannot_t
     prompt[0, 3 : 3 + len(rows)] = share * rows + (1 - share) * prompt[0, 3 : 3 + len(rows)]
     asked: list[Tensor] = []
     plain = cre_method.floors
-    monkeypatch.setattr(cre_method, "floors", lambda floor, said: asked.append(said) or plain(floor, said))
+    monkeypatch.setattr(cre_method, "floors", lambda floor, said, peak: asked.append(said) or plain(floor, said, peak))
     options = replace(tiny.CRE, floor=0.1, evidence="tokens")
     model = add_edit(dits.build(name), EditSpec("projection", concept, options=options, node="Test"))
     dits.sample(name, model, cond(prompt), cond(tokens(2, 12)), batch=2, cfg=5.0)
-    want = reference.said(prompt[0], rows[1:], like, ordinary)
+    want = reference.said(prompt[0], rows[1:], like, ordinary, COMMON, SURE)
     assert len(asked) == FAMILIES[name].blocks and (want > 0.9) == (share > 0.5)
-    for said in asked:
-        assert said.shape == (1, 2, 1)
+    for found in asked:
+        assert found.shape == (1, 2, 1)
         least = UNKNOWN if margin > 1 else 0.0
-        assert said.flatten().tolist() == pytest.approx([max(want, least)] * 2, abs=1e-3)
+        assert found.flatten().tolist() == pytest.approx([max(want, least)] * 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Z-Image"])
+@pytest.mark.parametrize("numbers", [2**21, 2**9])  # all positions at once, and in pieces
+def test_a_lowered_floor_is_a_share_of_the_most_alike_position(
+    name: str, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the prompt says the concept; the same in all pieces, told by every n-th position of n pieces."""
+    concept = dits.concept()
+    rows = rows_of(concept.phrases[0].tokens, concept.phrases[0].own)
+    ordinary = tuple(tokens(40 + i, 9)[0] for i in range(3))
+    concept = replace(concept, phrases=(replace(concept.phrases[0], like=(rows, rows)),), ordinary=ordinary)
+    monkeypatch.setattr(plan, "PIECE", {"cpu": numbers, "other": numbers})
+    monkeypatch.setattr(said, "PEAK", share := 0.999)  # of random weights all positions find nearly the same
+    seen: list[tuple[Any, Tensor]] = []
+    taken = cre_method.METHOD.taken
+
+    def watched(found: Any, s: Tensor, options: Any, note: Any) -> Tensor:
+        where: list[Tensor] = []
+        out = taken(found, s, options, where.append)
+        seen.append((found, where[0]))
+        return out
+
+    monkeypatch.setattr(cre_method.METHOD, "taken", watched, raising=False)
+    prompt = torch.cat([tokens(1, 4), rows[None]], 1)
+    options = replace(tiny.CRE, floor=0.1, evidence="tokens", baseline="neutral")
+    model = add_edit(dits.build(name), EditSpec("projection", concept, options=options, node="Test"))
+    dits.sample(name, model, cond(prompt), cond(tokens(2, 12)), cfg=5.0, steps=1)
+    pieces = len(seen) // FAMILIES[name].blocks
+    assert pieces > 1 if numbers < 2**21 else pieces == 1
+    for first in range(0, len(seen), pieces):
+        block = seen[first : first + pieces]
+        a, x = (torch.cat([each(found).double() for found, _ in block], -3) for each in (without_a, without_x))
+        cosines = (a * x).flatten(-2).sum(-1) / (a.flatten(-2).norm(dim=-1) * x.flatten(-2).norm(dim=-1))  # [1, R, N]
+        peak = cosines[..., ::pieces].amax(-1)
+        for found, _ in block:
+            torch.testing.assert_close(found.peak.flatten().double(), peak.flatten(), rtol=1e-3, atol=1e-4)
+        floor = torch.clamp(share * peak, min=said.SAID * 0.1)[..., None]
+        where = torch.cat([each for _, each in block], 2).flatten(2)
+        sure = (cosines - floor).abs() > 1e-5
+        assert torch.equal(where[sure] > 0, (cosines >= floor)[sure]) and where.mean() < 1
+
+
+def without_a(found: Any) -> Tensor:
+    return found.A - found.A0
+
+
+def without_x(found: Any) -> Tensor:
+    return found.At - found.A0
 
 
 def test_presets_name_every_family_and_a_preset_for_one_is_not_for_others() -> None:

@@ -93,6 +93,11 @@ class Method:
         """
         raise NotImplementedError(f"{self.label} solves nothing together")
 
+    def peak(self, found: Any, options: Any) -> Tensor | None:
+        """The most that is found of each phrase at any position, [K, R, 1, H or 1, 1], of a method that asks; found: of
+        all positions, or of every n-th."""
+        return None
+
     def first_look(self, spec: EditSpec) -> str | None:
         """The evidence (methods.eiup.EVIDENCE) whose maps of one call of the unedited model it must see before it can
         act; None: it needs no look."""

@@ -6,6 +6,7 @@ Made at the first model call that needs it, when the weights are loaded and patc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -99,9 +100,16 @@ class Steering:
         s = s[1:] if self.group.compared else s
         where: list[Tensor] = []  # at the positions of each piece
         said = self.said(v)
-        pieces, gained = [], []
-        for piece in zip(A.split(step, 1), q.split(step, 1), strict=True):
+        pieces, gained, peak = [], [], None
+        parts = list(zip(A.split(step, 1), q.split(step, 1), strict=True))
+        for piece in parts:
             found = self.found(*piece, said)
+            if found.weight is not None and said is not None:
+                if peak is None:
+                    n = len(parts)  # of every n-th position: as many as a piece has
+                    every = found if n == 1 else self.found(A[:, ::n], q[:, ::n], said)
+                    peak = self.group.method.peak(every, self.group.options)
+                found = replace(found, peak=peak)
             pieces.append(self._project(found, s, observe, where.append))
             if found.weight is not None and found.weight.gained is not None:
                 gained.append(found.weight.gained)

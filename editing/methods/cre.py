@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..edits.method import Method, register
@@ -54,6 +55,8 @@ class CREOptions:
 
     evidence: "position" asks the floor's cosine of each position alone, which other words of the prompt can push under
         it; "tokens" lowers the floor where the prompt's own tokens say the concept, and raises it elsewhere (said.py).
+        In a joint attention, where the concept's stream reads the picture and is like all of it, the lowered floor is
+        no less than a share of the greatest cosine of any position.
 
     And where A is more like one of the concept's kept prompts (spec.Concept.keep) than like the concept, it stays.
     Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
@@ -99,7 +102,7 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     s = s[..., None, None]  # [K, ..., 1, 1]
     along, square = (x * a).sum(-1, keepdim=True), (x * x).sum(-1, keepdim=True)
     near = None if found.kept is None else likeness(a, less(found.kept.found, A0, options.width), found.kept.of)
-    where = alike(a, along, square.sqrt(), floors(options.floor, found.said), near)
+    where = alike(a, along, square.sqrt(), floors(options.floor, found.said, found.peak), near)
     if note is not None and isinstance(where, Tensor):
         note(where)
     s = s * where
@@ -140,6 +143,12 @@ def likeness(a: Tensor, y: Tensor, of: Tensor) -> Tensor:
     cosines = (y * a).sum(-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp_min(TINY)
     own = of.view(*of.shape, *[1] * (cosines.ndim - 1))
     return cosines.where(own, -torch.inf).amax(1)
+
+
+def most_alike(found: Found, options: CREOptions) -> Tensor:
+    """The greatest cosine between A and At_k, less A0, of all positions: [K, R, 1, H or 1, 1]."""
+    a, x = (less(each, found.A0, options.width) for each in (found.A, found.At))
+    return F.cosine_similarity(a.expand_as(x), x, dim=-1)[..., None].amax(2, keepdim=True)
 
 
 def least_squares(a: Tensor, x: Tensor, present: Tensor, positive: bool = False) -> Tensor:
@@ -195,6 +204,9 @@ class CRE(Method):
 
     def taken(self, found: Found, s: Tensor, options: Any, note: Any = None) -> Tensor:
         return projection(found, s, options, note)
+
+    def peak(self, found: Found, options: Any) -> Tensor | None:
+        return most_alike(found, options) if options.floor else None
 
     def to_document(self, spec: EditSpec, saver: Any, common: dict[str, Any]) -> CREEdit:
         concept = saver.concept(spec.source)

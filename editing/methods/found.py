@@ -37,7 +37,8 @@ class Found:
 
     At: in each phrase, [K, R, N, H, d]; A0: in the baseline, [R, N, H, d]; Ar: in what is to be drawn in each phrase's
     place, [K, R, N, H, d]; kept: in the neighbours. said: how surely the prompt's own tokens say each phrase, 0 to 1,
-    [K, R, 1] (said.py); weight: where text and picture share the attention. What is None is not there.
+    [K, R, 1] (said.py); weight: where text and picture share the attention; peak: the most that the method finds of
+    each phrase at any of the picture's positions, of which these may be a part. What is None is not there.
     """
 
     A: Tensor
@@ -47,3 +48,4 @@ class Found:
     kept: Kept | None = None
     said: Tensor | None = None
     weight: Weight | None = None
+    peak: Tensor | None = None

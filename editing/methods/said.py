@@ -11,9 +11,13 @@ both the value and the threshold found from examples, in each attention apart; o
 over the tokens j of a prompt. Where high <= low the attention cannot tell the concept, and says 0. What a position
 finds (cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
 
-In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x. Some tell a
-concept well, some not at all: where high - low is less than MARGIN, a word that is not found says nothing, and raises
-no floor.
+In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x. These say
+much that every prompt says, its grammar and places, and a word is a small part of them. So what ordinary prompts vary
+in counts less: of their rows' principal directions u_i, of variance e_i, all that is beyond a small one is left out,
+
+    v <- v - sum_i (1 - sqrt(e / (e_i + e))) <v, u_i> u_i,    e = COMMON * mean of e_i
+
+Where high - low is less than MARGIN all the same, a word that is not found says nothing, and raises no floor.
 """
 
 from __future__ import annotations
@@ -33,26 +37,53 @@ from ..edits.spec import Concept, Phrase
 UNSAID, SAID = 1.7, 0.4
 # What says neither: a concept without examples keeps its floor.
 UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
-MARGIN = 0.1  # of cosines of encodings
+# Of encodings: of cosines; of the ordinary prompts' mean variance; and what counts as none and all of a concept there,
+# where a neighbour's word is half of it, and its own beside other things little less than all.
+MARGIN, COMMON, SURE = 0.1, 1e-3, (0.5, 0.8)
+# Beside a picture a position is like a concept in all that it draws: of the most that any position is, this share.
+PEAK = 0.75
+
+
+@dataclass(frozen=True)
+class Common:
+    """What ordinary prompts vary in: directions u, [r, C], and how much of each is left out, [r]."""
+
+    u: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Common:
+        """x: [n, C], of mean 0."""
+        _, sizes, u = torch.linalg.svd(x.cpu(), full_matrices=False)  # not every device has it
+        e = sizes.square()
+        least = COMMON * e.mean()
+        return cls(u.to(x), (1 - (least / (e + least)).sqrt()).to(x))
+
+    def left_out(self, x: Tensor) -> Tensor:
+        """x [.., C] without it."""
+        return x - (x @ self.u.T * self.share) @ self.u
 
 
 @dataclass(frozen=True)
 class Said:
     """The test for K phrases in one attention. v0: [C]; t: [K, C] of length 1; low, high: [K]; margin: what lies
-    between these at least, or nothing says less than UNKNOWN."""
+    between these at least, or nothing says less than UNKNOWN; common: what does not count."""
 
     v0: Tensor
     t: Tensor
     low: Tensor
     high: Tensor
     margin: float | None = None
+    common: Common | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         """How surely each row's tokens say each phrase. v: [R, L, C]; returns [K, R, 1] in fp32."""
-        cosines = F.normalize(v.float() - self.v0, dim=-1) @ self.t.T  # [R, L, K]
+        v = v.float() - self.v0
+        cosines = F.normalize(v if self.common is None else self.common.left_out(v), dim=-1) @ self.t.T  # [R, L, K]
         share = (cosines.amax(1) - self.low) / (self.high - self.low).clamp_min(1e-6)
         said = torch.where(self.high > self.low, share, 0.0).clamp(0, 1)
         if self.margin is not None:
+            said = ((said - SURE[0]) / (SURE[1] - SURE[0])).clamp(0, 1)
             said = torch.where(self.high - self.low < self.margin, said.clamp_min(UNKNOWN), said)
         return said.T[..., None]
 
@@ -60,7 +91,7 @@ class Said:
 def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margin: float | None = None) -> Said | None:
     """The test of a concept's phrases; None for one that brings no examples, or where values cannot be told.
 
-    values: rows of text encodings [n, W] to [n, C]; margin: as a Said's.
+    values: rows of text encodings [n, W] to [n, C]; margin: as a Said's, of encodings alone.
     """
     if not concept.ordinary or not all(phrase.like for phrase in concept.phrases):
         return None
@@ -71,10 +102,15 @@ def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margi
         return None
     ordinary, *phrases = v.float().split([sum(map(len, concept.ordinary)), *map(sum, sizes)])
     v0 = ordinary.mean(0)
-    others = (ordinary - v0).split([len(rows) for rows in concept.ordinary])
-    found = [tell(*(x - v0).split(n), others=others) for x, n in zip(phrases, sizes, strict=True)]
+    common = None if margin is None else Common.of(ordinary - v0)
+
+    def own(x: Tensor) -> Tensor:
+        return x - v0 if common is None else common.left_out(x - v0)
+
+    others = own(ordinary).split([len(rows) for rows in concept.ordinary])
+    found = [tell(*own(x).split(n), others=others) for x, n in zip(phrases, sizes, strict=True)]
     t, low, high, _ = (torch.stack(each) for each in zip(*found, strict=True))
-    return Said(v0, t, low, high, margin)
+    return Said(v0, t, low, high, margin, common)
 
 
 def rows_of_all(phrase: Phrase) -> list[Tensor]:
@@ -94,9 +130,15 @@ def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, 
     return t[best], low[best], high[best], best
 
 
-def floors(floor: float, said: Tensor | None) -> Tensor | float:
-    """The floor of each phrase and row: as it is where nothing is known of the tokens. said: [K, R, 1]; returns the
-    same shape with two more dimensions of 1, for heads and their width."""
+def floors(floor: float, said: Tensor | None, peak: Tensor | None = None) -> Tensor | float:
+    """The floor of each phrase and row: as it is where nothing is known of the tokens. said: [K, R, 1]; peak: the
+    greatest cosine of any position, [K, R, 1, H, 1], for a floor that is no lower than PEAK of it where tokens say the
+    concept; returns said's shape with two more dimensions, for heads and their width."""
     if said is None or floor == 0:
         return floor
-    return (floor * torch.lerp(torch.full_like(said, UNSAID), torch.full_like(said, SAID), said))[..., None, None]
+    said = said[..., None, None]
+    found = floor * torch.lerp(torch.full_like(said, UNSAID), torch.full_like(said, SAID), said)
+    if peak is None:
+        return found
+    least = (PEAK * peak).clamp_min(SAID * floor)
+    return torch.where(said > UNKNOWN, torch.lerp(floor + 0 * least, least, (said - UNKNOWN) / (1 - UNKNOWN)), found)
