@@ -149,6 +149,11 @@ class Attacked:
         after = self.seen(self.model, conds, SEED, how, self.negative)
         return [a.found(self.name) for b, a in zip(self.unedited[key], after, strict=True) if b]
 
+    def shown(self, cond: Any) -> list[bool]:
+        """Of `count` pictures, whatever the unedited model makes of the same: whether the edited one shows it."""
+        how = Sampling(self.demo.steps, CFG, SAMPLER, SCHEDULER, BATCH)
+        return [t.found(self.name) for t in self.seen(self.model, [cond] * self.count, SEED, how, self.negative)]
+
     def score(self, text: str) -> float:
         """How surely two quick pictures of other noise show the concept, on average."""
         seen = self.seen(self.model, [self.demo.encode(text)] * 2, SEARCH_SEED, QUICK)
@@ -314,7 +319,7 @@ def of_peers(
         found: dict[str, list[bool]] = {}
         for form, cond in STRONG.items():
             found[form] = [each for a in attacked for each in a.recovered(cond(ready, a.name))]
-        found[f"gradient, {steps} steps"] = [each for a in attacked for each in a.recovered(a.embedded(steps))]
+        found[f"gradient, {steps} steps"] = [each for a in attacked for each in a.shown(a.embedded(steps))]
         yield {"method": method} | {form: Rate.of(each) if each else "not drawn" for form, each in found.items()}
 
 
@@ -357,8 +362,8 @@ TABLES = (
         "What a prompt can do against other erasers",
         "Of the pictures in which the unedited model draws the concept from the same prompt and noise, how many show "
         f"it under each eraser as the table of them has it (bomb, skull; {peers.STEPS} steps; the witness). The "
-        "gradient is in the embedding, through what the eraser does within a call of the model: SLD and a negative "
-        "prompt act outside of it, and there it is the unedited model's.",
+        "gradient is in the embedding, and told of all pictures of it; it goes through what the eraser does within a "
+        "call of the model: SLD and a negative prompt act outside of it, and there it is the unedited model's.",
         of_peers,
         partial(of_peers, ("CRE", "AdaVD"), ("bomb",), 1, 2),
         ("method",),
