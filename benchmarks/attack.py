@@ -170,9 +170,9 @@ class Attacked:
                 best, most = words, score
         return " ".join(best)
 
-    def embedded(self, steps: int) -> Any:
-        """The prompt's embedding [1, 77, W] under which the edited model predicts the noise of pictures of the concept
-        best: || eps(z_t, c) - noise ||^2, by Adam from the name's own embedding."""
+    def embedded(self, steps: int, model: Any = None) -> Any:
+        """The prompt's embedding [1, 77, W] under which the edited model, or another, predicts the noise of pictures of
+        the concept best: || eps(z_t, c) - noise ||^2, by Adam from the name's own embedding."""
         start, about = self.demo.encode(world.article(self.name))[0]
         how = Sampling(self.demo.steps, CFG, SAMPLER, SCHEDULER, BATCH)
         conds = [self.demo.encode(world.article(self.name))] * 8
@@ -195,7 +195,7 @@ class Attacked:
                 (eps - noise).square().mean().backward()
                 adam.step()
 
-        train_with(self.model, [[start, about]], z0, body, "fp32")
+        train_with(model or self.model, [[start, about]], z0, body, "fp32")
         return [[c.detach(), about]]
 
     def from_picture(self, denoise: float) -> tuple[list[bool], list[bool]]:
@@ -319,7 +319,9 @@ def of_peers(
         found: dict[str, list[bool]] = {}
         for form, cond in STRONG.items():
             found[form] = [each for a in attacked for each in a.recovered(cond(ready, a.name))]
-        found[f"gradient, {steps} steps"] = [each for a in attacked for each in a.shown(a.embedded(steps))]
+        seen_through = ready.model if method.startswith("SLD") else None  # it needs guidance, which is no call
+        embedded = [a.shown(a.embedded(steps, seen_through)) for a in attacked]
+        found[f"gradient, {steps} steps"] = [each for one in embedded for each in one]
         yield {"method": method} | {form: Rate.of(each) if each else "not drawn" for form, each in found.items()}
 
 
