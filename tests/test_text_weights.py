@@ -13,12 +13,15 @@ import torch
 from dits import FAMILIES
 from torch import Tensor
 
+from conceptguard.demo.load import load
 from conceptguard.editing.edits.spec import Concept, Phrase
 from conceptguard.editing.engine.weights import projections, with_lora
 from conceptguard.editing.training.changes import LoRA
 from conceptguard.editing.weights.closed_form import METHODS
 from conceptguard.editing.weights.edit import erasure
 from conceptguard.editing.weights.rows import erased, said
+from conceptguard.nodes.concept import ConceptGuardConcept
+from conceptguard.nodes.edit_weights import ConceptGuardEditWeights
 
 # What reads the text, its norm, and what reads the pooled text.
 READS = {
@@ -147,3 +150,18 @@ def test_a_text_without_a_pooled_one_leaves_what_reads_that() -> None:
 def test_a_model_that_reads_its_text_otherwise_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="Test: .* has no keys and values of its own for the text; use another edit"):
         projections(dits.build(name), dits.concept(), "values", "Test")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("flux", {"txt_in", "vector_in.in_layer"}), ("lumina", {"cap_embedder.1"})]
+)
+def test_the_node_on_the_demos_transformers(architecture: str, changes: set[str]) -> None:
+    """Of whichever projections it is asked for: there is one way in."""
+    model, clip, _ = load(architecture=architecture)
+    one = ConceptGuardConcept.execute(clip, "a bomb").args[0]
+    patches = []
+    for which in ("values", "keys and values"):
+        edited, lora = ConceptGuardEditWeights.execute(model, clip, one, projections=which).args
+        assert set(edited.patches) == {f"diffusion_model.{path}.weight" for path in changes} and not model.patches
+        patches.append(lora)
+    assert all(torch.equal(patches[0][name], patches[1][name]) for name in patches[0])
