@@ -80,13 +80,12 @@ def joined(demo: Demo, name: str) -> Any:
     return [[torch.cat([a, b], 1), about]]
 
 
-FEW = ("three times", "weighted 1.4", "other words", "beside two things", "in capitals")  # on the transformers
-
 CONDS: dict[str, Callable[[Demo, str], Any]] = {
     "average": averaged,
     "extrapolated": extrapolated,
     "concat": joined,
 }
+FORMS = {form: partial(lambda text, demo, name: demo.encode(text(name)), text) for form, text in TEXTS.items()} | CONDS
 
 
 # --- what is attacked ------------------------------------------------------------------------------------------------
@@ -281,12 +280,12 @@ def forms(
     names: Sequence[str] = tuple(CONCEPTS),
     count: int = 2,
 ) -> Iterator[Row]:
-    """A row for each edit and some forms, on one of the demo's transformers."""
+    """A row for each edit and form, on one of the demo's transformers."""
     ready, unedited = Demo.ready(architecture), dict[tuple[str, str], list[bool]]()
     for edit in methods:
         attacked = under(ready, edit, names, count, unedited)
-        for form in FEW:
-            yield row(edit, form, (a.recovered(ready.encode(TEXTS[form](a.name))) for a in attacked))
+        for form, cond in FORMS.items():
+            yield row(edit, form, (a.recovered(cond(ready, a.name)) for a in attacked))
 
 
 PEERS = (

@@ -31,7 +31,7 @@ from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, 
 from conceptguard.editing.engine import plan
 from conceptguard.editing.engine.backbones import cross, joint, unet
 from conceptguard.editing.engine.backbones.joint import Joint, sections
-from conceptguard.editing.engine.host import add_edit, add_watch, of_model
+from conceptguard.editing.engine.host import accounts_of, add_edit, add_watch, of_model
 from conceptguard.editing.engine.streams import ModelCall
 from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods import cre as cre_method
@@ -451,6 +451,21 @@ def test_reference_pictures_in_front_of_the_prompt_are_refused() -> None:
             dits.sample("Z-Image", edited, positive)
     else:
         assert torch.equal(dits.sample("Z-Image", edited, positive), dits.sample("Z-Image", edited))
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image"])
+def test_reference_pictures_are_read_as_they_are_and_the_account_says_so(name: str) -> None:
+    """Of Kontext and Qwen-Image-Edit: an edit changes the picture that goes by one, and still says what it left."""
+    model = dits.build(name)
+    edited = add_edit(model, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test"))
+    for references in ({}, {"reference_latents": [dits.latent(name)]}):
+        positive = cond(tokens(1, 9), **references)
+        made, unedited = (dits.sample(name, each, positive) for each in (edited, model))
+        assert not torch.allclose(made, unedited, atol=1e-4)
+        accounts = accounts_of(edited)
+        assert accounts is not None and (account := accounts.of("")) is not None
+        ((_, line),) = account.lines()
+        assert ("what the reference pictures show is read as it is" in line) == bool(references)
 
 
 @pytest.mark.parametrize("name", ["Flux.1", "Z-Image", "SD3"])

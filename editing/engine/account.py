@@ -29,6 +29,7 @@ ACCOUNTS = "concept_guard_accounts"  # in transformer_options: an Accounts, of t
 KEPT = 8  # runs of a MODEL that are remembered
 UNNAMED = "unnamed"  # prompts that no guider knows
 LITTLE = 0.005  # of the positions: an edit that found less found nothing
+BESIDE = "; it edits what the text says: what the reference pictures show is read as it is"
 HELD = 2**18  # numbers of what was found that wait to be added up: small models' whole run, some calls of large ones
 Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
 
@@ -170,6 +171,7 @@ class Account(Shared):
         self.edited: set[str] = set()  # those that were taken for conditional
         self.made: list[tuple[str | None, Tensor]] = []  # what each prompt predicts, in one guided prediction
         self.calls = 0
+        self.references = False  # whether the model reads reference pictures that no edit reaches
         self._held: list[Held] = []  # of model calls whose findings are not added up yet
         self._numbers = 0  # in them
 
@@ -335,7 +337,8 @@ class Account(Shared):
         unknown = self.prompts.get(UNNAMED, 0)
         more = f"; left alone {unknown} rows of prompts that the guider does not name" if unknown else ""
         lines = [(entry, entry.line(self.steps)) for entry in self.entries.values()]
-        return [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
+        lines = [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
+        return [(entry, line + BESIDE * (self.references and bool(entry.acted))) for entry, line in lines]
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""

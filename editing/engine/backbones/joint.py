@@ -12,7 +12,8 @@ instead of it, or what it is compared with,
 
 so that a prompt which is the concept itself draws what the prompt r does; of the concepts that a position finds at its
 floor as it is, however much the prompt's words lower that: what stands beside the concept keeps its weight. The text's
-own queries are left alone, and so are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text.
+own queries are left alone, and so are reference pictures (Kontext, Qwen-Image-Edit): a concept in them is not text, and
+the run's account says so.
 A concept's keys and values are those of its stream (streams.py), in one of two forms:
 
     beside    the concept in the prompt's place, in a model call of its own, with a copy of the picture that goes its
@@ -347,6 +348,7 @@ class Joint(Backbone):
                 f"{self.name} reads reference pictures, with texts of their own, in front of the prompt, where an edit "
                 "would take one for the other; take them out of the conditioning"
             )
+        run.account.references |= bool(made.more.get("ref_latents"))
         if self.kind.second and made.more.get("image_cond") is not None:
             raise ValueError(
                 f"{call.who}: {self.name} is given a picture beside the one that it draws, and edits do not know which "
