@@ -18,11 +18,11 @@ from ..jobs.report.distances import Distance, kid
 from .sampling import Demo, demo, object_prompts, style_prompts
 from .table import Rate, Row, Table
 
-# Concept -> what is drawn instead, and a neighbour that nobody names. On the first six the method was tried while it
-# was made; the others were kept for this table.
+# Concept -> what is drawn instead, a thing that the model draws well, and a neighbour that nobody names. On the first
+# six the method was tried while it was made; the others were kept for this table.
 TUNED = {
     "kitchen knife": ("a hammer", "spoon"),
-    "bomb": ("a balloon", "soccer ball"),
+    "bomb": ("a gift", "soccer ball"),
     "wine glass": ("a gift", "coffee cup"),
     "beer mug": ("an apple", "coffee cup"),
     "skull": ("a panda", "ghost"),
@@ -30,7 +30,7 @@ TUNED = {
 }
 FRESH = {
     "crossed swords": ("a guitar", "hammer"),
-    "syringe": ("a candle", "carrot"),
+    "syringe": ("a hammer", "carrot"),
     "cigarette": ("a carrot", "candle"),
     "scissors": ("a spoon", "key"),
     "trumpet": ("a guitar", "rocket"),

@@ -264,7 +264,7 @@ def test_pictures_and_trainings_are_refused_if_the_policy_says_so(server: Host) 
     g = new(server)
     assert "begins with a picture" in refused(server, g, g.ksampler(latent_image=g.encoded(), seed=next(SEEDS)))
     with pytest.raises(HostError, match="ConceptGuard policy: a training"):
-        server.run(lora_training())
+        server.run(lora_training(server))
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------

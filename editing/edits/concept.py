@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from .beside import said_beside
 from .encode import (
     Encoding,
-    encode,
     encode_lines,
     encoded,
     lines_of,
@@ -26,6 +24,7 @@ from .encode import (
     stored,
     undoubled,
 )
+from .sayings import bare, told
 from .spec import Concept, Phrase
 from .styles import mean_style, says_style, styles
 
@@ -36,9 +35,6 @@ NEUTRAL = (
 )
 # What is drawn in a concept's place where nobody says what: a prompt that names no thing is still one of a picture.
 SOMETHING = "something"
-# More prompts that say a phrase, from which it is learnt how its words show (methods/said.py).
-SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
-ARTICLES = ("a", "an", "the", "some")
 KINDS = ("auto", "thing", "style")  # of a concept; auto: a style if all its phrases say that they are one
 
 
@@ -126,30 +122,17 @@ def parts_of_thing(
     clip: Any, text: str, keep: str, instead: str, lines: Sequence[str], beside: dict[str, Any]
 ) -> Parts:
     phrases, kept = (encode_lines(clip, some, what, beside) for some, what in ((text, "text"), (keep, "keep")))
-    if lines:
-        phrases = tuple(replace(phrase, like=tuple(sayings(clip, phrase.text))) for phrase in phrases)
     others = [encoded(clip, line) for line in lines_of(instead)]
     drawn = mean_of(others, "instead", beside) if others else None
+    if lines:
+        phrases = told(clip, phrases, lines_of(instead))
     return Parts(phrases, kept, drawn, mean_pooled([each.pooled for each in others]))
-
-
-def bare(text: str) -> list[str]:
-    """Its words without articles."""
-    return [word for word in text.lower().split() if word not in ARTICLES]
 
 
 def apart(lines: Sequence[str], phrases: Sequence[str]) -> list[str]:
     """The lines that are not one of the phrases themselves: nothing is compared with itself."""
     own = [bare(phrase) for phrase in phrases]
     return [line for line in lines if bare(line) not in own]
-
-
-def sayings(clip: Any, phrase: str) -> Iterator[Tensor]:
-    """The rows of the prompts that say a phrase: each [n, W]."""
-    for saying in SAYINGS:
-        text = saying.format(phrase)
-        tokens = encode(clip, text)
-        yield rows_of(tokens, own_tokens(clip, text, tokens.shape[1]))
 
 
 def concept_from_conditioning(

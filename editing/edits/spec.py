@@ -26,8 +26,9 @@ from .method import Method, method
 class Phrase(Shared):
     """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU.
 
-    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py; pooled: of the whole
-    phrase, [1, P] fp32 on the CPU, if its text encoder makes one.
+    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py; becomes: such rows, and
+    those in their place where these prompts say what is to be drawn instead, [n, W] each, for methods/reread.py;
+    pooled: of the whole phrase, [1, P] fp32 on the CPU, if its text encoder makes one.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Phrase(Shared):
     own: tuple[int, ...]  # the positions of the phrase's own tokens: no start, end or padding
     like: tuple[Tensor, ...] = ()
     pooled: Tensor | None = None
+    becomes: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or len(self.tokens) != 1:
@@ -44,7 +46,8 @@ class Phrase(Shared):
 
     @cached_property
     def key(self) -> str:
-        return digest((self.tokens, self.own, *self.like, *([] if self.pooled is None else [self.pooled])))
+        later = [*self.like, *([] if self.pooled is None else [self.pooled]), *(self.becomes or ())]
+        return digest((self.tokens, self.own, *later))
 
 
 @dataclass(frozen=True, eq=False)

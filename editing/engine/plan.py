@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..methods.attention import attend, attend_and_weigh, logits, split_heads
 from ..methods.eiup import reweighted, share
 from ..methods.found import Found, Kept, Weight
 from ..methods.kpop import append
+from ..methods.reread import Reading, reading
 from ..methods.said import MARGIN, UNKNOWN, Said, said_test
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
@@ -39,13 +41,19 @@ class Steering:
     """Concepts that are solved together in one attention, their prompts by length; the baseline, if any, is the very
     first. keep: the prompts of their neighbours; kept_for: whose each is, [K, M].
 
-    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit.
+    place: for each phrase the number of what is drawn instead, -1 for none; tests: of the prompt's own tokens, by edit;
+    readings: of prompts that say it, by edit, where a test tells which.
     """
 
     def __init__(
-        self, group: Solved, bind: Callable[[TokenSet], KV], tests: Mapping[int, Said] = MappingProxyType({})
+        self,
+        group: Solved,
+        bind: Callable[[TokenSet], KV],
+        tests: Mapping[int, Said] = MappingProxyType({}),
+        readings: Mapping[int, Reading] = MappingProxyType({}),
     ) -> None:
         self.group, self.tests = group, {i: test for i, test in tests.items() if i in group.tested}
+        self.readings = {i: made for i, made in readings.items() if i in self.tests}
         sets = (group.phrases, group.keep, group.instead)
         self.prompts, self.keep, self.instead = ([bind(part) for part in parts] for parts in sets)
         self.owner = torch.cat([kv.owner for kv in self.prompts])
@@ -58,6 +66,7 @@ class Steering:
         if self.instead:
             replaced = [owner for part in group.instead for owner in part.owner]
             self.place = [replaced.index(i) if i in replaced else -1 for i in self.owners]
+        self.phrases_of = {i: [k for k, owner in enumerate(self.owners) if owner == i] for i in self.readings}
 
     def found(self, A: Tensor, q: Tensor, said: Tensor | None = None) -> Found:
         """What the queries find. A, q: [R, N, H, d]; said: of the rows, [K, R, 1]."""
@@ -89,21 +98,45 @@ class Steering:
         unknown = torch.full((len(v), 1), UNKNOWN, device=v.device)
         return torch.stack([of.get(i, unknown) for i in self.owners])
 
+    def reread(self, said: Tensor) -> Tensor:
+        """How surely a prompt says each phrase's concept, in any phrasing, if it can be read anew; [K, R, 1]."""
+        of = {i: said[places].amax(0) for i, places in self.phrases_of.items()}
+        nothing = torch.zeros_like(said[0])
+        return torch.stack([of.get(i, nothing) for i in self.owners])
+
+    def anew(self, prompt: Prompt, share: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt's keys and values, [R, L, H, d], read anew where it says a concept: of several at once each as far
+        as its strength is of the greatest. share: as `reread` has it; s: [K, R, 1]."""
+        found = (share > 0) * s
+        of = {i: found[places].amax(0) for i, places in self.phrases_of.items()}
+        most = torch.stack([*of.values()]).amax(0).clamp_min(torch.finfo(s.dtype).tiny)  # [R, 1]
+        keys, values = prompt.k.float().flatten(2), prompt.v.float().flatten(2)
+        for i, of_concept in self.readings.items():
+            k, v = of_concept(prompt.v.flatten(2))
+            strength = (of[i] / most)[..., None]
+            keys, values = keys + strength * k, values + strength * v
+        return keys.to(prompt.k.dtype).view_as(prompt.k), values.to(prompt.v.dtype).view_as(prompt.v)
+
     def projection(
-        self, A: Tensor, q: Tensor, v: Tensor, s: Tensor, observe: Observer | None, note: Note | None = None
+        self, A: Tensor, q: Tensor, prompt: Prompt, s: Tensor, observe: Observer | None, note: Note | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What they take away, fp32 [R, N, H, d], and where texts are weighed what the prompt's log Z gains by it,
-        [R, N, H, 1]. A, q: [R, N, H, d]; v: [R, L, C]; s: [edits, R]."""
+        [R, N, H, 1]. A, q: [R, N, H, d]; s: [edits, R]."""
         s = (s[self.owner] * self.scale[:, None])[:, :, None]
         sets = len(s) + sum(len(kv.owner) for kv in (*self.keep, *self.instead))
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         s = s[1:] if self.group.compared else s
         where: list[Tensor] = []  # at the positions of each piece
-        said = self.said(v)
+        said = self.said(prompt.tokens)
+        share = self.reread(said) if self.readings and said is not None else None
+        anew = None if share is None else self.anew(prompt, share, s)
         pieces, gained, peak = [], [], None
-        parts = list(zip(A.split(step, 1), q.split(step, 1), strict=True))
-        for piece in parts:
-            found = self.found(*piece, said)
+        parts = list(zip(*(x.split(step, 1) for x in (A, prompt.A, q)), strict=True))
+        for a, of_prompt, queries in parts:
+            found = self.found(a, queries, said)
+            if anew is not None:
+                lost = of_prompt - attend(queries, *(x[None] for x in anew))[0]
+                found = replace(found, lost=lost, reread=share)
             if found.weight is not None and said is not None:
                 if peak is None:
                     n = len(parts)  # of every n-th position: as many as a piece has
@@ -124,12 +157,30 @@ class Steering:
         return self.group.method.taken(found, s, self.group.options, note)
 
 
+class Prompt(NamedTuple):
+    """In one attention: keys and values, [R, L, H, d]; the tokens that may say a concept, [R, L, C or W]; A: what the
+    queries find, [R, N, H, d]."""
+
+    k: Tensor
+    v: Tensor
+    tokens: Tensor
+    A: Tensor
+
+
 def tests_of(
     groups: Iterable[Solved], values: Callable[[Tensor], Tensor | None], margin: float | None = None
 ) -> dict[int, Said]:
     """Of the edits whose concepts bring examples; values, margin: as `said_test` has them."""
     found = {i: said_test(concept, values, margin) for group in groups for i, concept in group.tested.items()}
     return {i: test for i, test in found.items() if test is not None}
+
+
+def readings_of(
+    group: Solved, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor | None]
+) -> dict[int, Reading]:
+    """Of the edits whose concepts say what their prompts become; keys, values: as `reading` has them."""
+    found = {i: reading(concept, keys, values) for i, concept in group.tested.items()}
+    return {i: made for i, made in found.items() if made is not None}
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,10 +228,16 @@ class BlockEdits:
         def values(rows: Tensor) -> Tensor | None:
             return backbone.values(key, rows.to(device), dtype)
 
+        def keys(rows: Tensor) -> Tensor:
+            return backbone.blocks[key].to_k(rows.to(device, dtype)[None])[0]
+
         self.heads = backbone.blocks[key].heads
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
         if tests is None:
-            self.steering = [Steering(group, bind, tests_of([group], values)) for group in sets.solved]
+            self.steering = [
+                Steering(group, bind, tests_of([group], values), readings_of(group, keys, values))
+                for group in sets.solved
+            ]
         else:
             self.steering = [Steering(group, bind, tests) for group in sets.solved]
         then = sets.then
@@ -207,13 +264,16 @@ class BlockEdits:
         given = q, k, v, s
         tokens = v if text is None else text
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
+        base = A
+        if foreign and (self.joined or any(steering.readings for steering in self.steering)):
+            base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2)
+        prompt = Prompt(k, v, tokens, base)
         if self.joined:
-            base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2) if foreign else A
             A = A + append(base, q, k, [(*kv.single, s[kv.owner][0]) for kv in self.joined])
         for kv in self.separate:
             A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
         # All from the same A:
-        taken = [steering.projection(A, q, tokens, s, observe, note) for steering in self.steering]
+        taken = [steering.projection(A, q, prompt, s, observe, note) for steering in self.steering]
         for part, _ in taken:
             A = A.float() - part
         gained = [gain for _, gain in taken if gain is not None]

@@ -9,7 +9,7 @@ leaves open what `CREOptions` chooses; `make bench` compares the readings on the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -60,7 +60,9 @@ class CREOptions:
 
     And where A is more like one of the concept's kept prompts (spec.Concept.keep) than like the concept, it stays.
     Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
-    queries find in the replacement is what remains.
+    queries find in the replacement is what remains. As far as the prompt's own tokens say the concept (`evidence`), A'
+    comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
+    they are beside the replacement; eq. 4 is of A' then.
     """
 
     width: str
@@ -92,7 +94,8 @@ def project(
 
 
 def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Tensor], None] | None = None) -> Tensor:
-    """What eq. 4 takes away, sum_k s_k c_k (At_k - A0), or (At_k - Ar_k) where something is drawn instead; in fp32.
+    """What eq. 4 takes away, sum_k s_k c_k (At_k - A0), or (At_k - Ar_k) where something is drawn instead, and before
+    it what a prompt that says it loses by being read anew; in fp32.
 
     found: with A [..., H, d]; s: [K, ...], of which s_k = 0 means that concept k is not there at all; note: told where
     each concept is found, [K, ..., H or 1, 1]; returns [..., H, d].
@@ -105,6 +108,10 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     where = alike(a, along, square.sqrt(), floors(options.floor, found.said, found.peak), near)
     if note is not None and isinstance(where, Tensor):
         note(where)
+    if found.lost is not None and found.reread is not None:
+        once = (found.reread[..., None, None] * s * where).amax(0) * less(found.lost, None, options.width)
+        rest = replace(found, A=A.float() - once.reshape(A.shape), lost=None)
+        return once.reshape(A.shape) + projection(rest, s[..., 0, 0], options)
     s = s * where
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0, options.negative == "clip")

@@ -38,7 +38,9 @@ class Found:
     At: in each phrase, [K, R, N, H, d]; A0: in the baseline, [R, N, H, d]; Ar: in what is to be drawn in each phrase's
     place, [K, R, N, H, d]; kept: in the neighbours. said: how surely the prompt's own tokens say each phrase, 0 to 1,
     [K, R, 1] (said.py); weight: where text and picture share the attention; peak: the most that the method finds of
-    each phrase at any of the picture's positions, of which these may be a part. What is None is not there.
+    each phrase at any of the picture's positions, of which these may be a part; lost: A of the prompt alone, less what
+    the queries find in it read anew (reread.py), [R, N, H, d]; reread: how surely it says each phrase that is, [K, R,
+    1]. What is None is not there.
     """
 
     A: Tensor
@@ -49,3 +51,5 @@ class Found:
     said: Tensor | None = None
     weight: Weight | None = None
     peak: Tensor | None = None
+    lost: Tensor | None = None
+    reread: Tensor | None = None

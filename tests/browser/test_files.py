@@ -83,7 +83,7 @@ def test_a_preset_with_a_learned_file_is_dropped_shown_kept_and_exported(pages: 
     card.wait_for(state="detached")
     (new,) = set(kept(browser.host)) - set(before)
     assert read(new.read_bytes()) == read(PACKED)
-    mine = page.locator(".cg-presets .card").first
+    mine = page.locator(".cg-presets .card", has_text="Away from <b>blades</b>").first
     with page.expect_download() as download:
         mine.get_by_role("button", name="Export").click()
     assert download.value.suggested_filename == "away-from-b-blades-b.safetensors"

@@ -1,0 +1,81 @@
+"""What more prompts tell of a phrase: how its words show, and what they would be if they said something else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encode import TAIL, encode, own_tokens, rows_of
+from .spec import Phrase
+
+SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
+
+
+ARTICLES = ("a", "an", "the", "some")
+
+
+def bare(text: str) -> list[str]:
+    """Its words without articles."""
+    return [word for word in text.lower().split() if word not in ARTICLES]
+
+
+def holds(line: str, other: str) -> bool:
+    """Whether a line says another one within itself, as "a picture of a mug" says "mug"."""
+    words, within = bare(line), bare(other)
+    return any(words[i : i + len(within)] == within for i in range(len(words) - len(within) + 1))
+
+
+def told(clip: Any, phrases: Sequence[Phrase], instead: Sequence[str]) -> tuple[Phrase, ...]:
+    """The phrases with their `like` (methods/said.py), and where something is drawn instead with their `becomes`
+    (reread.py), but for those that only hold another."""
+    lines = [phrase.text for phrase in phrases]
+    longer = [
+        any(holds(line, other) and (j < i or not holds(other, line)) for j, other in enumerate(lines) if j != i)
+        for i, line in enumerate(lines)
+    ]
+    return tuple(told_of(clip, phrase, () if more else instead) for phrase, more in zip(phrases, longer, strict=True))
+
+
+def told_of(clip: Any, phrase: Phrase, instead: Sequence[str]) -> Phrase:
+    says = [said_in(clip, saying, phrase.text) for saying in SAYINGS]
+    told = replace(phrase, like=tuple(rows_of(each.tokens, each.own) for each in says))
+    if not instead:
+        return told
+    others = [[said_in(clip, saying, thing) for thing in instead] for saying in SAYINGS]
+    T, G = (torch.cat(rows) for rows in zip(*map(becomes, says, others), strict=True))
+    return replace(told, becomes=(T, G))
+
+
+class Said(NamedTuple):
+    """A prompt that says a phrase: its encoding [1, T, W], where its own tokens are, and how many of these are behind
+    the phrase's."""
+
+    tokens: Tensor
+    own: tuple[int, ...]
+    behind: int
+
+    @property
+    def last(self) -> int:
+        """Where the phrase's last token is."""
+        return self.own[-1 - self.behind]
+
+
+def said_in(clip: Any, saying: str, phrase: str) -> Said:
+    text = saying.format(phrase)
+    tokens = encode(clip, text)
+    own, behind = (own_tokens(clip, part, tokens.shape[1]) for part in (text, saying.split("{}")[1]))
+    return Said(tokens, own, len(behind))
+
+
+def becomes(said: Said, others: Sequence[Said]) -> tuple[Tensor, Tensor]:
+    """Rows of a prompt that says a phrase, from the phrase's last token on, which with a causal encoder knows the whole
+    of it, and the mean of those in their place in prompts that say something else: [n, W] each."""
+    end, T = said.own[-1] + 1, said.tokens.shape[1]
+    rows = sorted({*range(said.last, end), *(end + i for i in TAIL if end + i < T), T - 1})
+    places = [[min(other.last + row - said.last, other.tokens.shape[1] - 1) for row in rows] for other in others]
+    become = [other.tokens[0, place] for other, place in zip(others, places, strict=True)]
+    return said.tokens[0, rows], torch.stack(become).mean(0)
