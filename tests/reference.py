@@ -160,3 +160,23 @@ def said(
     high, low, row = max(told, key=lambda each: each[0] - each[1])
     share = (most(v, row) - low) / (high - low) if high > low else 0.0
     return min(max((share - sure[0]) / (sure[1] - sure[0]), 0.0), 1.0)
+
+
+def reread(
+    k: Tensor, v: Tensor, T: tuple[Tensor, Tensor], G: tuple[Tensor, Tensor], P: Tensor, lam: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """What the keys and values of a prompt gain by being read anew, token by token: b (G_k - T_k), b (G_v - T_v), where
+    b_i = v (lam m I + T^T T + P^T P)^-1 T_i, m the mean square length of T. k, v: [L, C]; T, G: keys and values [n, C];
+    P: values [m, C]."""
+    (Tk, Tv), (Gk, Gv) = ([x.double() for x in pair] for pair in (T, G))
+    K = lam * sum(float(t @ t) for t in Tv) / len(Tv) * torch.eye(v.shape[1], dtype=torch.double)
+    for row in (*Tv, *P.double()):
+        K += torch.outer(row, row)
+    more_k, more_v = torch.zeros_like(k.double()), torch.zeros_like(v.double())
+    for j, value in enumerate(v.double()):
+        solved = torch.linalg.solve(K, value)
+        for i in range(len(Tv)):
+            b = solved @ Tv[i]
+            more_k[j] += b * (Gk[i] - Tk[i])
+            more_v[j] += b * (Gv[i] - Tv[i])
+    return more_k, more_v

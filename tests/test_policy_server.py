@@ -148,19 +148,21 @@ def test_a_model_that_the_policy_refuses_is_refused_before_it_is_loaded(server: 
 
 def lora_training(server: Host) -> dict[str, Any]:
     """The host's own training node, on pictures that are there; older cores give a MODEL beside the LoRA."""
-    trains = server.get("/object_info/TrainLoraNode")["TrainLoraNode"]
+    known = server.get("/object_info")
     prompt = graph(seed=41)
     inputs = {"model": ["1", 0], "latents": ["11", 0], "positive": ["2", 0], "steps": 1, "batch_size": 1, "rank": 2}
     inputs |= {"grad_accumulation_steps": 1, "learning_rate": 0.001, "optimizer": "SGD", "loss_function": "MSE"}
     inputs |= {"seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA"}
     inputs |= {"gradient_checkpointing": False, "existing_lora": "[None]"}
-    inputs = {name: spec[-1].get("default") for name, spec in trains["input"]["required"].items()} | inputs
     prompt["8"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 2, "color": 255}}
     prompt["9"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["8", 0], "vae": ["1", 2]}}
     prompt["11"] = {"class_type": "RebatchLatents", "inputs": {"latents": ["9", 0], "batch_size": 1}}  # it wants a list
     prompt["10"] = {"class_type": "TrainLoraNode", "inputs": inputs}
-    lora = {"model": ["1", 0], "lora": ["10", trains["output"].index("LORA_MODEL")], "strength_model": 1.0}
+    lora = {"model": ["1", 0], "lora": ["10", known["TrainLoraNode"]["output"].index("LORA_MODEL")]}
     prompt["12"] = {"class_type": "LoraModelLoader", "inputs": lora}
+    for node in (prompt["10"], prompt["12"]):  # newer cores ask for more
+        asked = known[node["class_type"]]["input"]["required"]
+        node["inputs"] = {name: spec[-1].get("default") for name, spec in asked.items()} | node["inputs"]
     prompt["5"]["inputs"]["model"] = ["12", 0]
     return prompt
 
