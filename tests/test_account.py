@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
+import foreign
 import pytest
 import reference
 import tiny
@@ -166,6 +167,26 @@ def test_steps_that_a_cache_leaves_out_are_told(model: Any) -> None:
     left = len(only.due - only.acted)
     assert len(only.due) == 8 and 0 < left < 8
     assert f"acted in {8 - left} of 8 steps, 7 of 7 blocks ({left} more step" in only.line(8)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("brought", ["a ControlNet", "a mask to paint in"])
+def test_steps_that_a_cache_leaves_out_beside_a_picture(model: Any, brought: str, lazy: bool) -> None:
+    """The steps that are made are edited; at strength 0 the picture is that of the cache and the rest alone."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
+    def made(m: Any) -> Tensor:
+        cached = (LazyCacheNode if lazy else EasyCacheNode).execute(m, 3.0, 0.1, 0.9, False).args[0]
+        if brought == "a ControlNet":
+            controlled = tiny.cond(1, control=foreign.control_net(), control_apply_to_uncond=True)
+            return tiny.sample(cached, controlled, steps=8)
+        return tiny.sample(cached, steps=8, noise_mask=torch.ones(1, tiny.SIZE, tiny.SIZE).triu())
+
+    edited = cre(model)
+    assert not torch.equal(made(edited), made(model))
+    (only,) = last(edited).entries.values()
+    assert len(only.due) == 8 and 0 < len(only.acted) < 8 and not only.missed
+    assert torch.equal(made(cre(model, strength=0.0)), made(model))
 
 
 def test_several_edits_have_their_own(model: Any) -> None:
