@@ -27,6 +27,7 @@ from ..editing.engine.plan import Plan
 from ..editing.engine.run import EDITS, Run
 from ..editing.methods.cre import DEFAULTS
 from ..editing.methods.eiup import EIUPOptions
+from ..editing.methods.reread import reading
 from ..tools.environment import ROOT, comfyui_path
 from .shapes import SHAPES, build, conditioning
 from .table import Row, Table
@@ -41,6 +42,15 @@ def concept(shape: str, i: int) -> Concept:
     return Concept(f"c{i}", (Phrase(f"c{i}", tokens, (1, 2)),), conditioning(shape, 1, 999)[0])
 
 
+def whole(shape: str, i: int) -> Concept:
+    """The same as its node makes it, with something to draw instead: rows of text as many as for a name of one token."""
+    rows, _ = conditioning(shape, 1, 2000 + i)
+    like, ordinary = rows[0, :40].split(8), rows[0, 40:].split(2)
+    made = concept(shape, i)
+    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :32], rows[0, 32:64]))
+    return replace(made, phrases=(phrase,), ordinary=ordinary, instead=conditioning(shape, 1, 3000 + i)[0])
+
+
 def cre(shape: str, count: int, **inputs: Any) -> list[EditSpec]:
     return [EditSpec("projection", concept(shape, i), options=CRE, **inputs) for i in range(count)]
 
@@ -53,6 +63,7 @@ def eiup(shape: str, **options: Any) -> list[EditSpec]:
 EDITED: dict[str, tuple[list[EditSpec], float, float | None]] = {
     "CRE, 1 concept": (cre(SHAPE, 1), 1.02, 1.05),
     "CRE, 10 concepts": (cre(SHAPE, 10), 1.10, None),
+    "CRE, 1 concept, read anew": ([EditSpec("projection", whole(SHAPE, 0), options=CRE)], 1.02, 1.05),
     "EIUP, 1 concept": (eiup(SHAPE), 1.02, 1.05),
     "EIUP, 1 concept, evidence": (eiup(SHAPE, evidence="share"), 1.02, 1.05),
     "EIUP, 1 concept, alike": (eiup(SHAPE, evidence="alike"), 1.02, 1.05),
@@ -175,12 +186,29 @@ def memory() -> list[Row]:
                 "cross-attentions": SHAPES[shape].attentions,
                 "CRE, a concept, MB": two - one,
                 "the neutral encoding, once, MB": 2 * one - two,
+                "what is read anew, a concept, MB": read_anew(shape, backbone) / 1e6,
                 "EIUP, a concept, MB": size(eiup(shape)),
                 "EIUP joint, a concept, MB": size(eiup(shape, form="joint")),
                 "goal MB": goal or "",
             }
         )
     return rows
+
+
+def on_meta(projection: Any, rows: Tensor) -> Tensor:
+    """Rows of a text [n, W] through an attention's projection, [n, C]."""
+    out: Tensor = projection(rows.to("meta", torch.float16)[None])[0]
+    return out
+
+
+def read_anew(shape: str, backbone: Any) -> int:
+    """Bytes of a concept's readings."""
+    said, total = whole(shape, 0), 0
+    for attn in backbone.blocks.values():
+        made = reading(said, partial(on_meta, attn.to_k), partial(on_meta, attn.to_v))
+        assert made is not None
+        total += sum(x.nbytes for x in (made.B, made.k, made.v))
+    return total
 
 
 def live_bytes() -> int:

@@ -27,16 +27,18 @@ LAM = 0.2  # of the mean square length of T's rows
 
 @dataclass(frozen=True)
 class Reading:
-    """Of a concept in one attention. B: [C, n], with b_j = v_j B; k, v: G - T as keys and as values, [n, C]; fp32."""
+    """Of a concept in one attention, in the model's dtype. B: [C, n], with b_j = v_j B / m; k, v: G - T as keys and as
+    values, [n, C]; m: the mean square length of T's rows, without which B is too small for fp16."""
 
     B: Tensor
     k: Tensor
     v: Tensor
+    m: Tensor
 
     def __call__(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to the keys and values of tokens whose values are v: [R, L, C] each, in fp32."""
-        b = v.float() @ self.B
-        return b @ self.k, b @ self.v
+        b = v.float() @ self.B.float() / self.m
+        return b @ self.k.float(), b @ self.v.float()
 
 
 def reading(
@@ -56,11 +58,12 @@ def reading(
         return None
     Tv, Gv, Pv = v.float().split([len(T), len(G), len(P)])
     Tk, Gk = keys(torch.cat([T, G])).float().split(len(T))
-    return Reading(solved(Tv, Pv), Gk - Tk, Gv - Tv)
+    m = Tv.square().sum(-1).mean()
+    B, k, v = (x.to(v.dtype) for x in (m * solved(Tv, Pv, LAM * m), Gk - Tk, Gv - Tv))
+    return Reading(B, k, v, m)
 
 
-def solved(T: Tensor, P: Tensor) -> Tensor:
+def solved(T: Tensor, P: Tensor, lam: Tensor) -> Tensor:
     """(lam I + T^T T + P^T P)^-1 T^T, [C, n], from the few rows X of both: X^T (lam I + X X^T)^-1 is the same."""
     X = torch.cat([T, P])
-    lam = LAM * T.square().sum(-1).mean()
     return X.T @ torch.linalg.inv(X @ X.T + lam * torch.eye(len(X), device=X.device))[:, : len(T)]
