@@ -43,11 +43,11 @@ def concept(shape: str, i: int) -> Concept:
 
 
 def whole(shape: str, i: int) -> Concept:
-    """The same as its node makes it, with something to draw instead: rows of text as many as for a name of one token."""
+    """The same as its node makes it, with something to draw instead: as many rows as for one token."""
     rows, _ = conditioning(shape, 1, 2000 + i)
     like, ordinary = rows[0, :40].split(8), rows[0, 40:].split(2)
     made = concept(shape, i)
-    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :32], rows[0, 32:64]))
+    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :50], rows[0, 27:]))
     return replace(made, phrases=(phrase,), ordinary=ordinary, instead=conditioning(shape, 1, 3000 + i)[0])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conceptguard.editing.edits.concept import concept_from_text
 from conceptguard.editing.edits.encode import encode, own_tokens, rows_of
-from conceptguard.editing.edits.sayings import SAYINGS, holds
+from conceptguard.editing.edits.sayings import FURTHER, SAYINGS, holds
 from conceptguard.editing.edits.spec import Concept, EditSpec
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.cre import DEFAULTS
@@ -152,7 +152,7 @@ def test_each_row_becomes_what_stands_in_its_place(clip: Any) -> None:
     concept = concept_from_text(clip, "a beer mug", instead="a cup\na tea bowl")
     T, G = concept.phrases[0].becomes
     rows: list[tuple[Tensor, Tensor]] = []
-    for said in SAYINGS:
+    for said in (*SAYINGS, *FURTHER):
         texts = [said.format(thing) for thing in ("a beer mug", "a cup", "a tea bowl")]
         tokens, own = [encode(clip, text)[0] for text in texts], [own_tokens(clip, text) for text in texts]
         behind = len(said.split("{}")[1].split())

@@ -13,7 +13,8 @@ from .encode import TAIL, encode, own_tokens, rows_of
 from .spec import Phrase
 
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
-
+# More of what stands behind a phrase, for what that becomes.
+FURTHER = ("{} in the style of a painting", "a picture of {} in an old style", "{} on a white background")
 
 ARTICLES = ("a", "an", "the", "some")
 
@@ -45,7 +46,8 @@ def told_of(clip: Any, phrase: Phrase, instead: Sequence[str]) -> Phrase:
     told = replace(phrase, like=tuple(rows_of(each.tokens, each.own) for each in says))
     if not instead:
         return told
-    others = [[said_in(clip, saying, thing) for thing in instead] for saying in SAYINGS]
+    says += [said_in(clip, saying, phrase.text) for saying in FURTHER]
+    others = [[said_in(clip, saying, thing) for thing in instead] for saying in (*SAYINGS, *FURTHER)]
     T, G = (torch.cat(rows) for rows in zip(*map(becomes, says, others), strict=True))
     return replace(told, becomes=(T, G))
 
