@@ -47,7 +47,7 @@ def whole(shape: str, i: int) -> Concept:
     rows, _ = conditioning(shape, 1, 2000 + i)
     like, ordinary = rows[0, :40].split(8), rows[0, 40:].split(2)
     made = concept(shape, i)
-    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :50], rows[0, 27:]))
+    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :60], rows[0, 17:]))
     return replace(made, phrases=(phrase,), ordinary=ordinary, instead=conditioning(shape, 1, 3000 + i)[0])
 
 
