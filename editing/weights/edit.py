@@ -15,6 +15,7 @@ from .rows import erased, pooled_rows, preserved
 
 
 def as_it_is(rows: Tensor) -> Tensor:
+    """[n, d]."""
     return rows
 
 
