@@ -183,3 +183,16 @@ def test_what_a_concept_becomes_is_part_of_what_it_is() -> None:
     (phrase,) = concept.phrases
     other = replace(concept, phrases=(replace(phrase, becomes=(phrase.becomes[0], phrase.becomes[1] + 1)),))
     assert other.key != concept.key
+
+
+@torch.no_grad()
+def test_values_of_nothing_change_nothing() -> None:
+    """As of a block whose projection is zeroed."""
+    made = reading(becoming(100), lambda x: x, lambda x: 0 * x)
+    k, v = made(torch.zeros(1, 5, 16))
+    assert not k.any() and not v.any()
+
+
+def test_a_strength_below_nothing_stays_finite(model: Any) -> None:
+    mug = becoming(100)
+    assert torch.isfinite(tiny.sample(cre(model, mug, OPTIONS, strength=-0.5), [saying((mug, 1.0))], steps=1)).all()

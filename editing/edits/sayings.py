@@ -38,16 +38,17 @@ def told(clip: Any, phrases: Sequence[Phrase], instead: Sequence[str]) -> tuple[
         any(holds(line, other) and (j < i or not holds(other, line)) for j, other in enumerate(lines) if j != i)
         for i, line in enumerate(lines)
     ]
-    return tuple(told_of(clip, phrase, () if more else instead) for phrase, more in zip(phrases, longer, strict=True))
+    others = [[said_in(clip, saying, thing) for thing in instead] for saying in (*SAYINGS, *FURTHER)] if instead else []
+    return tuple(told_of(clip, phrase, [] if more else others) for phrase, more in zip(phrases, longer, strict=True))
 
 
-def told_of(clip: Any, phrase: Phrase, instead: Sequence[str]) -> Phrase:
+def told_of(clip: Any, phrase: Phrase, others: Sequence[Sequence[Said]]) -> Phrase:
+    """others: of each saying, the prompts that say what is drawn instead; none: it becomes nothing else."""
     says = [said_in(clip, saying, phrase.text) for saying in SAYINGS]
     told = replace(phrase, like=tuple(rows_of(each.tokens, each.own) for each in says))
-    if not instead:
+    if not others:
         return told
     says += [said_in(clip, saying, phrase.text) for saying in FURTHER]
-    others = [[said_in(clip, saying, thing) for thing in instead] for saying in (*SAYINGS, *FURTHER)]
     T, G = (torch.cat(rows) for rows in zip(*map(becomes, says, others), strict=True))
     return replace(told, becomes=(T, G))
 

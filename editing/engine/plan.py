@@ -107,7 +107,7 @@ class Steering:
     def anew(self, prompt: Prompt, share: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values, [R, L, H, d], read anew where it says a concept: of several at once each as far
         as its strength is of the greatest. share: as `reread` has it; s: [K, R, 1]."""
-        found = (share > 0) * s
+        found = (share > 0) * s.abs()
         of = {i: found[places].amax(0) for i, places in self.phrases_of.items()}
         most = torch.stack([*of.values()]).amax(0).clamp_min(torch.finfo(s.dtype).tiny)  # [R, 1]
         keys, values = prompt.k.float().flatten(2), prompt.v.float().flatten(2)

@@ -23,6 +23,7 @@ from ..edits.encode import rows_of
 from ..edits.spec import Concept
 
 LAM = 0.2  # of the mean square length of T's rows
+TINY = 1e-12  # an attention whose values are all 0 has nothing to be read anew
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def reading(
         return None
     Tv, Gv, Pv = v.float().split([len(T), len(G), len(P)])
     Tk, Gk = keys(torch.cat([T, G])).float().split(len(T))
-    m = Tv.square().sum(-1).mean()
+    m = Tv.square().sum(-1).mean().clamp_min(TINY)
     B, k, v = (x.to(v.dtype) for x in (m * solved(Tv, Pv, LAM * m), Gk - Tk, Gv - Tv))
     return Reading(B, k, v, m)
 
