@@ -165,3 +165,34 @@ def test_the_node_on_the_demos_transformers(architecture: str, changes: set[str]
         assert set(edited.patches) == {f"diffusion_model.{path}.weight" for path in changes} and not model.patches
         patches.append(lora)
     assert all(torch.equal(patches[0][name], patches[1][name]) for name in patches[0])
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("architecture", ["flux", "lumina"])
+def test_the_node_edits_a_transformer_in_a_live_server(host: Any, architecture: str) -> None:
+    demo, clip = {"class_type": "ConceptGuardLoadDemo", "inputs": {"architecture": architecture}}, ["1", 1]
+    prompt = {
+        "1": demo,
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": "a beer mug"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": ""}},
+        "4": {"class_type": "ConceptGuardConcept", "inputs": {"clip": clip, "text": "beer mug"}},
+        "5": {
+            "class_type": "ConceptGuardEditWeights",
+            "inputs": {"model": ["1", 0], "clip": clip, "concept": ["4", 0]},
+        },
+        "6": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 2]}},
+        "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "weights"}},
+    }
+    known = host.get("/object_info")
+    for node in (prompt["4"], prompt["5"]):
+        asked = known[node["class_type"]]["input"]["required"]
+        node["inputs"] = {name: spec[-1].get("default") for name, spec in asked.items()} | node["inputs"]
+    how = {"steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 3}
+    how |= {"positive": ["2", 0], "negative": ["3", 0], "latent_image": ["6", 0]}
+    pictures = []
+    for model in (["1", 0], ["5", 0]):
+        prompt["7"] = {"class_type": "KSampler", "inputs": how | {"model": model}}
+        (picture,) = host.images(host.run(prompt))["9"]
+        pictures.append(picture)
+    assert pictures[0] != pictures[1]
