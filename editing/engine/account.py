@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ KEPT = 8  # runs of a MODEL that are remembered
 UNNAMED = "unnamed"  # prompts that no guider knows
 LITTLE = 0.005  # of the positions: an edit that found less found nothing
 BESIDE = "; it edits what the text says: what the reference pictures show is read as it is"
+SHOWN = "; it edits what the text says: a concept that a prompt's picture shows (unCLIP) stays"
+FURTHER = "; noise is left for another sampler, whose MODEL needs an edit of its own"
 HELD = 2**18  # numbers of what was found that wait to be added up: small models' whole run, some calls of large ones
 Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
 
@@ -51,6 +54,8 @@ class Entry:
     followed: bool = False  # whether a picture was led by the prompts that it edits
     other: str = ""  # the prompt that one followed instead, at a step at which it was due
     everywhere: bool = True  # whether it never looked where to act
+    away: tuple[float, float] | None = None  # where the run's first and last step are, if none is within its window
+    further: bool = False  # whether steps within its window follow in another run
     sums: dict[Size, Tensor] = field(default_factory=dict)  # [images, N], how often it acted there
     counts: dict[Size, Tensor] = field(default_factory=dict)  # [images], how often it might have
 
@@ -98,9 +103,10 @@ class Entry:
         if spec.idle:
             return "off: " + ("the gate is closed" if spec.strength and not any(spec.gate.values) else "nothing to do")
         if not self.due:
-            if spec.gate.inflight is not None:
+            if spec.gate.inflight is not None and self.away is None:
                 return "did not act: its gate flagged no image"
-            return f"did not act: none of {steps} steps lies between {spec.start_percent:g} and {spec.end_percent:g}"
+            said = f"did not act: none of {steps} steps lies between {spec.start_percent:g} and {spec.end_percent:g}"
+            return said if self.away is None else f"{said}: they lie from {self.away[0]:.2g} to {self.away[1]:.2g}"
         said = f"acted in {len(self.acted)} of {steps} steps, {len(self.reached)} of {len(self.named)} blocks"
         if left := len(self.due - self.acted):
             said += f" ({left} more step{'s' * (left > 1)} of its window were left out by a cache or another node)"
@@ -153,20 +159,35 @@ class Held:
 
 class Account(Shared):
     """specs: the edits that the MODEL carries; schedule: the noise levels of the steps, the last being where the run
-    ends."""
+    ends; windows: of each edit, the noise levels (start, end); ends: the percents of the first and the last step, asked
+    for where an edit's window holds none."""
 
-    def __init__(self, specs: Sequence[EditSpec], backbone: Backbone, schedule: Sequence[float]) -> None:
-        self.schedule = list(schedule[:-1])
+    def __init__(
+        self,
+        specs: Sequence[EditSpec],
+        backbone: Backbone,
+        schedule: Sequence[float],
+        windows: Mapping[EditSpec, tuple[float, float]] = MappingProxyType({}),
+        ends: Callable[[], tuple[float, float]] = lambda: (0.0, 1.0),
+    ) -> None:
+        self.schedule, self.end = list(schedule[:-1]), schedule[-1] if schedule else 0.0
+        empty = [spec for spec, (high, low) in windows.items() if not any(low < each <= high for each in self.schedule)]
+        self.away = dict.fromkeys(empty, ends()) if empty else {}
+        self.further = {spec for spec, (_, low) in windows.items() if low < self.end}
         self.backbone = backbone
         self.specs = tuple(specs)
         self.gates: dict[str, dict[str, Any]] = {}
         self.trouble = ""
+        self.pictures = False  # whether a positive prompt brings pictures beside its text, which no edit reaches
         self._last = math.nan, 0  # a noise level, and its step
         self.clear()
 
     def clear(self) -> None:
         """Before the first step, also when a run begins again."""
-        self.entries = {spec: Entry(spec, self._named(spec)) for spec in self.specs}
+        self.entries = {
+            spec: Entry(spec, self._named(spec), away=self.away.get(spec), further=spec in self.further)
+            for spec in self.specs
+        }
         self.prompts: dict[str, int] = {}  # rows of each, by the guider's names
         self.edited: set[str] = set()  # those that were taken for conditional
         self.made: list[tuple[str | None, Tensor]] = []  # what each prompt predicts, in one guided prediction
@@ -338,7 +359,10 @@ class Account(Shared):
         more = f"; left alone {unknown} rows of prompts that the guider does not name" if unknown else ""
         lines = [(entry, entry.line(self.steps)) for entry in self.entries.values()]
         lines = [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
-        return [(entry, line + BESIDE * (self.references and bool(entry.acted))) for entry, line in lines]
+        notes = [(BESIDE, self.references), (SHOWN, self.pictures)]
+        beside = "".join(note for note, true in notes if true)
+        lines = [(entry, line + beside * bool(entry.acted)) for entry, line in lines]
+        return [(entry, line + FURTHER * (entry.further and bool(entry.acted or entry.away))) for entry, line in lines]
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""

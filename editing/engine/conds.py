@@ -14,6 +14,7 @@ from ..edits.digest import Shared
 
 CONDS = "concept_guard_conds"  # in transformer_options, below one call of the host's batching: a Named
 ORDER = ("positive", "negative")  # of the prompts of the host's CFGGuider
+SHOWN = "unclip_conditioning"  # in a prompt's entry: pictures, whose embeddings the model is told beside the text
 NOT_POSITIVE = ("neg", "uncond", "empty", "null")  # within the names of all other prompts
 
 
@@ -41,6 +42,7 @@ class Guiders:
     def __init__(self) -> None:
         self.guiders: list[Any] = []
         self.owners: dict[Any, str] = {}  # the name of the list that each uuid comes from
+        self.pictures = False  # whether a positive prompt brings any beside its text
         self.ordered = True  # whether all of them pass their prompts on as the host's CFGGuider does
 
     def add(self, guider: Any, ordered: bool) -> None:
@@ -50,6 +52,7 @@ class Guiders:
         for name, conds in lists.items():
             for cond in conds:
                 self.owners.setdefault(cond.get("uuid"), name)
+                self.pictures |= positive(name) and bool(cond.get(SHOWN))
 
     def named(self, lists: Sequence[Any], images: int) -> Named:
         return Named(tuple(self.name(conds) for conds in lists), images)

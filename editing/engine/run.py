@@ -95,7 +95,8 @@ class Run(Shared):
     ) -> None:
         """A sampling run of a MODEL that carries these edits. schedule: the noise levels of its steps; before: what
         in-flight gates decided in the run that this one goes on with."""
-        self.account = Account(specs, self.backbone, schedule)
+        windows = {spec: self.window(spec) for spec in specs if not spec.idle}
+        self.account = Account(specs, self.backbone, schedule, windows, lambda: self.ends(schedule))
         self.carried, self.model, self.before = frozenset(specs), model, before
         for spec in specs:
             if spec.gate.inflight is not None and not spec.idle:
@@ -125,6 +126,10 @@ class Run(Shared):
         self.momenta.clear()
         del self.hooks  # they hold the run
         self.guiders, self.model = Guiders(), None  # they hold the MODEL
+
+    def ends(self, schedule: Sequence[float]) -> tuple[float, float]:
+        """The percents of the first and the last step. schedule: the steps' noise levels, and where the run ends."""
+        return percent_at(schedule[0], self.percent_to_sigma), percent_at(schedule[-2], self.percent_to_sigma)
 
     def window(self, spec: EditSpec) -> tuple[float, float]:
         """The noise levels of its percents, (start, end), and the first look at an edit that arrives in mid-run."""
@@ -324,3 +329,12 @@ class Run(Shared):
         changed = call.plan.changed(context, key, rows)
         other = changed if value is context else call.plan.changed(value, key, rows)
         return changed, call.plan.revalued(other, key, rows)
+
+
+def percent_at(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
+    """The percent at which a noise level is reached."""
+    p, q = 0.0, 1.0
+    for _ in range(20):
+        middle = (p + q) / 2
+        p, q = (middle, q) if percent_to_sigma(middle) >= sigma else (p, middle)
+    return p
