@@ -1,4 +1,4 @@
-"""A picture that two models draw one after the other, SDXL and its refiner; and what a prompt brings beside its text."""
+"""A picture that two models draw one after the other, SDXL and its refiner; and pictures that a prompt brings."""
 
 from __future__ import annotations
 
@@ -59,12 +59,10 @@ def edited(models: dict[int, Any], width: int, **inputs: Any) -> Any:
     return add_edit(models[width], spec(width, **inputs))
 
 
-def part(model: Any, width: int, latent: Any, start: int, end: int, at: int = AT) -> dict[str, Tensor]:
+def part(model: Any, width: int, latent: Any, start: int, end: int) -> dict[str, Tensor]:
     """The host's KSamplerAdvanced, with what noise is left handed on."""
-    first = start == 0
     conds = cond(width, 1), cond(width, 2)
-    switches = ("enable" if first else "disable"), ("enable" if end < STEPS else "disable")
-    noise, leftover = switches
+    noise, leftover = ("enable" if there else "disable" for there in (start == 0, end < STEPS))
     sampler = nodes.KSamplerAdvanced()
     return sampler.sample(model, noise, 5, STEPS, 4.0, "euler", "normal", *conds, latent, start, end, leftover)[0]
 
@@ -247,7 +245,7 @@ def test_a_picture_in_the_pooled_texts_place_is_edited_as_one_and_the_account_sa
 ) -> None:
     """SDXL reads a picture there where the prompt brings one (Revision)."""
     model = models[width]
-    heard, edit = Heard(model.model.diffusion_model.label_emb), edited(models, width)
+    heard = Heard(model.model.diffusion_model.label_emb)
     about = replace(concept(width), phrases=(replace(concept(width).phrases[0], pooled=text(901, 1280)),))
     edit = add_edit(model, replace(spec(width), source=about))
     latent = {"samples": torch.zeros(1, 4, tiny.SIZE, tiny.SIZE)}
