@@ -16,9 +16,11 @@ from dits import CROSS, build, concept, cond, latent, sample, tokens
 from torch import Tensor
 
 from conceptguard.editing.edits.digest import digest
+from conceptguard.editing.edits.encode import rows_of
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, Phrase
 from conceptguard.editing.engine.host import accounts_of, add_edit, add_watch
 from conceptguard.editing.engine.watch import Watch
+from conceptguard.editing.methods.cre import DEFAULTS
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
 
@@ -119,6 +121,85 @@ def test_cre_edits_what_the_picture_finds_in_the_text(
             torch.testing.assert_close(out[row].double(), want, rtol=close, atol=close)
             moved = max(moved, float((want - A).abs().max()))
     assert moved > 3 * close
+
+
+def becoming() -> Concept:
+    """One whose words show in any prompt that has them, and what its rows become."""
+    own = rows_of(concept().phrases[0].tokens, (1, 2))[1:]
+    like = tuple(torch.cat([tokens(20 + i, 4)[0], own + 0.3 * tokens(30 + i, len(own))[0]]) for i in range(2))
+    phrase = replace(concept().phrases[0], like=like, becomes=(own, tokens(300, 9)[0, : len(own)]))
+    ordinary = tuple(tokens(40 + i, 9)[0] for i in range(3))
+    return replace(concept(), phrases=(phrase,), neutral=tokens(9, 9), ordinary=ordinary, instead=tokens(300, 9))
+
+
+def read_anew(
+    make: Callable[[Tensor], tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, heads: int, s: float
+) -> tuple[Tensor, Tensor]:
+    """One row's output in double precision, by reference.py, and what eq. 4 alone would make of it, were nothing read
+    anew. make: of a text [n, W] to its keys and values; q: [N, C]; k, v: [L, C]."""
+    it = becoming()
+    (phrase,) = it.phrases
+
+    def found(text: Any) -> Tensor:
+        return reference.attention(q, *make(text), heads)
+
+    like, ordinary = ([make(x)[1] for x in some] for some in (phrase.like, it.ordinary))
+    share = reference.said(v, make(rows_of(phrase.tokens, phrase.own)[1:])[1], like, ordinary)
+    A, At, A0, Ar = reference.attention(q, k, v, heads), *map(found, (phrase.tokens[0], it.neutral[0], it.instead[0]))
+    floor = 0.1 * (1.7 + (0.4 - 1.7) * share)
+    more_k, more_v = reference.reread(k, v, *map(make, phrase.becomes), torch.cat(ordinary))
+    near = torch.cosine_similarity(A - A0, At - A0, dim=-1)[:, None] >= floor
+    lost = A - reference.attention(q, k + more_k, v + more_v, heads)
+    outs = (A - share * s * near * lost, A) if share else (A, A)
+    cre = [reference.cre(each, [At], [s], 1, True, False, A0, [floor], instead=[Ar]) for each in outs]
+    return cre[0], cre[1]
+
+
+@every_family
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("batch", "cfg", "dtype", "close"),
+    [
+        (1, 1.0, torch.float32, 1e-3),
+        (3, 5.0, torch.float32, 1e-3),
+        (2, 5.0, torch.bfloat16, 0.02),
+    ],
+)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_prompt_that_says_the_concept_is_read_anew(
+    name: str,
+    batch: int,
+    cfg: float,
+    dtype: torch.dtype,
+    close: float,
+    strength: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By UCE's closed form in each attention's own keys and values, though its keys are not linear in the text; the
+    negative prompt, which says it as well, is left alone."""
+    model, options = build(name, dtype), replace(DEFAULTS, floor=0.1, solve="sum")
+    edited = add_edit(model, EditSpec("projection", becoming(), strength, options=options, node="Test"))
+    prompt, rows = tokens(1, 12), becoming().phrases[0].becomes[0]  # type: ignore[index]
+    prompt[0, 4 : 4 + len(rows)] = rows
+    seen = Outputs(model, name, 12, monkeypatch)
+    sample(name, edited, cond(prompt), cond(prompt.roll(2, 1)), batch=batch, cfg=cfg)
+    network, far, moved = model.model.diffusion_model, [], []
+    assert len(seen.calls) == len(seen.outs) == CROSS[name].blocks
+    for block, (q, k, v), out in zip(network.blocks, seen.calls, seen.outs, strict=True):
+
+        def make(text: Tensor, attn: Any = block.cross_attn) -> tuple[Tensor, Tensor]:
+            K, V = KEYS_VALUES[name](network, attn, text[None].to(dtype))
+            return K[0].double(), V[0].double()
+
+        for row in range(len(q)):
+            if len(q) > batch and row < batch:
+                A = reference.attention(q[row], k[row], v[row], CROSS[name].heads)
+                torch.testing.assert_close(out[row].double(), A, rtol=close, atol=close)
+                continue
+            want, of_eq_4 = read_anew(make, q[row], k[row], v[row], CROSS[name].heads, strength)
+            far.append(float(((out[row].double() - want).abs().amax(-1) > close).float().mean()))
+            moved.append(float(((of_eq_4 - want).abs().amax(-1) > 3 * close).float().mean()))
+    assert max(far) < 0.05 and min(moved) > 0.9  # a cosine at the very floor falls on either side
 
 
 @torch.no_grad()
