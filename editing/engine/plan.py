@@ -254,10 +254,11 @@ class BlockEdits:
         observe: Observer | None,
         note: Note | None = None,
         text: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The edited A, fp32 or A's dtype [R, N, C], and what the prompt's log Z gains where texts are weighed, [R, N,
         H, 1]. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; text: [R, L, W], whose
-        tokens say a concept, if v do not.
+        tokens say a concept, if v do not; bias: what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
 
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
@@ -266,12 +267,12 @@ class BlockEdits:
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         base = A
         if foreign and (self.joined or any(steering.readings for steering in self.steering)):
-            base = (logits(q, k).softmax(-1) @ v.transpose(1, 2).float()).transpose(1, 2)
+            base = (logits(q, k, bias).softmax(-1).nan_to_num() @ v.transpose(1, 2).float()).transpose(1, 2)
         prompt = Prompt(k, v, tokens, base)
         if self.joined:
-            A = A + append(base, q, k, [(*kv.single, s[kv.owner][0]) for kv in self.joined])
+            A = A + append(base, q, k, [(*kv.single, s[kv.owner][0]) for kv in self.joined], bias)
         for kv in self.separate:
-            A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own) if kv.own else None)
+            A = A + reweighted(q, kv.K, kv.V, s[kv.owner], share(q, k, kv.own, bias) if kv.own else None)
         # All from the same A:
         taken = [steering.projection(A, q, prompt, s, observe, note) for steering in self.steering]
         for part, _ in taken:
@@ -279,7 +280,7 @@ class BlockEdits:
         gained = [gain for _, gain in taken if gain is not None]
         A = A.flatten(-2)
         if self.then is not None:
-            A, more = self.then.apply(A, *given, foreign=True, observe=observe, note=note, text=text)
+            A, more = self.then.apply(A, *given, foreign=True, observe=observe, note=note, text=text, bias=bias)
             gained += [] if more is None else [more]
         return A, torch.stack(gained).sum(0) if gained else None
 

@@ -306,9 +306,11 @@ class Run(Shared):
         extra: dict[str, Any],
         foreign: bool = False,
         text: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same for the edited rows alone: A, q: [R, N, C]; k, v: [R, L, C]; returns fp32 or A's dtype, and what the
-        prompt's log Z gains beside a picture, [R, N, H, 1]. text: [R, L, W], whose tokens say a concept, if v do not.
+        prompt's log Z gains beside a picture, [R, N, H, 1]. text: [R, L, W], whose tokens say a concept, if v do not;
+        bias: what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
         """
         call: Call = extra[CALL]
         edits = call.plan.edits(key, call.streams)
@@ -317,7 +319,7 @@ class Run(Shared):
         note = partial(call.note, rows, extra.get("activations_shape") or (1, q.shape[1]))
         observe = extra.get(OBSERVER)
         observer = observe and partial(observe, block=key, specs=call.plan.specs)
-        return edits.apply(A, q, k, v, rows.s, foreign, observer, note, text)
+        return edits.apply(A, q, k, v, rows.s, foreign, observer, note, text, bias)
 
     def text(self, key: BlockKey, context: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The text that an attention makes keys and values of, as the edits leave it. context, value: [B, L, W]."""

@@ -59,15 +59,17 @@ class Watch(Shared):
         images: int,
         shape: Sequence[int],
         bind: Callable[[TokenSet], KV] | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """One attention of one model call. A, q: [B, N, C]; k: [B, L, C]; shape: [.., h, w] with h * w = N.
 
         rows: the positive prompts' rows, all images of one before the next; the prompts count alike. bind: what the
-        concept is there, if not what the attention's own weights make of it.
+        concept is there, if not what the attention's own weights make of it; bias: what a mask adds to the logits of
+        k, of these rows, [R or 1, H or 1, N or 1, L].
         """
         bind = bind or (lambda tokens: backbone.keys_values(key, tokens, q.dtype))
         A, q, k = (split_heads(x[list(rows)], backbone.blocks[key].heads) for x in (A, q, k))
-        found = torch.stack([self._found(bind, A, q, k, p) for p in range(len(self.phrases))])  # [P, R, N]
+        found = torch.stack([self._found(bind, A, q, k, p, bias) for p in range(len(self.phrases))])  # [P, R, N]
         maps = found.unflatten(1, (-1, images)).mean(1)  # [P, images, N]
         self.maps.setdefault(key, []).append(maps.unflatten(-1, tuple(shape[-2:])))
 
@@ -78,8 +80,10 @@ class Watch(Shared):
         tokens = [phrase.tokens.to(device) for phrase in self.phrases]
         return [TokenSets(separate=[TokenSet([0], each, each)]) for each in tokens]
 
-    def _found(self, bind: Callable[[TokenSet], KV], A: Tensor, q: Tensor, k: Tensor, p: int) -> Tensor:
-        """A, q: [R, N, H, d]; k: [R, L, H, d]; returns [R, N]."""
+    def _found(
+        self, bind: Callable[[TokenSet], KV], A: Tensor, q: Tensor, k: Tensor, p: int, bias: Tensor | None
+    ) -> Tensor:
+        """A, q: [R, N, H, d]; k: [R, L, H, d]; bias: [R or 1, H or 1, N or 1, L]; returns [R, N]."""
         sets = self.sets(q.device)[p]
         if self.evidence == "alike":
             (group,) = sets.solved
@@ -88,7 +92,7 @@ class Watch(Shared):
         K, _ = bind(sets.separate[0]).single  # [1 or R, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]
         if self.evidence == "share":
-            A_e = A_e * eiup.share(q, k, [K[:, own]])[0, ..., 0]
+            A_e = A_e * eiup.share(q, k, [K[:, own]], bias)[0, ..., 0]
         return A_e.mean(-1)
 
     def features(self, blocks: Iterable[BlockKey]) -> Tensor:

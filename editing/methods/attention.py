@@ -60,10 +60,12 @@ def found_and_weight(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] |
     return A.transpose(1, 2), Z[..., : q.shape[2]].transpose(1, 2).float()
 
 
-def logits(q: Tensor, K: Tensor) -> Tensor:
-    """q K^T / sqrt d in fp32. q: [R, N, H, d]; K: [R or 1, T, H, d]; returns [R, H, N, T]."""
+def logits(q: Tensor, K: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q K^T / sqrt d in fp32, and what a mask adds. q: [R, N, H, d]; K: [R or 1, T, H, d]; bias: [R or 1, H or 1, N or
+    1, T]; returns [R, H, N, T]."""
     q, K = q.transpose(1, 2).float(), K.transpose(1, 2).float()
-    return q @ K.mT * q.shape[-1] ** -0.5
+    found = q @ K.mT * q.shape[-1] ** -0.5
+    return found if bias is None else found + bias
 
 
 def repetitions(k: Tensor) -> Tensor:

@@ -95,16 +95,17 @@ def reweighted(q: Tensor, K: Tensor, wV: Tensor, s: Tensor, evidence: Tensor | N
     return ((s if evidence is None else s * evidence) * attend(q, K, wV).float()).sum(0)
 
 
-def share(q: Tensor, k: Tensor, own: list[Tensor]) -> Tensor:
+def share(q: Tensor, k: Tensor, own: list[Tensor], bias: Tensor | None = None) -> Tensor:
     """Z_own / (Z_own + Z_prompt), Z = sum_j exp(q k_j / sqrt d): evidence that a concept is there; [M, R, N, H, 1].
 
-    q: [R, N, H, d]; k: [R, L, H, d], the prompt's keys; own: M times [1, n, H, d], the concepts' own tokens' keys.
+    q: [R, N, H, d]; k: [R, L, H, d], the prompt's keys; own: M times [1, n, H, d], the concepts' own tokens' keys;
+    bias: what a mask adds to the prompt's logits, as `logits` has it.
 
     Our reading, the papers have none: A_e is a softmax over the concept's prompt alone and spends its mass somewhere,
     concept or not. Beside the prompt's tokens, the concept's own get much only where the picture turns to them. A
     prompt that was repeated (attention.repetitions) counts once.
     """
-    log_Z = logits(q, k).logsumexp(-1) - repetitions(k).log()[:, None, None]  # [R, H, N]
+    log_Z = logits(q, k, bias).logsumexp(-1) - repetitions(k).log()[:, None, None]  # [R, H, N]
     shares = [torch.sigmoid(logits(q, K).logsumexp(-1) - log_Z) for K in own]
     return torch.stack(shares).transpose(2, 3)[..., None]
 

@@ -25,17 +25,19 @@ from .tokens import TokenSet, TokenSets
 MECHANISMS = ("concat", "additive")  # how a prompt was learned to enter
 
 
-def append(A: Tensor, q: Tensor, k: Tensor, extra: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def append(
+    A: Tensor, q: Tensor, k: Tensor, extra: list[tuple[Tensor, Tensor, Tensor]], bias: Tensor | None = None
+) -> Tensor:
     """softmax(q [k; K_1; ..]^T / sqrt d) [v; V_1; ..] - A for A = softmax(q k^T / sqrt d) v: what appending changes.
 
     A, q: [R, N, H, d]; k: [R, L, H, d]; extra: K_i, V_i: [1, n_i, H, d] and how often to append them, s_i: [R];
-    returns fp32 [R, N, H, d].
+    bias: what a mask adds to the prompt's logits, as `logits` has it; returns fp32 [R, N, H, d].
 
     Tokens are appended s_i times for every time that the prompt stands in the context (`repetitions`): beside a prompt
     that was repeated a single copy would count for less.
     """
     repeats = repetitions(k)
-    log_Z = [logits(q, k).logsumexp(-1)]  # [R, H, N]
+    log_Z = [logits(q, k, bias).logsumexp(-1)]  # [R, H, N]
     attentions = []
     for K, V, s in extra:
         e = logits(q, K)

@@ -52,6 +52,7 @@ from ..run import CALL, Call, Run
 from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
+HIDDEN = torch.finfo(torch.float16).min / 2  # what a mask adds to a logit where it hides a token, whatever its dtype
 WORTH = 0.05  # the share of a call's tokens above which two calls are made of it, to be without them
 
 
@@ -622,15 +623,14 @@ class JointHooks:
         text, image = sections(self.backbone.kind, call.place, shapes[0].shape[1])
         q_i, k_i, v_i = (x[rows.index] for x in shapes)
         q_i, mask = q_i[:, image], mask_of(args, more, rows.index, image)
-        read = readable(mask, text)
-        k_P, v_P = k_i[:, text][:, read], v_i[:, text][:, read]
+        k_P, v_P, bias = k_i[:, text], v_i[:, text], bias_of(mask, text)
 
         def changed(A: Tensor) -> tuple[Tensor, Tensor | float]:
             """A_t as the edits leave it, and what log Z_text gains, [R, N, H, 1]. A: [R, N, H, d]."""
             flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
             shape = (len(q), 1, call.place.height, call.place.width)
-            here, said = {**extra, "activations_shape": shape}, call.place.said[rows.index]
-            out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=said)
+            here, said = {**extra, "activations_shape": shape}, seen_of(call.place.said[rows.index], bias)
+            out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=said, bias=bias)
             return out.unflatten(-1, (heads, -1)), 0.0 if gained is None else gained
 
         by_head = more.get("skip_output_reshape", False)
@@ -662,10 +662,11 @@ class JointHooks:
         q, k, v = (x[index] for x in shapes)
         q, mask = q[:, image], mask_of(args, more, index, image)
         A, _ = split(q, k, v, text, mask)
-        flat, queries, keys = (x.flatten(2) for x in (A.to(q.dtype), q, k[:, text][:, readable(mask, text)]))
+        flat, queries, keys = (x.flatten(2) for x in (A.to(q.dtype), q, k[:, text]))
         bind = partial(call.seen.keys_values, key)
         shape = (len(q), 1, call.place.height, call.place.width)
-        call.watch.see(self.backbone, key, flat, queries, keys, range(len(q)), call.served.images, shape, bind)
+        rows, bias = range(len(q)), bias_of(mask, text)
+        call.watch.see(self.backbone, key, flat, queries, keys, rows, call.served.images, shape, bind, bias)
 
 
 @dataclass
@@ -803,12 +804,22 @@ def mask_of(args: tuple[Any, ...], more: dict[str, Any], rows: slice | Tensor, i
     return mask[:, :, image] if mask.shape[2] > 1 else mask
 
 
-def readable(mask: Tensor | None, text: slice) -> Tensor | slice:
-    """Which tokens of the text the mask, [B, H, N, S], lets the picture see: [T]."""
+def bias_of(mask: Tensor | None, text: slice) -> Tensor | None:
+    """What the mask, [R, H, N, L], adds to the logits of the text's tokens: fp32 [R, H, N, T]."""
     if mask is None:
-        return slice(None)
-    seen = mask[..., text]
-    return (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).flatten(0, 2).any(0)
+        return None
+    of_text = mask[..., text]
+    return torch.where(of_text, 0.0, -torch.inf) if of_text.dtype == torch.bool else of_text.float()
+
+
+def seen_of(said: Tensor, bias: Tensor | None) -> Tensor:
+    """A text [R, T, W] in which a token that the picture does not see says what the first does that it sees. bias:
+    [R or 1, H, N, T or more], fp32."""
+    if bias is None:
+        return said
+    seen = (bias > HIDDEN).flatten(1, 2).any(1)[:, : said.shape[1]]
+    first = seen.int().argmax(1).expand(len(said))
+    return torch.where(seen[..., None], said, said[torch.arange(len(said), device=said.device), first][:, None])
 
 
 def split(q: Tensor, k: Tensor, v: Tensor, text: slice, mask: Tensor | None) -> tuple[Tensor, Tensor]:
