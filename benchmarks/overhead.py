@@ -44,10 +44,10 @@ def concept(shape: str, i: int) -> Concept:
 
 def whole(shape: str, i: int) -> Concept:
     """The same as its node makes it, with something to draw instead: as many rows as for one token."""
-    rows, _ = conditioning(shape, 1, 2000 + i)
-    like, ordinary = rows[0, :40].split(8), rows[0, 40:].split(2)
+    rows = torch.cat([conditioning(shape, 1, 2000 + 5 * i + j)[0][0] for j in range(5)])
+    said, become, ordinary = rows[:94], rows[94:188], rows[188:316].split(8)
     made = concept(shape, i)
-    phrase = replace(made.phrases[0], like=like, becomes=(rows[0, :60], rows[0, 17:]))
+    phrase = replace(made.phrases[0], like=said[:40].split(8), becomes=(said, become))
     return replace(made, phrases=(phrase,), ordinary=ordinary, instead=conditioning(shape, 1, 3000 + i)[0])
 
 
@@ -195,19 +195,18 @@ def memory() -> list[Row]:
     return rows
 
 
-def on_meta(projection: Any, rows: Tensor) -> Tensor:
-    """Rows of a text [n, W] through an attention's projection, [n, C]."""
-    out: Tensor = projection(rows.to("meta", torch.float16)[None])[0]
-    return out
+def nothing(projection: Any, rows: Tensor) -> Tensor:
+    """As many zeros as rows of a text [n, W] are through an attention's projection, [n, C]."""
+    return torch.zeros(projection(rows.to("meta", torch.float16)[None]).shape[1:], dtype=torch.float16)
 
 
 def read_anew(shape: str, backbone: Any) -> int:
-    """Bytes of a concept's readings."""
+    """Bytes of a concept's readings, without what all share."""
     said, total = whole(shape, 0), 0
     for attn in backbone.blocks.values():
-        made = reading(said, partial(on_meta, attn.to_k), partial(on_meta, attn.to_v))
+        made = reading(said, partial(nothing, attn.to_k), partial(nothing, attn.to_v), {})
         assert made is not None
-        total += sum(x.nbytes for x in (made.B, made.k, made.v))
+        total += sum(x.nbytes for x in (made.x, made.k, made.v))
     return total
 
 

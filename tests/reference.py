@@ -163,20 +163,33 @@ def said(
 
 
 def reread(
-    k: Tensor, v: Tensor, T: tuple[Tensor, Tensor], G: tuple[Tensor, Tensor], P: Tensor, lam: float = 0.2
+    k: Tensor,
+    v: Tensor,
+    T: tuple[Tensor, Tensor],
+    G: tuple[Tensor, Tensor],
+    P: Tensor,
+    tau: float = 0.07,
+    none: float = 0.5,
+    common: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """What the keys and values of a prompt gain by being read anew, token by token: b (G_k - T_k), b (G_v - T_v), where
-    b_i = v (lam m I + T^T T + P^T P)^-1 T_i, m the mean square length of T. k, v: [L, C]; T, G: keys and values [n, C];
-    P: values [m, C]."""
+    """What the keys and values of a prompt gain by being read anew, token by token: the sum over T's rows of w_i (G_k -
+    T_k) and w_i (G_v - T_v), w being a softmax over T's and P's rows, and one of cosine `none`, of the cosines without
+    what P's rows vary in. k, v: [L, C]; T, G: keys and values [n, C]; P: values [m, C]."""
     (Tk, Tv), (Gk, Gv) = ([x.double() for x in pair] for pair in (T, G))
-    K = lam * sum(float(t @ t) for t in Tv) / len(Tv) * torch.eye(v.shape[1], dtype=torch.double)
-    for row in (*Tv, *P.double()):
-        K += torch.outer(row, row)
+    P, v0 = P.double(), P.double().mean(0)
+    covariance = (P - v0).T @ (P - v0)
+    least = common * covariance.trace() / min(P.shape)
+    e, u = torch.linalg.eigh(covariance + least * torch.eye(len(v0), dtype=torch.double))
+    M = u @ torch.diag(e**-0.5) @ u.T
     more_k, more_v = torch.zeros_like(k.double()), torch.zeros_like(v.double())
     for j, value in enumerate(v.double()):
-        solved = torch.linalg.solve(K, value)
+        own = M @ (value - v0)
+        w = []
+        for row in (*Tv, *P):
+            other = M @ (row - v0)
+            w.append(torch.exp(own @ other / (own.norm() * other.norm()) / tau))
+        w.append(torch.exp(torch.tensor(none / tau, dtype=torch.double)))
         for i in range(len(Tv)):
-            b = solved @ Tv[i]
-            more_k[j] += b * (Gk[i] - Tk[i])
-            more_v[j] += b * (Gv[i] - Tv[i])
+            more_k[j] += w[i] / sum(w) * (Gk[i] - Tk[i])
+            more_v[j] += w[i] / sum(w) * (Gv[i] - Tv[i])
     return more_k, more_v

@@ -44,6 +44,7 @@ from conceptguard.editing.presets.document import read, write
 from conceptguard.nodes.preset import suits
 
 IMAGE = (dits.SIZE // 2) ** 2
+CRE_BY_TOKENS = replace(tiny.CRE, floor=0.1, evidence="tokens")
 
 
 class Seen:
@@ -547,6 +548,86 @@ def test_a_prompts_encoding_says_a_concept_and_raises_no_floor_where_it_cannot_t
         assert found.shape == (1, 2, 1)
         least = UNKNOWN if margin > 1 else 0.0
         assert found.flatten().tolist() == pytest.approx([max(want, least)] * 2, abs=1e-3)
+
+
+class Texts:
+    """The texts of all model calls, [B, T, W]."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[Tensor] = []
+        through = ModelCall.through
+
+        def told(made: ModelCall, executor: Any) -> Tensor:
+            self.seen.append(made.context.clone())
+            return through(made, executor)
+
+        monkeypatch.setattr(ModelCall, "through", told)
+
+
+def becoming(share: float) -> tuple[Concept, Tensor]:
+    """A concept that other prompts say as well, with what its rows become there, and a prompt of other words that holds
+    its rows as far as `share`."""
+    concept = dits.concept()
+    rows = rows_of(concept.phrases[0].tokens, concept.phrases[0].own)
+    like = tuple(torch.cat([tokens(20 + i, 4)[0], rows + 0.3 * tokens(30 + i, len(rows))[0]]) for i in range(2))
+    becomes = rows[1:], tokens(50, len(rows))[0, 1:]
+    phrase, ordinary = (
+        replace(concept.phrases[0], like=like, becomes=becomes),
+        tuple(tokens(40 + i, 9)[0] for i in range(3)),
+    )
+    prompt = tokens(1, 12)
+    prompt[0, 3 : 3 + len(rows)] = share * rows + (1 - share) * prompt[0, 3 : 3 + len(rows)]
+    return replace(concept, phrases=(phrase,), ordinary=ordinary), prompt
+
+
+@every_form
+@pytest.mark.parametrize(("share", "strength"), [(1.0, 1.0), (0.85, 0.6), (0.0, 1.0)])
+def test_a_text_is_read_anew_before_the_first_block(
+    name: str, form: str, share: float, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it says the concept, in the positive prompt alone; and what it says then is what lowers the floor."""
+    if form == "beside":
+        beside(monkeypatch)
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    concept, prompt = becoming(share)
+    asked: list[Tensor] = []
+    plain = cre_method.floors
+    monkeypatch.setattr(cre_method, "floors", lambda floor, said, peak: asked.append(said) or plain(floor, said, peak))
+    spec = EditSpec("projection", concept, strength, options=CRE_BY_TOKENS, node="Test")
+    texts, negative = Texts(monkeypatch), tokens(2, 12)
+    dits.sample(name, add_edit(dits.build(name), spec), cond(prompt), cond(negative), batch=2, cfg=5.0)
+    T, G = concept.phrases[0].becomes  # type: ignore[misc]
+    P, own = torch.cat(concept.ordinary), rows_of(concept.phrases[0].tokens, (1, 2))[1:]
+
+    def said_by(x: Tensor) -> float:
+        return reference.said(x, own, concept.phrases[0].like, concept.ordinary, COMMON, SURE)
+
+    sure = max(0.0, (said_by(prompt[0]) - UNKNOWN) / (1 - UNKNOWN))
+    assert (sure > 0) == (share > 0)
+    anew = prompt[0] + strength * sure * reference.reread(prompt[0], prompt[0], (T, T), (G, G), P)[1]
+    if FAMILIES[name].beside:  # what stands beside the text would say it still
+        anew = prompt[0].double()
+    front = max(0, FAMILIES[name].least - 12)
+    edited = next(x for x in reversed(texts.seen) if len(x) in (2, 4) and x.shape[1] >= front + 12)[-2:, : front + 12]
+    assert not edited[:, :front].any()
+    for row in edited[:, front:]:
+        torch.testing.assert_close(row.double(), anew, rtol=1e-3, atol=1e-3)
+        if not share:
+            assert torch.equal(row, prompt[0])
+    if not FAMILIES[name].beside:
+        assert {round(float(x.flatten()[0]), 2) for x in asked} == {round(said_by(anew), 2)}
+    others = [x[:2, front : front + 12] for x in texts.seen if len(x) == 4]
+    assert all(torch.equal(row, negative[0]) for x in others for row in x)
+
+
+def test_a_text_is_read_anew_for_edits_of_all_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks read the one text."""
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    concept, prompt = becoming(1.0)
+    spec = EditSpec("projection", concept, options=CRE_BY_TOKENS, blocks="double", node="Test")
+    texts = Texts(monkeypatch)
+    dits.sample("Flux.1", add_edit(dits.build("Flux.1"), spec), cond(prompt))
+    assert torch.equal(texts.seen[-1][0, :12], prompt[0])
 
 
 @pytest.mark.parametrize("name", ["Flux.1", "Z-Image"])

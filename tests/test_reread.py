@@ -76,11 +76,11 @@ def apart(result: Tensor, expected: Tensor) -> float:
     return float(((result.double() - expected).abs().amax(-1) > 2e-3).float().mean())
 
 
-def test_the_closed_form_is_the_formulas() -> None:
+def test_what_is_looked_up_is_the_formulas() -> None:
     concept = becoming(100)
     weights = {which: torch.randn(16, 24, generator=torch.Generator().manual_seed(i)) for i, which in enumerate("kv")}
     keys, values = (lambda x, w=weights[which]: x @ w for which in "kv")
-    made = reading(concept, keys, values)
+    made = reading(concept, keys, values, {})
     k, v = (saying((concept, 1.0))[0][0] @ weights[which] for which in "kv")
     T, G = ([x @ weights[which] for which in "kv"] for x in concept.phrases[0].becomes)
     for result, slow in zip(
@@ -89,10 +89,18 @@ def test_the_closed_form_is_the_formulas() -> None:
         torch.testing.assert_close(result[0].double(), slow, rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_like_no_row_or_of_zeros_stays() -> None:
+    made = reading(becoming(100), lambda x: x, lambda x: x, {})
+    said = becoming(100).phrases[0].becomes[0]
+    moved = [made(rows[None])[1].norm(dim=-1).mean() for rows in (said, tiny.tokens(55)[0])]
+    assert moved[1] < 0.4 * moved[0]
+    assert not made(0 * said[None])[0].any()
+
+
 def test_what_is_kept_is_read_as_before() -> None:
     concept, cups = becoming(100), tiny.concept("cup", 300).phrases
     values = lambda x: x  # noqa: E731
-    plain, kept = (reading(each, values, values) for each in (concept, replace(concept, keep=cups)))
+    plain, kept = (reading(each, values, values, {}) for each in (concept, replace(concept, keep=cups)))
     rows = rows_of(cups[0].tokens, cups[0].own)[None, 1:]
     assert kept(rows)[1].norm() < 0.6 * plain(rows)[1].norm()
 
@@ -188,7 +196,7 @@ def test_what_a_concept_becomes_is_part_of_what_it_is() -> None:
 @torch.no_grad()
 def test_values_of_nothing_change_nothing() -> None:
     """As of a block whose projection is zeroed."""
-    made = reading(becoming(100), lambda x: x, lambda x: 0 * x)
+    made = reading(becoming(100), lambda x: x, lambda x: 0 * x, {})
     k, v = made(torch.zeros(1, 5, 16))
     assert not k.any() and not v.any()
 

@@ -13,8 +13,11 @@ from .encode import TAIL, encode, own_tokens, rows_of
 from .spec import Phrase
 
 SAYINGS = ("{}", "a picture of {}", "a drawing of {} on a table", "{} and a person", "a person beside {}")
-# More of what stands behind a phrase, for what that becomes.
-FURTHER = ("{} in the style of a painting", "a picture of {} in an old style", "{} on a white background")
+# More of what stands behind a phrase, and of things beside it, for what these become.
+FURTHER = (
+    *("{} in the style of a painting", "a picture of {} in an old style", "{} on a white background"),
+    *("{} and a cat", "{} next to a car", "{} and an apple", "{} next to a book"),
+)
 
 ARTICLES = ("a", "an", "the", "some")
 

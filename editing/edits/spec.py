@@ -110,6 +110,10 @@ class Concept(Shared):
         return "" if self.baseline is None else digest((self.baseline,))
 
     @cached_property
+    def ordinary_key(self) -> str:
+        return digest(self.ordinary)
+
+    @cached_property
     def key(self) -> str:
         later = [x for x in (*self.ordinary, self.instead, self.pooled, self.pooled_instead) if x is not None]
         phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))

@@ -21,8 +21,8 @@ from ..methods.attention import attend, attend_and_weigh, logits, split_heads
 from ..methods.eiup import reweighted, share
 from ..methods.found import Found, Kept, Weight
 from ..methods.kpop import append
-from ..methods.reread import Reading, reading
-from ..methods.said import MARGIN, UNKNOWN, Said, said_test
+from ..methods.reread import Ordinary, Reading, reading
+from ..methods.said import MARGIN, UNKNOWN, Said, said_test, surely
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
@@ -179,8 +179,18 @@ def readings_of(
     group: Solved, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor | None]
 ) -> dict[int, Reading]:
     """Of the edits whose concepts say what their prompts become; keys, values: as `reading` has them."""
-    found = {i: reading(concept, keys, values) for i, concept in group.tested.items()}
+    plain: dict[str, Ordinary] = {}
+    found = {i: reading(concept, keys, values, plain) for i, concept in group.tested.items()}
     return {i: made for i, made in found.items() if made is not None}
+
+
+def readings_in(groups: Iterable[Solved], device: torch.device) -> dict[int, Reading]:
+    """The same of encodings themselves, of all groups."""
+
+    def as_they_are(rows: Tensor) -> Tensor:
+        return rows.to(device)
+
+    return {i: made for group in groups for i, made in readings_of(group, as_they_are, as_they_are).items()}
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,7 +330,12 @@ class Plan:
         self.prompts = list(prompts_of(gathered.values())) if backbone.streamed else []
         stages = [stage for sets in gathered.values() for stage in sets.stages] if backbone.streamed else []
         solved = [group for stage in stages for group in stage.solved]
-        self.tests = tests_of(solved, lambda rows: rows.to(device), MARGIN)  # of a text that no block has changed yet
+        # Of a text that no block has changed yet:
+        self.tests = tests_of(solved, lambda rows: rows.to(device), MARGIN)
+        readings = readings_in(solved, device) if self.tests else {}
+        self.readings = {
+            i: made for i, made in readings.items() if i in self.tests and set(self.chosen[i]) == everywhere
+        }
 
     def edits(self, key: BlockKey, streams: Streams | None) -> BlockEdits | None:
         """What happens to one attention's output in a model call with these streams."""
@@ -385,6 +400,15 @@ class Plan:
         for i, change in here:
             c = change(c, rows.s[i])
         return put(context, rows.index, c)
+
+    def reread(self, context: Tensor, rows: Rows) -> Tensor:
+        """`context` [B, L, W], before the first block, read anew where it says a concept, in the edited rows."""
+        c = context[rows.index]
+        more = torch.zeros_like(c, dtype=torch.float32)
+        for i, of_concept in self.readings.items():
+            share = surely(self.tests[i](c).amax(0)) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
+            more += share[..., None] * of_concept(c)[1]
+        return put(context, rows.index, c.float() + more)
 
     def repooled(self, y: Tensor, rows: Rows) -> Tensor:
         """What a model is told beside the time, y [B, ..], as the edits of the pooled text in front of it make it."""

@@ -62,7 +62,8 @@ class CREOptions:
     Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
     queries find in the replacement is what remains. As far as the prompt's own tokens say the concept (`evidence`), A'
     comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
-    they are beside the replacement; eq. 4 is of A' then.
+    they are beside the replacement; eq. 4 is of A' then. In a joint attention the text itself is read anew, before the
+    first block, and what it says then is the evidence.
     """
 
     width: str

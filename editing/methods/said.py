@@ -53,11 +53,14 @@ class Common:
 
     @classmethod
     def of(cls, x: Tensor) -> Common:
-        """x: [n, C], of mean 0."""
-        _, sizes, u = torch.linalg.svd(x.cpu(), full_matrices=False)  # not every device has it
-        e = sizes.square()
-        least = COMMON * e.mean()
-        return cls(u.to(x), (1 - (least / (e + least)).sqrt()).to(x))
+        """x: [n, C], of mean 0; from the few rows' products."""
+        X = x.cpu().double()  # not every device has what follows
+        e, w = torch.linalg.eigh(X @ X.T)
+        e = e.clamp_min(torch.finfo(x.dtype).tiny)
+        least = COMMON * e.sum() / min(x.shape)
+        share = 1 - (least / (e + least)).sqrt()
+        much = share > 1e-3
+        return cls((w.T @ X / e.sqrt()[:, None])[much].to(x), share[much].to(x))
 
     def left_out(self, x: Tensor) -> Tensor:
         """x [.., C] without it."""
@@ -130,6 +133,11 @@ def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, 
     return t[best], low[best], high[best], best
 
 
+def surely(said: Tensor) -> Tensor:
+    """As far as it is more than nothing known: 0 to 1, in said's shape, [K, R, ..]."""
+    return ((said - UNKNOWN) / (1 - UNKNOWN)).clamp(0, 1)
+
+
 def floors(floor: float, said: Tensor | None, peak: Tensor | None = None) -> Tensor | float:
     """The floor of each phrase and row: as it is where nothing is known of the tokens. said: [K, R, 1]; peak: the
     greatest cosine of any position, [K, R, 1, H, 1], for a floor that is no lower than PEAK of it where tokens say the
@@ -141,4 +149,4 @@ def floors(floor: float, said: Tensor | None, peak: Tensor | None = None) -> Ten
     if peak is None:
         return found
     least = (PEAK * peak).clamp_min(SAID * floor)
-    return torch.where(said > UNKNOWN, torch.lerp(floor + 0 * least, least, (said - UNKNOWN) / (1 - UNKNOWN)), found)
+    return torch.where(said > UNKNOWN, torch.lerp(floor + 0 * least, least, surely(said)), found)

@@ -23,7 +23,8 @@ A concept's keys and values are those of its stream (streams.py), in one of two 
               alone. The picture that a concept reads is then the run's own, drawn with the prompt and edited. Prompts
               that no edit is for, the negative ones, have a call of their own without them, where that is worth it
 
-They agree in the first block, whose text has read nothing yet. All of it happens in the host's
+They agree in the first block, whose text has read nothing yet. Where a prompt says the concept it is read anew before
+that (methods/reread.py). All of it happens in the host's
 `optimized_attention_override`, around whatever another pack has put there.
 """
 
@@ -366,6 +367,8 @@ class Joint(Backbone):
             made.more["c_crossattn"] = call.place.said = self.changed(run, call, made)
         if not call.plan.prompts:
             return made
+        if call.plan.readings and not self.kind.second:  # what stands beside such a text says it still
+            made.more["c_crossattn"] = call.place.said = call.plan.reread(made.context, rows)
         if self.appends(made):
             idle = self.idle(run, call, made, rows)
             return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
