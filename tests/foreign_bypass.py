@@ -314,3 +314,37 @@ def negpip_model(model: Any) -> Any:
 def doubled(cond: list[list[Any]]) -> list[list[Any]]:
     """A CONDITIONING as NegPip's CLIP makes it, of a plain one."""
     return [[tokens.repeat_interleave(2, 1), extra] for tokens, extra in cond]
+
+
+class WanVideoNAG:
+    """KJNodes': a forward of its own in each of Wan's cross-attentions, which reads the prompt and then a text of its
+    own, by the host's attention and with the host's options. looked: q, k, v and what each found."""
+
+    def __init__(self, negative: Tensor, scale: float = 3.0, alpha: float = 0.25, tau: float = 2.5) -> None:
+        self.negative, self.scale, self.alpha, self.tau = negative, scale, alpha, tau
+        self.looked: list[tuple[Tensor, ...]] = []
+
+    def patch(self, model: Any) -> Any:
+        model = model.clone()
+        network = model.get_model_object("diffusion_model")
+        with torch.no_grad():
+            text = network.text_embedding(self.negative)
+        for i, block in enumerate(network.blocks):
+            forward = MethodType(partial(self.forward, text), block.cross_attn)
+            model.add_object_patch(f"diffusion_model.blocks.{i}.cross_attn.forward", forward)
+        return model
+
+    def forward(self, text: Tensor, attn: Any, x: Tensor, context: Tensor, **more: Any) -> Tensor:
+        """text, context: [b, L, C]; x: [b, N, C]."""
+        q = attn.norm_q(attn.q(x))
+        options = more.get("transformer_options", {})
+        found = []
+        for each in (context, text.expand(len(x), -1, -1)):
+            k, v = attn.norm_k(attn.k(each)), attn.v(each)
+            found.append(optimized_attention(q, k, v, heads=attn.num_heads, transformer_options=options))
+            self.looked.append((q, k, v, found[-1].clone()))
+        z, z_n = found
+        guided = z * self.scale - z_n * (self.scale - 1)
+        longer = guided.norm(p=1, dim=-1, keepdim=True) / z.norm(p=1, dim=-1, keepdim=True)
+        guided = guided * (self.tau / longer).clamp(max=1)
+        return attn.o(guided * self.alpha + z * (1 - self.alpha))

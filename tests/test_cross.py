@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.supported_models
+import foreign_bypass as packs
 import pytest
 import reference
 import tiny
@@ -222,6 +223,54 @@ def test_a_block_behind_one_that_is_left_out_has_its_own_keys(monkeypatch: pytes
     want = reference.cre(A, At, [0.7] * 2, 1, clip=True, joint=True, A0=found(concept().baseline))
     torch.testing.assert_close(out[0].double(), want, rtol=2e-4, atol=2e-4)
     assert not torch.allclose(want, A, atol=1e-2)
+
+
+def twice(given: Any, more: Any) -> Any:
+    """A pack's block that calls the host's own again, as for another look at it."""
+    more["original_block"](dict(given))
+    return more["original_block"](given)
+
+
+@pytest.mark.parametrize("name", ["Wan", "Cosmos-Predict2"])
+def test_a_block_that_is_called_twice_has_its_own_keys_both_times(name: str) -> None:
+    model = build(name)
+    edited = cre(model)
+    plain = sample(name, edited, steps=2)
+    edited.set_model_patch_replace(twice, "dit", "double_block", 0)
+    assert torch.equal(sample(name, edited, steps=2), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [9, 5, 16], ids=["as long as the prompt", "shorter", "as long as the picture"])
+@pytest.mark.parametrize("order", [False, True])
+def test_beside_a_guidance_within_the_attentions(order: bool, text: int) -> None:
+    """KJNodes' WanVideoNAG: what it finds in the prompt is edited with the block's own keys, its own text left alone."""
+    model, heads = build("Wan"), CROSS["Wan"].heads
+    nag = packs.WanVideoNAG(tokens(50, text))
+    edited = nag.patch(cre(model, strength=0.7)) if order else cre(nag.patch(model), strength=0.7)
+    plain = sample("Wan", nag.patch(model), cond(tokens(1, text)), batch=2)
+    nag.looked.clear()
+    made = sample("Wan", edited, cond(tokens(1, text)), batch=2)
+    assert len(nag.looked) == 2 * CROSS["Wan"].blocks and not torch.allclose(made, plain, atol=1e-2)
+    network, moved = model.model.diffusion_model, 0.0
+    for i, (q, k, v, out) in enumerate(nag.looked):
+        attn = network.blocks[i // 2].cross_attn
+        for row in range(2):
+            A = reference.attention(q[row], k[row], v[row], heads)
+
+            def found(encoding: Tensor, attn: Any = attn, q: Tensor = q[row]) -> Tensor:
+                return reference.attention(q, *(x[0] for x in of_wan(network, attn, encoding)), heads)
+
+            At, A0 = [found(phrase.tokens) for phrase in concept(2).phrases], found(concept().baseline)
+            want = A if i % 2 else reference.cre(A, At, [0.7] * 2, 1, clip=True, joint=True, A0=A0)
+            torch.testing.assert_close(out[row].double(), want, rtol=2e-4, atol=2e-4)
+            moved = max(moved, float((want - A).abs().max()))
+    assert moved > 0.01
+    accounts = accounts_of(edited)
+    assert accounts is not None and (account := accounts.of("")) is not None
+    (only,) = account.entries.values()
+    assert not only.missed and (only.installed, only.edited) == (1, 2)
+    assert not any(module._forward_pre_hooks for module in network.modules())
 
 
 @pytest.mark.parametrize("order", [False, True])

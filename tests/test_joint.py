@@ -6,6 +6,7 @@ concept becomes in each block is what the unedited model makes of it as its prom
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from dataclasses import replace
@@ -323,6 +324,35 @@ def test_prompts_without_an_edit_carry_no_texts(name: str, gate: Gate, monkeypat
     assert not lengths
 
 
+def test_a_patch_that_holds_prompts_against_each_other_has_them_in_one_call() -> None:
+    """As a guidance within the blocks does, and newer hosts' NAG within the attentions."""
+    model, seen = dits.build("Qwen-Image"), []
+
+    def guided(given: dict[str, Any]) -> dict[str, Any]:
+        parts, img = given["transformer_options"]["cond_or_uncond"], given["img"]
+        seen.append(sorted(parts))
+        if len(parts) > 1:
+            positive, negative = (img.chunk(len(parts))[parts.index(i)] for i in (0, 1))
+            given["img"] = torch.cat([positive + 0.5 * (positive - negative), negative][:: 1 - 2 * parts.index(0)])
+        return given
+
+    patched = model.clone()
+    patched.set_model_patch(guided, "double_block")
+    both, edited, plain = (dits.sample("Qwen-Image", each, cfg=4.0) for each in (cre(patched), cre(model), patched))
+    assert seen == [[0, 1]] * 4
+    assert not torch.allclose(both, edited, atol=1e-2) and not torch.allclose(both, plain, atol=1e-2)
+
+
+@pytest.mark.skipif("Krea 2" not in FAMILIES, reason="this host has no NAG")
+@pytest.mark.parametrize("name", ["Flux.1", "Krea 2"])
+def test_beside_newer_hosts_nag(name: str) -> None:
+    NAGuidance = importlib.import_module("comfy_extras.nodes_nag").NAGuidance
+    model = dits.build(name)
+    guided = NAGuidance.execute(model, 5.0, 0.5, 1.5).args[0]
+    both, edited, plain = (dits.sample(name, each, cfg=1.0) for each in (cre(guided), cre(model), guided))
+    assert not torch.allclose(both, edited, atol=1e-2) and not torch.allclose(both, plain, atol=1e-2)
+
+
 def cre(model: Any, **changes: Any) -> Any:
     return add_edit(model, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test", **changes))
 
@@ -383,6 +413,19 @@ def test_a_block_behind_one_that_is_left_out_keeps_its_name() -> None:
     assert not torch.equal(dits.sample("SD3", cre(model, blocks="joint.1")), dits.sample("SD3", model))
     with pytest.raises(ValueError, match="reached none of 1 blocks"):
         dits.sample("SD3", cre(model, blocks="joint.0"))
+
+
+def test_a_block_that_is_called_twice_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside(monkeypatch)  # as next to any block that another pack replaces
+    model = dits.build("SD3")
+    plain = dits.sample("SD3", cre(model, blocks="joint.1"), steps=2)
+
+    def twice(given: Any, others: Any) -> Any:
+        others["original_block"](dict(given))
+        return others["original_block"](given)
+
+    model.set_model_patch_replace(twice, "dit", "double_block", 0)
+    assert torch.equal(dits.sample("SD3", cre(model, blocks="joint.1"), steps=2), plain)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -120,12 +120,14 @@ FAMILIES = (
 @dataclass
 class Place(Shared):
     """text: tokens of the model call; width: of the picture; calls, count: attentions that have been called, and
-    cross-attentions among them."""
+    cross-attentions among them; within: the block whose cross-attention another pack's forward computes, -1 before the
+    first, None where the host's own do."""
 
     text: int
     width: int
     calls: int = 0
     count: int = 0
+    within: int | None = None
 
 
 @register_backbone
@@ -189,9 +191,13 @@ class Cross(Backbone):
             text, options = made.context, made.more["transformer_options"]
             made.more["c_crossattn"], _ = run.text(next(iter(self.blocks)), text, text, options)
             call.read.update(dict.fromkeys(self.blocks))
-        if self.kind.overridden:
-            return made.with_options(counted(made.more["transformer_options"], call.place))
-        return Projected(made.x, made.t, made.more, made.given, CrossHooks(run, self), self.network.blocks)
+        if not self.kind.overridden:
+            return Projected(made.x, made.t, made.more, made.given, CrossHooks(run, self), self.network.blocks)
+        made = made.with_options(counted(made.more["transformer_options"], call.place))
+        if not any("forward" in vars(block.cross_attn) for block in self.network.blocks):
+            return made
+        call.place.within = -1
+        return Entered(made.x, made.t, made.more, made.given, call.place, self.network.blocks)
 
     def admit(self, spec: Any) -> None:
         super().admit(spec)
@@ -228,8 +234,11 @@ class CrossHooks:
         return self.attended(key, A, q, k, v, extra)
 
     def reads(self, place: Place, q: Tensor, k: Tensor) -> bool:
-        """Whether an attention reads the text: where it has as many tokens as the picture, every second one does."""
+        """Whether an attention reads the text: where it has as many tokens as the picture, every second one does. Of
+        another pack's, the first of its block: what it reads then is a text of its own, as a negative one's."""
         place.calls += 1
+        if place.within is not None:
+            return k.shape[1] == place.text and place.count == place.within
         return k.shape[1] == place.text and (q.shape[1] != k.shape[1] or place.calls % 2 == 0)
 
     def attended(self, key: BlockKey, A: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
@@ -239,6 +248,23 @@ class CrossHooks:
         width = call.place.width
         shape = (len(q), 1, q.shape[1] // width, width)  # of a video, its pictures below each other
         return self.run.attended(key, A, q, k, v, {**extra, "activations_shape": shape})
+
+
+@dataclass
+class Entered(ModelCall):
+    """A model call in which the blocks say when their cross-attentions are called."""
+
+    place: Any = None
+    blocks: Iterable[Any] = ()
+
+    def through(self, executor: Callable[..., Tensor]) -> Tensor:
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                stack.callback(block.cross_attn.register_forward_pre_hook(partial(self.entered, i)).remove)
+            return super().through(executor)
+
+    def entered(self, i: int, *_: Any) -> None:
+        self.place.count = self.place.within = i
 
 
 @dataclass

@@ -53,6 +53,7 @@ from ..run import CALL, Call, Run
 from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
+OF_UNETS = "input_block_patch"  # patches that no transformer calls, the engine's own Witness among them
 HIDDEN = torch.finfo(torch.float16).min / 2  # what a mask adds to a logit where it hides a token, whatever its dtype
 WORTH = 0.05  # the share of a call's tokens above which two calls are made of it, to be without them
 
@@ -70,14 +71,20 @@ def attribute(path: str) -> Callable[[Any], Any]:
 
 def counted(options: dict[str, Any], place: Any) -> dict[str, Any]:
     """transformer_options of a model call in which whole blocks that a pack replaces say which ones they are: it may
-    leave some out, and the attentions behind them are told by how many were called. place: with their `count`."""
+    leave some out, or call the host's own again, and attentions are told by how many were called. place: with their
+    `count`."""
     replaced = options.get("patches_replace", {})
     blocks = replaced.get("dit", {})
 
     def known(i: int, replacement: Callable[..., Any]) -> Callable[..., Any]:
-        def block(*args: Any, **more: Any) -> Any:
-            place.count = i
-            out = replacement(*args, **more)
+        def block(given: Any, others: dict[str, Any]) -> Any:
+            original = others["original_block"]
+
+            def again(*args: Any) -> Any:
+                place.count = i
+                return original(*args)
+
+            out = replacement(given, {**others, "original_block": again})
             place.count = i + 1
             return out
 
@@ -384,10 +391,13 @@ class Joint(Backbone):
     def idle(self, run: Run, call: Call, made: ModelCall, rows: Rows) -> set[int]:
         """The parts of the batch that no edit is for, where the texts would weigh enough there for a call without them.
 
-        Weights that are brought to the device in each call are not brought twice.
+        Weights that are brought to the device in each call are not brought twice; and other packs' patches within the
+        blocks, such as the host's NAG, may hold the prompts against each other.
         """
         idle = set(range(len(call.served.parts))) - rows.parts
-        if call.watch is not None or call.served.tiles > 1 or getattr(run.model, "model_lowvram", False):
+        patches = made.more["transformer_options"].get("patches", {})
+        patched = any(there for name, there in patches.items() if name != OF_UNETS)
+        if patched or call.watch is not None or call.served.tiles > 1 or getattr(run.model, "model_lowvram", False):
             return set()
         more = sum(len(names) * self.tokens(tokens) for names, tokens, _ in call.plan.prompts)
         saved = len(idle) / len(call.served.parts) * more / (call.place.text + call.place.image + more)
