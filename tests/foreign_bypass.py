@@ -348,3 +348,18 @@ class WanVideoNAG:
         longer = guided.norm(p=1, dim=-1, keepdim=True) / z.norm(p=1, dim=-1, keepdim=True)
         guided = guided * (self.tau / longer).clamp(max=1)
         return attn.o(guided * self.alpha + z * (1 - self.alpha))
+
+
+def longer_text(model: Any, more: Tensor) -> Any:
+    """A pack's wrapper of the network that puts tokens [1, n, W] behind the text it is called with."""
+
+    def theirs(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = [x if not is_text(x) else torch.cat([x, more.expand(len(x), -1, -1)], 1) for x in args]
+        return executor(*texts, **kwargs)
+
+    def is_text(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == more.shape[-1]
+
+    model = model.clone()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "theirs", theirs)
+    return model

@@ -151,6 +151,19 @@ def test_steps_that_a_cache_leaves_out_of_a_transformer_are_no_error(name: str, 
     assert 0 < len(only.acted) < 8 and "left out by a cache" in only.line(8) and account.applied
 
 
+@pytest.mark.parametrize("name", [name for name in (*dits.FAMILIES, "Wan", "Cosmos-Predict2") if name != "SD3"])
+@pytest.mark.parametrize("order", [False, True])
+def test_tokens_that_a_wrapper_puts_behind_the_text_are_an_error(name: str, order: bool) -> None:
+    """They would be taken for the picture's."""
+    model, more = dits.build(name), dits.tokens(77, 3)
+    spec = EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test")
+    edited = add_edit(packs.longer_text(model, more), spec) if order else packs.longer_text(add_edit(model, spec), more)
+    with pytest.raises(ValueError, match=NOT_APPLIED):
+        dits.sample(name, edited, steps=2)
+    kept = packs.longer_text(add_edit(model, spec), more[:, :0])
+    assert torch.equal(dits.sample(name, kept), dits.sample(name, add_edit(model, spec)))
+
+
 def ip(model: Any) -> Any:
     from foreign import ip_adapter
 

@@ -244,7 +244,7 @@ def test_a_block_that_is_called_twice_has_its_own_keys_both_times(name: str) -> 
 @pytest.mark.parametrize("text", [9, 5, 16], ids=["as long as the prompt", "shorter", "as long as the picture"])
 @pytest.mark.parametrize("order", [False, True])
 def test_beside_a_guidance_within_the_attentions(order: bool, text: int) -> None:
-    """KJNodes' WanVideoNAG: what it finds in the prompt is edited with the block's own keys, its own text left alone."""
+    """KJNodes' WanVideoNAG: what it finds in the prompt is edited with the block's own keys, its own text is not."""
     model, heads = build("Wan"), CROSS["Wan"].heads
     nag = packs.WanVideoNAG(tokens(50, text))
     edited = nag.patch(cre(model, strength=0.7)) if order else cre(nag.patch(model), strength=0.7)

@@ -30,7 +30,7 @@ that (methods/reread.py). All of it happens in the host's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,10 +49,12 @@ from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
 from ..plan import PIECE
 from ..rows import Rows, Served
+from ..rows import said as named
 from ..run import CALL, Call, Run
 from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
+NETWORK = "diffusion_model"  # the host's name for wrappers of a network's forward
 OF_UNETS = "input_block_patch"  # patches that no transformer calls, the engine's own Witness among them
 HIDDEN = torch.finfo(torch.float16).min / 2  # what a mask adds to a logit where it hides a token, whatever its dtype
 WORTH = 0.05  # the share of a call's tokens above which two calls are made of it, to be without them
@@ -594,7 +596,7 @@ class JointHooks:
 
     def install(self, options: dict[str, Any], call: Call) -> dict[str, Any]:
         call.previous = {OVERRIDE: options[OVERRIDE]} if options.get(OVERRIDE) else {}
-        return {**options, OVERRIDE: self.attention}
+        return {**TextKept(self.backbone, call.who).around(options), OVERRIDE: self.attention}
 
     def attention(self, plain: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
         call: Call = more["transformer_options"][CALL]
@@ -680,6 +682,45 @@ class JointHooks:
         shape = (len(q), 1, call.place.height, call.place.width)
         rows, bias = range(len(q)), bias_of(mask, text)
         call.watch.see(self.backbone, key, flat, queries, keys, rows, call.served.images, shape, bind, bias)
+
+
+@dataclass
+class TextKept:
+    """Sees what the network is called with before and behind other packs' wrappers of it, for an error where these add
+    tokens to the text: they would be taken for the picture's, and as many of its own left unedited. who: asks."""
+
+    backbone: Joint
+    who: str
+    before: list[int] = field(default_factory=list)
+
+    def around(self, options: dict[str, Any]) -> dict[str, Any]:
+        """transformer_options in which it stands around all of them."""
+        wrappers = options.get("wrappers", {})
+        others = wrappers.get(NETWORK)
+        if not others or not any(others.values()):
+            return options
+        these = {f"{NETWORK} first": [self.first], **others, f"{NETWORK} last": [self.last]}
+        return {**options, "wrappers": {**wrappers, NETWORK: these}}
+
+    def lengths(self, given: Iterable[Any]) -> list[int]:
+        """The tokens of each text [B, T, W] among what is given."""
+        texts = [x for x in given if isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.backbone.width]
+        return [text.shape[1] for text in texts]
+
+    def first(self, executor: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
+        self.before = self.lengths([*args, *more.values()])
+        return executor(*args, **more)
+
+    def last(self, executor: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
+        if self.lengths([*args, *more.values()]) != self.before:
+            others = more.get("transformer_options") or next(x for x in reversed(args) if isinstance(x, dict))
+            names = [named(each) for held in others["wrappers"][NETWORK].values() for each in held]
+            raise ValueError(
+                f"{self.who}: the edit was not applied: a wrapper of the network changes how many tokens the text has "
+                f"({', '.join(name for name in names if 'TextKept' not in name)}), and an edit cannot tell them from "
+                "the picture's; take it out, or join the texts with Conditioning (Concat)"
+            )
+        return executor(*args, **more)
 
 
 @dataclass
