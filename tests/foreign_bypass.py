@@ -363,3 +363,21 @@ def longer_text(model: Any, more: Tensor) -> Any:
     model = model.clone()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "theirs", theirs)
     return model
+
+
+def step_cache(model: Any, start: float, near: float) -> Any:
+    """As TeaCache and its like, by a wrapper of the network: from a noise level on, what it last made of the prompts
+    of the same places is given back while the noise level is near to that of then."""
+    kept: dict[tuple[int, ...], tuple[float, Tensor]] = {}
+
+    def cached(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = kwargs.get("transformer_options") or next(a for a in reversed(args) if isinstance(a, dict))
+        places, sigma = tuple(options["cond_or_uncond"]), float(options["sigmas"].max())
+        if places in kept and sigma <= start and kept[places][0] - sigma < near:
+            return kept[places][1].clone()
+        kept[places] = sigma, executor(x, *args, **kwargs)
+        return kept[places][1].clone()
+
+    model = model.clone()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "step cache", cached)
+    return model

@@ -20,6 +20,7 @@ from test_conditional import guided
 
 from conceptguard.editing.edits.concept import concept_from_conditioning, concept_from_text
 from conceptguard.editing.edits.spec import Direction, EditSpec
+from conceptguard.editing.engine.backbones.joint import Joint
 from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import CREOptions
 from conceptguard.editing.methods.eiup import EIUPOptions
@@ -149,6 +150,27 @@ def test_steps_that_a_cache_leaves_out_of_a_transformer_are_no_error(name: str, 
     ((_, account),) = accounts_of(edited).runs
     (only,) = account.entries.values()
     assert 0 < len(only.acted) < 8 and "left out by a cache" in only.line(8) and account.applied
+
+
+@pytest.mark.parametrize("near", [0.01, 0.3])
+@pytest.mark.parametrize(
+    ("name", "form"), [("HiDream", "beside"), ("Qwen-Image", "beside"), ("Qwen-Image", "appended")]
+)
+def test_a_cache_that_takes_the_prompt_for_the_concept_is_an_error(
+    name: str, form: str, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the concept is a call of its own, in the prompt's place; it would be drawn from then on."""
+    if form == "beside":
+        monkeypatch.setattr(Joint, "appends", lambda *_: False)
+    model = dits.build(name)
+    spec = EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test")
+    cached = add_edit(packs.step_cache(model, 0.7, near), spec)
+    if form == "beside":
+        with pytest.raises(ValueError, match=f"{NOT_APPLIED}: a cache took the prompt.*Take the cache out"):
+            dits.sample(name, cached, steps=6)
+    else:
+        made, alone = dits.sample(name, cached, steps=6), dits.sample(name, add_edit(model, spec), steps=6)
+        assert torch.allclose(made, alone) == (near < 0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in (*dits.FAMILIES, "Wan", "Cosmos-Predict2") if name != "SD3"])

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import comfy.sample
+import comfy.samplers
 import dits
 import nodes
 import pytest
 import tiny
 import torch
+from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
 from comfy_extras.nodes_model_advanced import (
     ModelSamplingAuraFlow,
     ModelSamplingContinuousEDM,
@@ -19,9 +22,11 @@ from comfy_extras.nodes_model_advanced import (
     ModelSamplingFlux,
     ModelSamplingSD3,
 )
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import EditSpec
+from conceptguard.editing.engine.backbones import joint
 from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import DEFAULTS
 
@@ -71,6 +76,42 @@ def test_every_row_of_the_positive_is_edited(name: str, joined: str) -> None:
     (only,) = account.entries.values()
     assert (only.edited, account.prompts) == (rows, {"positive": rows, "negative": 1})
     assert not only.missed and (after - before).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("guider", ["DualCFG", "DualCFG nested", "PerpNeg", "Basic"])
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image", "HiDream", "Wan"])
+def test_guiders_with_more_prompts_than_two(name: str, guider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of each positive prompt is edited and no other, in one model call as in two."""
+    third, negative = dits.cond(dits.tokens(5, 9)), dits.cond(dits.tokens(2, 9))
+
+    def sample(model: Any) -> Tensor:
+        if guider == "Basic":
+            made = Guider_Basic(model)
+            made.set_conds(A)
+        elif guider == "PerpNeg":
+            made = Guider_PerpNeg(model)
+            made.set_conds(A, third, negative)
+            made.set_cfg(4.0, 1.0)
+        else:
+            made = Guider_DualCFG(model)
+            made.set_conds(A, third, negative)
+            made.set_cfg(4.0, 3.0, nested=guider.endswith("nested"))
+        empty = dits.latent(name, 2)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+        euler, noise = comfy.samplers.sampler_object("euler"), comfy.sample.prepare_noise(empty, 5)
+        return made.sample(noise, empty, euler, sigmas, disable_pbar=True, seed=5)
+
+    model = dits.build(name)
+    edited = add_edit(model, EditSpec("projection", dits.concept(), options=EVERYWHERE, node="Test"))
+    before, after = sample(model), sample(edited)
+    monkeypatch.setattr(joint, "WORTH", 2.0)
+    torch.testing.assert_close(sample(edited), after, rtol=1e-3, atol=1e-3)
+    accounts = accounts_of(edited)
+    assert accounts is not None and (account := accounts.of("")) is not None
+    (only,) = account.entries.values()
+    positive = {"positive"} | ({"middle"} if "DualCFG" in guider else set())
+    assert (account.edited, only.edited) == (positive, 4 * len(positive)) and not only.missed
+    assert len(account.prompts) == (1 if guider == "Basic" else 3) and not torch.allclose(before, after, atol=1e-2)
 
 
 SAMPLING = {

@@ -54,6 +54,10 @@ from ..run import CALL, Call, Run
 from ..streams import ModelCall, Prompts, Streams, prompts_of
 
 OVERRIDE = "optimized_attention_override"  # in transformer_options: one slot for all packs
+CACHED = (
+    "the edit was not applied: a cache took the prompt's call of the model for the concept's, which is one of its own "
+    "here, and would draw the one for the other. Take the cache out, or use the host's EasyCache or LazyCache"
+)
 NETWORK = "diffusion_model"  # the host's name for wrappers of a network's forward
 OF_UNETS = "input_block_patch"  # patches that no transformer calls, the engine's own Witness among them
 HIDDEN = torch.finfo(torch.float16).min / 2  # what a mask adds to a logit where it hides a token, whatever its dtype
@@ -383,7 +387,7 @@ class Joint(Backbone):
             return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
         index = numbers(rows, made)
         call.streams = self.streams(call, call.plan.prompts, made, index, executor)
-        return made
+        return Beside(made.x, made.t, made.more, made.given, call)
 
     def appends(self, made: ModelCall) -> bool:
         """Whether the concepts' texts can go behind the prompt's: masks and other packs' blocks know its length."""
@@ -472,6 +476,21 @@ class Joint(Backbone):
         place.count += 1
         self.looked = True
         return key if key in self.blocks else None
+
+
+@dataclass
+class Beside(ModelCall):
+    """A model call behind the streams of its concepts, which were calls of the same prompt's place, picture and time: a
+    cache of another pack may take one for the other."""
+
+    call: Call | None = None
+
+    def through(self, executor: Callable[..., Tensor]) -> Tensor:
+        assert self.call is not None and self.call.streams is not None
+        out = super().through(executor)
+        if self.call.streams.found and not self.call.place.count:
+            raise self.call.plan.specs[0].error(CACHED)
+        return out
 
 
 @dataclass
@@ -633,6 +652,8 @@ class JointHooks:
         if shapes is None or key is None or rows is None or not call.reaches(key):
             return asked(q, k, v, heads, *args, **more)
         assert call.streams is not None
+        if found is None and not call.streams.found:
+            raise call.plan.specs[0].error(CACHED)
         if found is not None:  # of no other block
             call.streams.found = {(key, name): keys_values for name, keys_values in found.items()}
         text, image = sections(self.backbone.kind, call.place, shapes[0].shape[1])
