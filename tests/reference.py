@@ -139,11 +139,13 @@ def said(
     ordinary: Sequence[Tensor],
     common: float | None = None,
     sure: tuple[float, float] = (0.0, 1.0),
+    spread: float = 0.0,
 ) -> float:
     """How surely the values v [L, C] of a prompt say a phrase whose own rows' values are own [r, C].
 
     like, ordinary: the values of prompts that say it, and of ordinary ones, [n, C] each; common: of the latter's mean
-    variance, what lies above which counts less, by the inverse root of their covariance; sure: none and all of it."""
+    variance, what lies above which counts less, by the inverse root of their covariance; sure: none and all of it;
+    spread: of the cosines that are none and all of it, at least."""
     X = torch.cat([x.double() for x in ordinary])
     v0, M = X.mean(0), torch.eye(X.shape[1], dtype=torch.double)
     if common is not None:
@@ -158,7 +160,7 @@ def said(
 
     told = [(min(most(x, row) for x in like), max(most(x, row) for x in ordinary), row) for row in own]
     high, low, row = max(told, key=lambda each: each[0] - each[1])
-    share = (most(v, row) - low) / (high - low) if high > low else 0.0
+    share = (most(v, row) - low) / max(high - low, spread) if high > low else 0.0
     return min(max((share - sure[0]) / (sure[1] - sure[0]), 0.0), 1.0)
 
 

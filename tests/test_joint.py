@@ -40,7 +40,7 @@ from conceptguard.editing.methods import said
 from conceptguard.editing.methods.eiup import DEFAULTS as EIUP
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
-from conceptguard.editing.methods.said import COMMON, MARGIN, SURE, UNKNOWN
+from conceptguard.editing.methods.said import CLEAR, COMMON, MARGIN, SPREAD, SURE, UNKNOWN
 from conceptguard.editing.presets.document import read, write
 from conceptguard.nodes.preset import suits
 
@@ -642,10 +642,10 @@ def test_a_text_is_read_anew_before_the_first_block(
     T, G = concept.phrases[0].becomes  # type: ignore[misc]
     P, own = torch.cat(concept.ordinary), rows_of(concept.phrases[0].tokens, (1, 2))[1:]
 
-    def said_by(x: Tensor) -> float:
-        return reference.said(x, own, concept.phrases[0].like, concept.ordinary, COMMON, SURE)
+    def said_by(x: Tensor, sure: tuple[float, float] = SURE, spread: float = 0.0) -> float:
+        return reference.said(x, own, concept.phrases[0].like, concept.ordinary, COMMON, sure, spread)
 
-    sure = max(0.0, (said_by(prompt[0]) - UNKNOWN) / (1 - UNKNOWN))
+    sure = said_by(prompt[0], CLEAR, SPREAD)
     assert (sure > 0) == (share > 0)
     anew = prompt[0] + strength * sure * reference.reread(prompt[0], prompt[0], (T, T), (G, G), P)[1]
     if FAMILIES[name].beside:  # what stands beside the text would say it still

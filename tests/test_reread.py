@@ -179,11 +179,39 @@ def test_a_phrasing_that_holds_another_adds_nothing(clip: Any) -> None:
     assert [phrase.becomes is not None for phrase in concept.phrases] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("inputs", [{"neutral": "a cat\na dog"}, {"kind": "style"}], ids=str)
-def test_others_are_not_read_anew(clip: Any, inputs: dict[str, str]) -> None:
-    """Neutral prompts of somebody's own say what remains; a style is what ordinary prompts become with it."""
-    assert concept_from_text(clip, "a mug", **inputs).phrases[0].becomes is None
+def test_what_somebody_says_remains_is_no_prompt_to_be_read(clip: Any) -> None:
+    assert concept_from_text(clip, "a mug", neutral="a cat\na dog").phrases[0].becomes is None
     assert concept_from_text(clip, "a mug").phrases[0].becomes is not None
+
+
+@pytest.mark.parametrize("instead", ["", "in an oil style\nin the style of fluent"])
+def test_a_style_becomes_what_stands_behind_the_same_things(clip: Any, instead: str) -> None:
+    """The other styles' words, or, with none, the end of a prompt without one."""
+    style, contexts = "in the style of noto", "a cat\na dog\na red fish"
+    concept = concept_from_text(clip, style, neutral=contexts, instead=instead)
+    T, G = concept.phrases[0].becomes
+    rows: list[tuple[Tensor, Tensor]] = []
+    for context in contexts.splitlines():
+        tokens, begin = encode(clip, f"{context} {style}")[0], own_tokens(clip, context)[-1] + 1
+        end = own_tokens(clip, f"{context} {style}")[-1] + 1
+        others = []
+        for other in instead.splitlines() or [""]:
+            text = f"{context} {other}".strip()
+            others.append((encode(clip, text)[0], own_tokens(clip, text)[-1] + 1))
+        for i in (*range(begin, end), end, end + 1, end + 8, 76):
+            places = [(x, end_of + (i - end if instead else max(0, i - end))) for x, end_of in others]
+            rows.append((tokens[i], torch.stack([x[min(at, 76)] for x, at in places]).mean(0)))
+    assert torch.equal(T, torch.stack([a for a, _ in rows]))
+    torch.testing.assert_close(G, torch.stack([b for _, b in rows]))
+
+
+def test_in_cross_attention_no_style_is_read_anew(model: Any) -> None:
+    style = replace(becoming(100), kind="style")
+    (phrase,) = style.phrases
+    plain = replace(style, phrases=(replace(phrase, becomes=None),))
+    out = [tiny.sample(cre(model, each, OPTIONS), [saying((becoming(100), 1.0))], steps=1) for each in (style, plain)]
+    assert torch.equal(*out)
+    assert not torch.equal(out[0], tiny.sample(cre(model, becoming(100), OPTIONS), [saying((style, 1.0))], steps=1))
 
 
 def test_what_a_concept_becomes_is_part_of_what_it_is() -> None:

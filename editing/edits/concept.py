@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from .encode import (
     stored,
     undoubled,
 )
-from .sayings import bare, told
+from .sayings import bare, restyled, told
 from .spec import Concept, Phrase
 from .styles import mean_style, says_style, styles
 
@@ -115,6 +116,8 @@ def parts_of_style(
     phrases, kept, others = (
         styles(clip, some, lines, what, beside) for some, what in ((text, "text"), (keep, "keep"), (instead, "instead"))
     )
+    drawn = [each.text for each in others]
+    phrases = tuple(replace(each, becomes=restyled(clip, each.text, lines, drawn)) for each in phrases)
     return Parts(phrases, kept, mean_style(others, "instead", beside), mean_pooled([each.pooled for each in others]))
 
 

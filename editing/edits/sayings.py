@@ -77,11 +77,29 @@ def said_in(clip: Any, saying: str, phrase: str) -> Said:
     return Said(tokens, own, len(behind))
 
 
-def becomes(said: Said, others: Sequence[Said]) -> tuple[Tensor, Tensor]:
+def becomes(said: Said, others: Sequence[Said], first: int | None = None, plain: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of a prompt that says a phrase, from the phrase's last token on, which with a causal encoder knows the whole
-    of it, and the mean of those in their place in prompts that say something else: [n, W] each."""
+    of it, or from `first`, and the mean of those in their place in prompts that say something else: [n, W] each.
+
+    Places are told from the prompts' ends. plain: the others say nothing for the phrase, and end where it would begin.
+    """
     end, T = said.own[-1] + 1, said.tokens.shape[1]
-    rows = sorted({*range(said.last, end), *(end + i for i in TAIL if end + i < T), T - 1})
-    places = [[min(other.last + row - said.last, other.tokens.shape[1] - 1) for row in rows] for other in others]
-    become = [other.tokens[0, place] for other, place in zip(others, places, strict=True)]
+    rows = sorted({*range(said.last if first is None else first, end), *(end + i for i in TAIL if end + i < T), T - 1})
+    become = []
+    for other in others:
+        behind = [max(0, row - end) if plain else row - end for row in rows]
+        places = [min(other.own[-1] + 1 + i, other.tokens.shape[1] - 1) for i in behind]
+        become.append(other.tokens[0, places])
     return said.tokens[0, rows], torch.stack(become).mean(0)
+
+
+def restyled(clip: Any, style: str, contexts: Sequence[str], instead: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Of a style: rows of the contexts with it behind them, from its first token on, and those in their place with the
+    other styles, or with none: [n, W] each."""
+    pairs = []
+    for context in contexts[: len(SAYINGS) + len(FURTHER)]:
+        said, plain = said_in(clip, f"{context} {{}}", style), said_in(clip, "{}", context)
+        others = [said_in(clip, f"{context} {{}}", other) for other in instead]
+        pairs.append(becomes(said, others or [plain], said.own[len(plain.own)], plain=not others))
+    T, G = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    return T, G

@@ -22,7 +22,7 @@ from ..methods.eiup import reweighted, share
 from ..methods.found import Found, Kept, Weight
 from ..methods.kpop import append
 from ..methods.reread import Ordinary, Reading, reading
-from ..methods.said import MARGIN, UNKNOWN, Said, said_test, surely
+from ..methods.said import MARGIN, UNKNOWN, Said, said_test
 from ..methods.tokens import Solved, TokenSet, TokenSets, gather
 from .backbone import Backbone
 from .binding import KV
@@ -178,19 +178,24 @@ def tests_of(
 def readings_of(
     group: Solved, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor | None]
 ) -> dict[int, Reading]:
-    """Of the edits whose concepts say what their prompts become; keys, values: as `reading` has them."""
+    """Of the edits whose concepts say what their prompts become, but for styles: in cross-attention what eq. 4 takes of
+    a style says enough, and of one read anew too much. keys, values: as `reading` has them."""
     plain: dict[str, Ordinary] = {}
-    found = {i: reading(concept, keys, values, plain) for i, concept in group.tested.items()}
+    things = {i: concept for i, concept in group.tested.items() if concept.kind == "thing"}
+    found = {i: reading(concept, keys, values, plain) for i, concept in things.items()}
     return {i: made for i, made in found.items() if made is not None}
 
 
 def readings_in(groups: Iterable[Solved], device: torch.device) -> dict[int, Reading]:
-    """The same of encodings themselves, of all groups."""
+    """The same of encodings themselves, of all groups, and of styles as well."""
 
     def as_they_are(rows: Tensor) -> Tensor:
         return rows.to(device)
 
-    return {i: made for group in groups for i, made in readings_of(group, as_they_are, as_they_are).items()}
+    plain: dict[str, Ordinary] = {}
+    tested = {i: concept for group in groups for i, concept in group.tested.items()}
+    found = {i: reading(concept, as_they_are, as_they_are, plain) for i, concept in tested.items()}
+    return {i: made for i, made in found.items() if made is not None}
 
 
 def found_in(prompts: Sequence[KV], q: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,7 +411,7 @@ class Plan:
         c = context[rows.index]
         more = torch.zeros_like(c, dtype=torch.float32)
         for i, of_concept in self.readings.items():
-            share = surely(self.tests[i](c).amax(0)) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
+            share = self.tests[i].clearly(c).amax(0) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
             more += share[..., None] * of_concept(c)[1]
         return put(context, rows.index, c.float() + more)
 

@@ -63,7 +63,7 @@ class CREOptions:
     queries find in the replacement is what remains. As far as the prompt's own tokens say the concept (`evidence`), A'
     comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
     they are beside the replacement; eq. 4 is of A' then. In a joint attention the text itself is read anew, before the
-    first block, and what it says then is the evidence.
+    first block, where it says the concept clearly, and what it says then is the evidence.
     """
 
     width: str

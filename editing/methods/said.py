@@ -40,6 +40,8 @@ UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
 # Of encodings: of cosines; of the ordinary prompts' mean variance; and what counts as none and all of a concept there,
 # where a neighbour's word is half of it, and its own beside other things little less than all.
 MARGIN, COMMON, SURE = 0.1, 1e-3, (0.5, 0.8)
+# And where a whole prompt is read anew for it: least of high - low, and of the share between them.
+SPREAD, CLEAR = 0.45, (0.75, 0.85)
 # Beside a picture a position is like a concept in all that it draws: of the most that any position is, this share.
 PEAK = 0.75
 
@@ -81,14 +83,24 @@ class Said:
 
     def __call__(self, v: Tensor) -> Tensor:
         """How surely each row's tokens say each phrase. v: [R, L, C]; returns [K, R, 1] in fp32."""
-        v = v.float() - self.v0
-        cosines = F.normalize(v if self.common is None else self.common.left_out(v), dim=-1) @ self.t.T  # [R, L, K]
-        share = (cosines.amax(1) - self.low) / (self.high - self.low).clamp_min(1e-6)
-        said = torch.where(self.high > self.low, share, 0.0).clamp(0, 1)
+        said = self.share(v, 1e-6).clamp(0, 1)
         if self.margin is not None:
             said = ((said - SURE[0]) / (SURE[1] - SURE[0])).clamp(0, 1)
             said = torch.where(self.high - self.low < self.margin, said.clamp_min(UNKNOWN), said)
         return said.T[..., None]
+
+    def clearly(self, v: Tensor) -> Tensor:
+        """How clearly, where the whole prompt is to become another one: the same, and 0 for a phrase that others are
+        like, however surely it is told from the ordinary ones."""
+        said = (self.share(v, SPREAD) - CLEAR[0]) / (CLEAR[1] - CLEAR[0])
+        return said.clamp(0, 1).T[..., None]
+
+    def share(self, v: Tensor, spread: float) -> Tensor:
+        """Between low and high, which are at least `spread` apart: [R, K]."""
+        v = v.float() - self.v0
+        cosines = F.normalize(v if self.common is None else self.common.left_out(v), dim=-1) @ self.t.T  # [R, L, K]
+        share = (cosines.amax(1) - self.low) / (self.high - self.low).clamp_min(spread)
+        return torch.where(self.high > self.low, share, 0.0)
 
 
 def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margin: float | None = None) -> Said | None:
@@ -133,11 +145,6 @@ def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, 
     return t[best], low[best], high[best], best
 
 
-def surely(said: Tensor) -> Tensor:
-    """As far as it is more than nothing known: 0 to 1, in said's shape, [K, R, ..]."""
-    return ((said - UNKNOWN) / (1 - UNKNOWN)).clamp(0, 1)
-
-
 def floors(floor: float, said: Tensor | None, peak: Tensor | None = None) -> Tensor | float:
     """The floor of each phrase and row: as it is where nothing is known of the tokens. said: [K, R, 1]; peak: the
     greatest cosine of any position, [K, R, 1, H, 1], for a floor that is no lower than PEAK of it where tokens say the
@@ -149,4 +156,4 @@ def floors(floor: float, said: Tensor | None, peak: Tensor | None = None) -> Ten
     if peak is None:
         return found
     least = (PEAK * peak).clamp_min(SAID * floor)
-    return torch.where(said > UNKNOWN, torch.lerp(floor + 0 * least, least, surely(said)), found)
+    return torch.where(said > UNKNOWN, torch.lerp(floor + 0 * least, least, (said - UNKNOWN) / (1 - UNKNOWN)), found)
