@@ -26,6 +26,7 @@ from torch import Tensor
 
 from conceptguard.editing.edits.encode import rows_of
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec
+from conceptguard.editing.engine import plan
 from conceptguard.editing.engine.host import add_edit, add_watch
 from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods import eiup
@@ -119,6 +120,34 @@ def test_each_row_of_a_padded_batch_is_as_alone(edit: str, cfg: float, monkeypat
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
     unedited = sample(model, start, positive, cfg=cfg)
     assert all((together[i] - unedited[i]).abs().max() > 0.01 for i in range(2))
+
+
+def half_said(share: float) -> tuple[list[Tensor], Tensor, Tensor]:
+    """As `prompts`, of which each says something of the concept: its words, as far as `share`."""
+    each, both, mask = prompts()
+    words = told().phrases[0].tokens[:, 1:3]
+    for i, prompt in enumerate(each):
+        prompt[:, 2:4] = both[i : i + 1, 2:4] = share * words + (1 - share) * prompt[:, 2:4]
+    return each, both, mask
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_words_in_the_padding_read_nothing_anew(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    model, it = dits.build(QWEN), told()
+    rows = rows_of(it.phrases[0].tokens, it.phrases[0].own)[1:]
+    read = []
+    for becomes in (None, (rows, tokens(300, 9)[0, : len(rows)])):
+        source = replace(it, phrases=(replace(it.phrases[0], becomes=becomes),))
+        edited = add_edit(model, EditSpec("projection", source, options=TOKENS, node="Test"))
+        each, both, mask = half_said(share)
+        together = sample(edited, noise(QWEN), cond(both, attention_mask=mask))
+        for i, prompt in enumerate(each):
+            alone = sample(edited, noise(QWEN)[i : i + 1], cond(prompt))
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
+        read.append(together)
+    assert all(((a - b).abs().max() > 0.01) == (share > 0.5) for a, b in zip(*read, strict=True))
 
 
 def weighed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, text: int, image: int, edited: Any) -> tuple[Tensor, Tensor]:

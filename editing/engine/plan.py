@@ -406,12 +406,13 @@ class Plan:
             c = change(c, rows.s[i])
         return put(context, rows.index, c)
 
-    def reread(self, context: Tensor, rows: Rows) -> Tensor:
-        """`context` [B, L, W], before the first block, read anew where it says a concept, in the edited rows."""
-        c = context[rows.index]
+    def reread(self, context: Tensor, seen: Tensor, rows: Rows) -> Tensor:
+        """`context` [B, L, W], before the first block, read anew where it says a concept, in the edited rows. seen: the
+        same without what a mask hides."""
+        c, told = context[rows.index], seen[rows.index]
         more = torch.zeros_like(c, dtype=torch.float32)
         for i, of_concept in self.readings.items():
-            share = self.tests[i].clearly(c).amax(0) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
+            share = self.tests[i].clearly(told).amax(0) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
             more += share[..., None] * of_concept(c)[1]
         return put(context, rows.index, c.float() + more)
 

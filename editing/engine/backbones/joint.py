@@ -381,7 +381,7 @@ class Joint(Backbone):
         if not call.plan.prompts:
             return made
         if call.plan.readings and not self.kind.second:  # what stands beside such a text says it still
-            made.more["c_crossattn"] = call.place.said = call.plan.reread(made.context, rows)
+            made.more["c_crossattn"] = call.place.said = call.plan.reread(made.context, seen_in(made), rows)
         if self.appends(made):
             idle = self.idle(run, call, made, rows)
             return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
@@ -885,6 +885,18 @@ def bias_of(mask: Tensor | None, text: slice) -> Tensor | None:
         return None
     of_text = mask[..., text]
     return torch.where(of_text, 0.0, -torch.inf) if of_text.dtype == torch.bool else of_text.float()
+
+
+def seen_in(made: ModelCall) -> Tensor:
+    """`seen_of` the text that a model is called with, [B, T, W]: its mask is of the text's tokens, [B, T], or of all
+    that its attentions read, [B, L, L]."""
+    mask, T = made.more.get("attention_mask"), made.context.shape[1]
+    if mask is None or mask.ndim not in (2, 3):
+        return made.context
+    if mask.ndim == 2 and not mask.is_floating_point():
+        mask = mask > 0
+    of_text = mask[:, None, None] if mask.ndim == 2 else mask[:, None, T:]
+    return seen_of(made.context, bias_of(of_text, slice(0, T)))
 
 
 def seen_of(said: Tensor, bias: Tensor | None) -> Tensor:
