@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import comfy.controlnet
 import comfy.samplers
 import foreign
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from conceptguard.editing.edits.spec import Concept, Direction, EditSpec, Gate, InFlight, PromptTokens
 from conceptguard.editing.engine.account import LISTENERS, Account
+from conceptguard.editing.engine.conds import reads
 from conceptguard.editing.engine.host import accounts_of, add_edit
 from conceptguard.editing.methods.cre import DEFAULTS, CREOptions
 from conceptguard.editing.methods.eiup import EIUPOptions
@@ -230,6 +232,28 @@ def test_an_unknown_prompt_is_counted(model: Any) -> None:
     assert found.prompts == {"positive": 2, "negative": 2, "unnamed": 2} and found.edited == {"positive"}
     ((_, line),) = found.lines()
     assert line.endswith("7 of 7 blocks; left alone 2 rows of prompts that the guider does not name")
+
+
+def test_what_reads_the_prompt_past_the_attentions_is_told(model: Any) -> None:
+    """A ControlNet has attentions of its own, GLIGEN's boxes words; an adapter of pictures reads no text."""
+    control, adapter = foreign.control_net(), comfy.controlnet.T2IAdapter.__new__(comfy.controlnet.T2IAdapter)
+    behind = foreign.control_net()
+    adapter.previous_controlnet = behind
+    assert reads(control) and reads(adapter)
+    adapter.previous_controlnet = None
+    assert not reads(adapter)
+    widths = tuple(block.attn2.to_q.in_features for block in tiny.Recorder(model).blocks.values())
+    boxes, edited = foreign.gligen(widths), cre(model)
+    for brings, said in (
+        ({"control": control, "control_apply_to_uncond": True}, "; a ControlNet reads the prompt as it is"),
+        ({"gligen": boxes}, "; what GLIGEN's boxes say is read as it is"),
+        ({}, ""),
+    ):
+        tiny.sample(edited, tiny.cond(1, **brings))
+        assert [line for _, line in last(edited).lines()] == [f"acted in 2 of 2 steps, 7 of 7 blocks{said}"]
+        assert last(edited).document()["edits"][0]["said"] == f"acted in 2 of 2 steps, 7 of 7 blocks{said}"
+        tiny.sample(edited, tiny.cond(1), tiny.cond(2, **{k: v for k, v in brings.items() if k == "gligen"}))
+        assert [line for _, line in last(edited).lines()] == ["acted in 2 of 2 steps, 7 of 7 blocks"]
 
 
 def test_no_positive_prompt_is_an_error(model: Any) -> None:

@@ -17,10 +17,12 @@ from test_pooled import Heard, by_hand
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Concept, EditSpec, Phrase
-from conceptguard.editing.engine.account import FURTHER, SHOWN
+from conceptguard.editing.engine.account import FURTHER
+from conceptguard.editing.engine.conds import BROUGHT
 from conceptguard.editing.engine.host import add_edit
 
 STEPS, AT = 6, 4
+SHOWN = f"; {BROUGHT['unclip_conditioning']}"
 BASE, REFINER = 2048, 1280  # of the text, as the real ones have it
 
 

@@ -31,7 +31,6 @@ KEPT = 8  # runs of a MODEL that are remembered
 UNNAMED = "unnamed"  # prompts that no guider knows
 LITTLE = 0.005  # of the positions: an edit that found less found nothing
 BESIDE = "; it edits what the text says: what the reference pictures show is read as it is"
-SHOWN = "; it edits what the text says: a concept that a prompt's picture shows (unCLIP) stays"
 FURTHER = "; noise is left for another sampler, whose MODEL needs an edit of its own"
 HELD = 2**18  # numbers of what was found that wait to be added up: small models' whole run, some calls of large ones
 Size = tuple[int, int, int]  # of an attention's map: height, width, and the tiles of the picture that it shows
@@ -132,7 +131,6 @@ class Entry:
             "steps": {"all": steps, "due": len(self.due), "acted": len(self.acted)},
             "rows": {"edited": self.edited, "seen": self.seen, "for": spec.rows},
             "found": None if (share := self.found) is None else round(share, 4),
-            "said": self.line(steps),
         }
 
 
@@ -178,7 +176,7 @@ class Account(Shared):
         self.specs = tuple(specs)
         self.gates: dict[str, dict[str, Any]] = {}
         self.trouble = ""
-        self.pictures = False  # whether a positive prompt brings pictures beside its text, which no edit reaches
+        self.brought: tuple[str, ...] = ()  # what positive prompts bring past their texts, for people
         self._last = math.nan, 0  # a noise level, and its step
         self.clear()
 
@@ -359,8 +357,7 @@ class Account(Shared):
         more = f"; left alone {unknown} rows of prompts that the guider does not name" if unknown else ""
         lines = [(entry, entry.line(self.steps)) for entry in self.entries.values()]
         lines = [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
-        notes = [(BESIDE, self.references), (SHOWN, self.pictures)]
-        beside = "".join(note for note, true in notes if true)
+        beside = BESIDE * self.references + "".join(f"; {each}" for each in self.brought)
         lines = [(entry, line + beside * bool(entry.acted)) for entry, line in lines]
         return [(entry, line + FURTHER * (entry.further and bool(entry.acted or entry.away))) for entry, line in lines]
 
@@ -371,7 +368,7 @@ class Account(Shared):
             "steps": self.steps,
             "prompts": {name: {"rows": n, "edited": name in self.edited} for name, n in self.prompts.items()},
             "gates": list(self.gates.values()),
-            "edits": [entry.document(self.steps) for entry in self.entries.values()],
+            "edits": [{**entry.document(self.steps), "said": line} for entry, line in self.lines()],
         }
 
 

@@ -14,7 +14,12 @@ from ..edits.digest import Shared
 
 CONDS = "concept_guard_conds"  # in transformer_options, below one call of the host's batching: a Named
 ORDER = ("positive", "negative")  # of the prompts of the host's CFGGuider
-SHOWN = "unclip_conditioning"  # in a prompt's entry: pictures, whose embeddings the model is told beside the text
+# What an entry of a prompt brings past the text that edits change, and what is said of it.
+BROUGHT = {
+    "unclip_conditioning": "a concept that a prompt's picture shows (unCLIP) stays",
+    "gligen": "what GLIGEN's boxes say is read as it is",
+    "control": "a ControlNet reads the prompt as it is",
+}
 NOT_POSITIVE = ("neg", "uncond", "empty", "null")  # within the names of all other prompts
 
 
@@ -42,7 +47,7 @@ class Guiders:
     def __init__(self) -> None:
         self.guiders: list[Any] = []
         self.owners: dict[Any, str] = {}  # the name of the list that each uuid comes from
-        self.pictures = False  # whether a positive prompt brings any beside its text
+        self.brought: dict[str, None] = {}  # what positive prompts bring past their texts, for people
         self.ordered = True  # whether all of them pass their prompts on as the host's CFGGuider does
 
     def add(self, guider: Any, ordered: bool) -> None:
@@ -52,7 +57,7 @@ class Guiders:
         for name, conds in lists.items():
             for cond in conds:
                 self.owners.setdefault(cond.get("uuid"), name)
-                self.pictures |= positive(name) and bool(cond.get(SHOWN))
+                self.brought.update(dict.fromkeys(brought(cond) if positive(name) else ()))
 
     def named(self, lists: Sequence[Any], images: int) -> Named:
         return Named(tuple(self.name(conds) for conds in lists), images)
@@ -86,6 +91,17 @@ class Guiders:
     def options(self) -> Mapping[str, Any]:
         """The model options of the outermost."""
         return getattr(self.guiders[0], "model_options", {}) if self.guiders else {}
+
+
+def brought(cond: Mapping[str, Any]) -> list[str]:
+    """What an entry of a prompt brings past its text."""
+    return [said for name, said in BROUGHT.items() if cond.get(name) and (name != "control" or reads(cond[name]))]
+
+
+def reads(control: Any) -> bool:
+    """Whether one of a chain of ControlNets and adapters is called with the text, as the latter are not."""
+    previous = getattr(control, "previous_controlnet", None)
+    return hasattr(control, "control_model") or (previous is not None and reads(previous))
 
 
 def conds_of(guider: Any) -> Mapping[str, Collection[Any]]:

@@ -278,7 +278,7 @@ def complain(run: Run, guider: Any) -> None:
 def settle(run: Run, options: dict[str, Any], latents: Any) -> None:
     """A run has ended well: remember its account, and tell it."""
     account, made = run.account, digest_of(latents)
-    account.pictures = run.guiders.pictures
+    account.brought = tuple(run.guiders.brought)
     for _, around in AWAKE:  # a guider that left its work to this one
         around.account.absorb(account)
     if ACCOUNTS in options:
