@@ -462,9 +462,9 @@ class Joint(Backbone):
     @property
     def unreached(self) -> str:
         return (
-            f"{self.name} has attention of its own (of GGUF, Nunchaku or another loader, or of a node that runs the blocks "
-            "itself, as TeaCache), which no edit reaches; load the model with the host's own loader, and take such a node "
-            f"out. ConceptGuard edits {self.supports} there"
+            f"{self.name} has attention of its own (of GGUF, Nunchaku or another loader, or of a node that runs the "
+            "blocks itself, as TeaCache), which no edit reaches; load the model with the host's own loader, and take "
+            f"such a node out. ConceptGuard edits {self.supports} there"
         )
 
     def key(self, place: Place, extra: dict[str, Any]) -> BlockKey | None:
