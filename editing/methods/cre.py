@@ -23,7 +23,7 @@ from ..presets.texts import Percent
 from ..presets.versions import since
 from .found import Found, Kept
 from .pooled import OnPooled, pooled_edit
-from .said import floors
+from .said import UNKNOWN, floors
 from .solve import solve
 from .tokens import TokenSets, solved_together
 
@@ -62,8 +62,8 @@ class CREOptions:
     Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
     queries find in the replacement is what remains. As far as the prompt's own tokens say the concept (`evidence`), A'
     comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
-    they are beside the replacement; eq. 4 is of A' then. In a joint attention the text itself is read anew, before the
-    first block, where it says the concept clearly, and what it says then is the evidence.
+    they are beside the replacement; eq. 4 is of A' then, at the floor as it is. In a joint attention the text itself is
+    read anew, before the first block, where it says the concept clearly, and what it says then is the evidence.
     """
 
     width: str
@@ -109,9 +109,10 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     where = alike(a, along, square.sqrt(), floors(options.floor, found.said, found.peak), near)
     if note is not None and isinstance(where, Tensor):
         note(where)
-    if found.lost is not None and found.reread is not None:
+    if found.lost is not None and found.reread is not None and found.said is not None:
         once = (found.reread[..., None, None] * s * where).amax(0) * less(found.lost, None, options.width)
-        rest = replace(found, A=A.float() - once.reshape(A.shape), lost=None)
+        said = torch.where(found.reread > 0, found.said.clamp_max(UNKNOWN), found.said)  # the rest of it may not
+        rest = replace(found, A=A.float() - once.reshape(A.shape), lost=None, said=said)
         return once.reshape(A.shape) + projection(rest, s[..., 0, 0], options)
     s = s * where
     alone = options.solve == "sum" or len(x) == 1
