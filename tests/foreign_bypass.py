@@ -381,3 +381,23 @@ def step_cache(model: Any, start: float, near: float) -> Any:
     model = model.clone()
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "step cache", cached)
     return model
+
+
+def late_attention(model: Any, below: float, asks: bool) -> Any:
+    """A pack's wrapper of the network that sets the override of attentions below a noise level; asks: it asks the one
+    that stood there."""
+
+    def theirs(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs.get("transformer_options") or next(a for a in reversed(args) if isinstance(a, dict))
+        before = options.get("optimized_attention_override")
+
+        def attention(plain: Any, *args: Any, **more: Any) -> Tensor:
+            return before(plain, *args, **more) if asks and before else plain(*args, **more)
+
+        if float(options["sigmas"].max()) < below:
+            options["optimized_attention_override"] = attention
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "late", theirs)
+    return model

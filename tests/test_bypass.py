@@ -186,6 +186,18 @@ def test_tokens_that_a_wrapper_puts_behind_the_text_are_an_error(name: str, orde
     assert torch.equal(dits.sample(name, kept), dits.sample(name, add_edit(model, spec)))
 
 
+@pytest.mark.parametrize("name", [name for name in (*dits.FAMILIES, "Wan", "Cosmos-Predict2") if name != "SD3"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_an_attention_that_comes_in_later_is_an_error(name: str, cfg: float) -> None:
+    """Of the last steps alone, where a cache might have left them out; not one that asks for the edits'."""
+    model = dits.build(name)
+    edited = add_edit(model, EditSpec("projection", dits.concept(), options=tiny.CRE, node="Test"))
+    with pytest.raises(ValueError, match=f"{NOT_APPLIED}: .*(late_attention|a cache took)"):
+        dits.sample(name, packs.late_attention(edited, 0.97, False), steps=4, cfg=cfg)
+    kept = dits.sample(name, packs.late_attention(edited, 0.97, True), steps=4, cfg=cfg)
+    assert torch.equal(kept, dits.sample(name, edited, steps=4, cfg=cfg))
+
+
 def ip(model: Any) -> Any:
     from foreign import ip_adapter
 

@@ -26,7 +26,7 @@ from ..backbone import Backbone, register_backbone
 from ..binding import KV
 from ..run import CALL, Call, Run
 from ..streams import ModelCall
-from .joint import OVERRIDE, admit_beside, attribute, counted, through
+from .joint import OVERRIDE, Around, admit_beside, attribute, counted, through
 
 
 @dataclass
@@ -218,7 +218,9 @@ class CrossHooks:
 
     def install(self, options: dict[str, Any], call: Call) -> dict[str, Any]:
         call.previous = {OVERRIDE: options[OVERRIDE]} if options.get(OVERRIDE) else {}
-        return {**options, OVERRIDE: self.attention} if self.backbone.kind.overridden else options
+        if not self.backbone.kind.overridden:
+            return options
+        return {**Around(self.backbone, call.who).wrapped(options), OVERRIDE: self.attention}
 
     def attention(self, plain: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
         """q: [B, N, C]; k, v: [B, L, C]; or [B, H, N, d] and [B, H, L, d]; returns [B, N, C]."""

@@ -30,7 +30,7 @@ that (methods/reread.py). All of it happens in the host's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -616,7 +616,7 @@ class JointHooks:
 
     def install(self, options: dict[str, Any], call: Call) -> dict[str, Any]:
         call.previous = {OVERRIDE: options[OVERRIDE]} if options.get(OVERRIDE) else {}
-        return {**TextKept(self.backbone, call.who).around(options), OVERRIDE: self.attention}
+        return {**Around(self.backbone, call.who).wrapped(options), OVERRIDE: self.attention}
 
     def attention(self, plain: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **more: Any) -> Tensor:
         call: Call = more["transformer_options"][CALL]
@@ -707,15 +707,17 @@ class JointHooks:
 
 
 @dataclass
-class TextKept:
+class Around:
     """Sees what the network is called with before and behind other packs' wrappers of it, for an error where these add
-    tokens to the text: they would be taken for the picture's, and as many of its own left unedited. who: asks."""
+    tokens to the text, which would be taken for the picture's, and as many of its own left unedited; or where they put
+    an override in the place of the edits', and no attention asks for these. who: asks; before: tokens of each text."""
 
-    backbone: Joint
+    backbone: Backbone
     who: str
     before: list[int] = field(default_factory=list)
+    override: Any = None
 
-    def around(self, options: dict[str, Any]) -> dict[str, Any]:
+    def wrapped(self, options: dict[str, Any]) -> dict[str, Any]:
         """transformer_options in which it stands around all of them."""
         wrappers = options.get("wrappers", {})
         others = wrappers.get(NETWORK)
@@ -724,25 +726,37 @@ class TextKept:
         these = {f"{NETWORK} first": [self.first], **others, f"{NETWORK} last": [self.last]}
         return {**options, "wrappers": {**wrappers, NETWORK: these}}
 
-    def lengths(self, given: Iterable[Any]) -> list[int]:
-        """The tokens of each text [B, T, W] among what is given."""
-        texts = [x for x in given if isinstance(x, Tensor) and x.ndim == 3 and x.shape[-1] == self.backbone.width]
-        return [text.shape[1] for text in texts]
+    def given(self, args: tuple[Any, ...], more: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        """The tokens of each text [B, T, W] among the network's arguments, and its transformer_options."""
+        texts = [x for x in (*args, *more.values()) if isinstance(x, Tensor) and x.ndim == 3]
+        options = more.get("transformer_options") or next(x for x in reversed(args) if isinstance(x, dict))
+        return [text.shape[1] for text in texts if text.shape[-1] == self.backbone.width], options
 
     def first(self, executor: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
-        self.before = self.lengths([*args, *more.values()])
+        self.before, options = self.given(args, more)
+        self.override = options.get(OVERRIDE)
         return executor(*args, **more)
 
     def last(self, executor: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
-        if self.lengths([*args, *more.values()]) != self.before:
-            others = more.get("transformer_options") or next(x for x in reversed(args) if isinstance(x, dict))
-            names = [named(each) for held in others["wrappers"][NETWORK].values() for each in held]
-            raise ValueError(
-                f"{self.who}: the edit was not applied: a wrapper of the network changes how many tokens the text has "
-                f"({', '.join(name for name in names if 'TextKept' not in name)}), and an edit cannot tell them from "
-                "the picture's; take it out, or join the texts with Conditioning (Concat)"
+        lengths, options = self.given(args, more)
+        if lengths != self.before:
+            raise self.error(
+                options,
+                "changes how many tokens the text has",
+                "and an edit cannot tell them from the picture's; take it out, or join the texts with Conditioning "
+                "(Concat)",
             )
-        return executor(*args, **more)
+        call = options.get(CALL)
+        reached = None if call is None else call.place.count
+        out = executor(*args, **more)
+        if call is not None and options.get(OVERRIDE) != self.override and call.place.count == reached:
+            raise self.error(options, "puts an attention of its own in the place of the edits'", "take it out")
+        return out
+
+    def error(self, options: dict[str, Any], does: str, mend: str) -> ValueError:
+        names = [named(each) for held in options["wrappers"][NETWORK].values() for each in held]
+        others = ", ".join(name for name in names if type(self).__qualname__ not in name)
+        return ValueError(f"{self.who}: the edit was not applied: a wrapper of the network {does} ({others}), {mend}")
 
 
 @dataclass
