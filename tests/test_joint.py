@@ -576,7 +576,7 @@ def test_a_prompts_encoding_says_a_concept_and_raises_no_floor_where_it_cannot_t
     rows = rows_of(concept.phrases[0].tokens, concept.phrases[0].own)
     like = tuple(torch.cat([tokens(20 + i, 4)[0], rows + 0.3 * tokens(30 + i, len(rows))[0]]) for i in range(2))
     phrase, ordinary = replace(concept.phrases[0], like=like), tuple(tokens(40 + i, 9)[0] for i in range(3))
-    concept = replace(concept, phrases=(phrase,), ordinary=ordinary)
+    concept = replace(concept, phrases=(phrase,), ordinary=ordinary[:2], further=ordinary[2:])
     prompt = tokens(1, 12)
     prompt[0, 3 : 3 + len(rows)] = share * rows + (1 - share) * prompt[0, 3 : 3 + len(rows)]
     asked: list[Tensor] = []

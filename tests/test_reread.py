@@ -13,7 +13,7 @@ import torch
 from test_instead import CUP, cre, expected_said, found, told
 from torch import Tensor
 
-from conceptguard.editing.edits.concept import concept_from_text
+from conceptguard.editing.edits.concept import NEUTRAL, concept_from_text
 from conceptguard.editing.edits.encode import encode, own_tokens, rows_of
 from conceptguard.editing.edits.sayings import FURTHER, SAYINGS, holds
 from conceptguard.editing.edits.spec import Concept, EditSpec
@@ -172,6 +172,17 @@ def test_each_row_becomes_what_stands_in_its_place(clip: Any) -> None:
             rows.append((tokens[0][first[0] + i], sum(others) / 2))
     assert torch.equal(T, torch.stack([a for a, _ in rows]))
     torch.testing.assert_close(G, torch.stack([b for _, b in rows]))
+
+
+def test_ordinary_prompts_say_other_things_in_the_same_ways(clip: Any) -> None:
+    concept = concept_from_text(clip, "a mug", instead="a cup")
+    ways, things = (*SAYINGS[1:], *FURTHER), NEUTRAL.splitlines()
+    assert len(concept.further) == len(ways)
+    for rows, way, thing in zip(concept.further, ways, things, strict=False):
+        text = way.format(thing)
+        assert torch.equal(rows, rows_of(encode(clip, text), own_tokens(clip, text)))
+    assert replace(concept, further=()).key != concept.key
+    assert not concept_from_text(clip, "in the style of noto").further
 
 
 def test_a_phrasing_that_holds_another_adds_nothing(clip: Any) -> None:

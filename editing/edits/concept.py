@@ -25,7 +25,7 @@ from .encode import (
     stored,
     undoubled,
 )
-from .sayings import bare, restyled, told
+from .sayings import bare, others_told, restyled, told
 from .spec import Concept, Phrase
 from .styles import mean_style, says_style, styles
 
@@ -85,6 +85,7 @@ def concept_from_text(
             rows_of(each.tokens, own_tokens(clip, line, each.tokens.shape[1]))
             for each, line in zip(ordinary, lines, strict=True)
         ),
+        further=() if style or not lines else others_told(clip, lines),
         pooled=mean_pooled([each.pooled for each in ordinary or [empty]]),
         pooled_instead=parts.pooled_instead,
         beside=beside,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,13 @@ def told_of(clip: Any, phrase: Phrase, others: Sequence[Sequence[Said]]) -> Phra
     says += [said_in(clip, saying, phrase.text) for saying in FURTHER]
     T, G = (torch.cat(rows) for rows in zip(*map(becomes, says, others), strict=True))
     return replace(told, becomes=(T, G))
+
+
+def others_told(clip: Any, lines: Sequence[str]) -> tuple[Tensor, ...]:
+    """What else a prompt says around a phrase, said of other things: rows [n, W] of an encoding for each of those ways,
+    one line in each."""
+    told = [said_in(clip, saying, line) for saying, line in zip((*SAYINGS[1:], *FURTHER), cycle(lines), strict=False)]
+    return tuple(rows_of(each.tokens, each.own) for each in told)
 
 
 class Said(NamedTuple):

@@ -57,7 +57,8 @@ class Concept(Shared):
     empty: of the empty prompt, if known; neutral: the mean of ordinary prompts', if other than that, and their text;
     keep: neighbours that must survive: an edit leaves alone what is more like one of them.
     instead: what is drawn in its place, [1, T, W], and its text; None: what it is compared with.
-    ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py.
+    ordinary: rows [n, W] of the encodings of prompts that do not say it, for methods/said.py; further: of such prompts
+    in more words, where encodings themselves are asked.
     pooled, pooled_instead: as the phrases', [1, P], of what it is compared with, and of what is drawn in its place.
     beside: of an encoding, by its digest, what its text encoder says of the prompt beside it, for models that read that
     as well (edits/beside.py): of each of the prompts that it is the mean of.
@@ -74,6 +75,7 @@ class Concept(Shared):
     instead: Tensor | None = None
     instead_text: str = ""
     ordinary: tuple[Tensor, ...] = ()
+    further: tuple[Tensor, ...] = ()
     pooled: Tensor | None = None
     pooled_instead: Tensor | None = None
     kind: Literal["thing", "style"] = "thing"  # of a style, phrases are what ordinary prompts become with it
@@ -115,7 +117,9 @@ class Concept(Shared):
 
     @cached_property
     def key(self) -> str:
-        later = [x for x in (*self.ordinary, self.instead, self.pooled, self.pooled_instead) if x is not None]
+        later = [
+            x for x in (*self.ordinary, *self.further, self.instead, self.pooled, self.pooled_instead) if x is not None
+        ]
         phrases = ([phrase.key for phrase in some] for some in (self.phrases, self.keep))
         further = [x for prompts in self.beside.values() for said in prompts for x in said.values()]
         return digest((self.baseline_key, *phrases, *later, *further))

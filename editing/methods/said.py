@@ -12,8 +12,9 @@ over the tokens j of a prompt. Where high <= low the attention cannot tell the c
 finds (cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
 
 In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x. These say
-much that every prompt says, its grammar and places, and a word is a small part of them. So what ordinary prompts vary
-in counts less: of their rows' principal directions u_i, of variance e_i, all that is beyond a small one is left out,
+much that every prompt says, its grammar and places, and a word is a small part of them. So ordinary prompts are in more
+words there (Concept.further), and what they vary in counts less: of their rows' principal directions u_i, of variance
+e_i, all that is beyond a small one is left out,
 
     v <- v - sum_i (1 - sqrt(e / (e_i + e))) <v, u_i> u_i,    e = COMMON * mean of e_i
 
@@ -111,18 +112,19 @@ def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margi
     if not concept.ordinary or not all(phrase.like for phrase in concept.phrases):
         return None
     sizes = [[len(rows) for rows in rows_of_all(phrase)] for phrase in concept.phrases]
-    every = [*concept.ordinary, *(rows for phrase in concept.phrases for rows in rows_of_all(phrase))]
+    plain = concept.ordinary if margin is None else (*concept.ordinary, *concept.further)
+    every = [*plain, *(rows for phrase in concept.phrases for rows in rows_of_all(phrase))]
     v = values(torch.cat(every))
     if v is None:
         return None
-    ordinary, *phrases = v.float().split([sum(map(len, concept.ordinary)), *map(sum, sizes)])
+    ordinary, *phrases = v.float().split([sum(map(len, plain)), *map(sum, sizes)])
     v0 = ordinary.mean(0)
     common = None if margin is None else Common.of(ordinary - v0)
 
     def own(x: Tensor) -> Tensor:
         return x - v0 if common is None else common.left_out(x - v0)
 
-    others = own(ordinary).split([len(rows) for rows in concept.ordinary])
+    others = own(ordinary).split([len(rows) for rows in plain])
     found = [tell(*own(x).split(n), others=others) for x, n in zip(phrases, sizes, strict=True)]
     t, low, high, _ = (torch.stack(each) for each in zip(*found, strict=True))
     return Said(v0, t, low, high, margin, common)
