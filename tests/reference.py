@@ -32,12 +32,14 @@ def cre(
     keep: Sequence[Sequence[Tensor]] = (),
     instead: Sequence[Tensor | None] = (),
     taken: list[Tensor] | None = None,
+    beyond: Sequence[bool] = (),
 ) -> Tensor:
     """Eq. 4 of the CRE paper for one row, and our readings of it. A, At_k, A0: [N, C]; heads: 1 for the full width.
 
     floor: of all concepts, or one each; keep: for each concept what is found in its neighbours' prompts, [N, C] each;
     instead: for each what is found in what takes its place, [N, C], if anything.
-    taken: is given how much of each concept was taken away, [N, len(At)], for heads = 1.
+    taken: is given how much of each concept was taken away, [N, len(At)], for heads = 1; beyond: for each whether that
+    is no more than what A - instead has of At - instead.
     """
     shares = torch.zeros(A.shape[0], len(At), dtype=torch.double)
     least = [floor] * len(At) if isinstance(floor, float) else floor
@@ -67,6 +69,10 @@ def cre(
             for k, c_k, t in zip(near, c, steer, strict=True):
                 if instead and (drawn := instead[k]) is not None:
                     t = At[k][position, part].double() - drawn[position, part].double()
+                    if beyond and beyond[k]:
+                        c_k = min(
+                            c_k, max((A[position, part].double() - drawn[position, part].double()) @ t / (t @ t), 0)
+                        )
                 shares[position, k] = s[k] * (max(c_k, torch.zeros(())) if clip else c_k)
                 out[position, part] -= shares[position, k] * t
     if taken is not None:

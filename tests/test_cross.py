@@ -151,8 +151,11 @@ def read_anew(
     more_k, more_v = reference.reread(k, v, *map(make, phrase.becomes), torch.cat(ordinary))
     near = torch.cosine_similarity(A - A0, At - A0, dim=-1)[:, None] >= floor
     lost = A - reference.attention(q, k + more_k, v + more_v, heads)
-    outs = ((A - share * s * near * lost, max(floor, 0.1)), (A, floor)) if share else ((A, floor), (A, floor))
-    cre = [reference.cre(each, [At], [s], 1, True, False, A0, [least], instead=[Ar]) for each, least in outs]
+    outs = (A - share * s * near * lost, A) if share else (A, A)
+    cre = [
+        reference.cre(each, [At], [s], 1, True, False, A0, [floor], instead=[Ar], beyond=[more])
+        for each, more in zip(outs, (share > 0, False), strict=True)
+    ]
     return cre[0], cre[1]
 
 

@@ -68,8 +68,8 @@ def expected(
         near = torch.cosine_similarity(a, x - A0, dim=-1)[:, None] >= floor
         once = torch.maximum(once, share * s * near)
     left = A.double() - once * lost
-    least = [max(floor, 0.1) for floor in least]  # as it is, where it was lowered
-    return reference.cre(left, At, [s for _, s in edits], 1, True, False, A0, least, instead=Ar)
+    more = [share > 0 for share in said]
+    return reference.cre(left, At, [s for _, s in edits], 1, True, False, A0, least, instead=Ar, beyond=more)
 
 
 def apart(result: Tensor, expected: Tensor) -> float:

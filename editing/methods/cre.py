@@ -23,7 +23,7 @@ from ..presets.texts import Percent
 from ..presets.versions import since
 from .found import Found, Kept
 from .pooled import OnPooled, pooled_edit
-from .said import UNKNOWN, floors
+from .said import floors
 from .solve import solve
 from .tokens import TokenSets, solved_together
 
@@ -62,8 +62,9 @@ class CREOptions:
     Where the concept has something to draw instead, At_k - A_r is taken away in place of At_k - A0: what the same
     queries find in the replacement is what remains. As far as the prompt's own tokens say the concept (`evidence`), A'
     comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
-    they are beside the replacement; eq. 4 is of A' then, at the floor as it is. In a joint attention the text itself is
-    read anew, before the first block, where it says the concept clearly, and what it says then is the evidence.
+    they are beside the replacement; eq. 4 is of A' then, with no more of At_k than A' has beyond A_r. In a joint
+    attention the text itself is read anew, before the first block, where it says the concept clearly, and what it says
+    then is the evidence.
     """
 
     width: str
@@ -109,20 +110,28 @@ def projection(found: Found, s: Tensor, options: CREOptions, note: Callable[[Ten
     where = alike(a, along, square.sqrt(), floors(options.floor, found.said, found.peak), near)
     if note is not None and isinstance(where, Tensor):
         note(where)
-    if found.lost is not None and found.reread is not None and found.said is not None:
+    if found.lost is not None and found.reread is not None:
         once = (found.reread[..., None, None] * s * where).amax(0) * less(found.lost, None, options.width)
-        said = torch.where(found.reread > 0, found.said.clamp_max(UNKNOWN), found.said)  # the rest of it may not
-        rest = replace(found, A=A.float() - once.reshape(A.shape), lost=None, said=said)
+        rest = replace(found, A=A.float() - once.reshape(A.shape), lost=None)
         return once.reshape(A.shape) + projection(rest, s[..., 0, 0], options)
     s = s * where
     alone = options.solve == "sum" or len(x) == 1
     c = along / square.clamp_min(TINY) if alone else least_squares(a, x, s != 0, options.negative == "clip")
     if options.negative == "clip":
         c = c.clamp_min(0)
+    if found.reread is not None and found.Ar is not None:
+        c = torch.where(found.reread[..., None, None] > 0, c.minimum(beyond(found, options.width)), c)
     if found.weight is not None:  # what else there is beside the concept keeps its own: the floor as it is, for weights
         found.weight.taken(s * c * alike(a, along, square.sqrt(), options.floor))
     taken = s * c * (x if found.Ar is None else less(At, found.Ar, options.width))
     return (taken[0] if len(x) == 1 else taken.sum(0)).reshape(A.shape)
+
+
+def beyond(found: Found, width: str) -> Tensor:
+    """max(0, <A - Ar_k, At_k - Ar_k> / ||At_k - Ar_k||^2): what A has of a phrase beyond what is drawn in its place,
+    which has much in common with it. [K, ..., H or 1, 1]."""
+    d, more = (less(x, found.Ar, width) for x in (found.At, found.A))
+    return (more * d).sum(-1, keepdim=True).clamp_min(0) / (d * d).sum(-1, keepdim=True).clamp_min(TINY)
 
 
 def less(x: Tensor, A0: Tensor | None, width: str) -> Tensor:
