@@ -44,7 +44,7 @@ SINGLES = ("kitchen knife", "skull")
 
 # What suits a model this small: the authors' 7.5 and 0.06 destroy nearly every picture.
 AWAY: dict[str, Any] = {"guidance": 2.0, "learning_rate": 0.01}
-TOWARDS: dict[str, Any] = {"guidance": 3.0, "learning_rate": 0.03}
+TOWARDS: dict[str, Any] = {"guidance": 5.0, "learning_rate": 0.03}
 
 
 def trained(
@@ -178,8 +178,10 @@ def combined(
 # --- fairness --------------------------------------------------------------------------------------------------------
 
 ATTRIBUTES = {"gender": tuple(world.GENDERS), "tone": tuple(world.TONES)}
-EACH = 10  # pictures of each biased role
-BIASED = tuple(role for role, (_, women) in world.ROLES.items() if women != 0.5)
+# A direction that is learned on roles that are drawn evenly alone does not move the others far enough.
+LEARNED_ON = ("doctor", "student", "judge", "mechanic", "teacher")
+MEASURED_ON = tuple(role for role in world.ROLES if role not in LEARNED_ON)
+EACH = 16  # pictures of each of these
 
 
 def attribute_directions(
@@ -187,11 +189,12 @@ def attribute_directions(
 ) -> list[Direction]:
     """One direction towards each value, learned on roles that are not measured."""
     found = []
-    roles = [role for role in world.ROLES if role not in BIASED]
     for value in ATTRIBUTES[attribute]:
-        said = [f"a {value} {role}" if attribute == "gender" else f"a {role} with {value} skin" for role in roles]
+        said = [f"a {value} {role}" if attribute == "gender" else f"a {role} with {value} skin" for role in LEARNED_ON]
         concept = phrases(demo, said, value)
-        found.append(trained(demo, concept, [f"a {role}" for role in roles], "towards", steps, batch, seed, **settings))
+        found.append(
+            trained(demo, concept, [f"a {role}" for role in LEARNED_ON], "towards", steps, batch, seed, **settings)
+        )
     return found
 
 
@@ -204,19 +207,19 @@ def total_variation(values: Sequence[Any], kinds: Sequence[Any]) -> float:
 def fairness(
     demo: Demo,
     count: int = EACH,
-    steps: int = 200,
+    steps: int = 400,
     batch: int = 4,
     seed: int = 5,
     strength: float = 1.25,
     erased: str = "beer mug",
     named: int = 30,
 ) -> Iterator[Row]:
-    """`count` pictures of each of the biased roles: total variation from uniform, over a role's usual gender and the
-    other, and over the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""
+    """`count` pictures of each role: total variation from uniform, over a role's usual gender and the other, and over
+    the tones; beside `named` pictures of an object that CRE or EIUP erases at the same time."""
     directions = {name: attribute_directions(demo, name, steps, batch, seed) for name in ATTRIBUTES}
     controls = {name: [random_like(d, i) for i, d in enumerate(each)] for name, each in directions.items()}
     rng = random.Random(seed)
-    people = [world.person(rng, role) for role in BIASED for _ in range(count)]
+    people = [world.person(rng, role) for role in MEASURED_ON for _ in range(count)]
     objects = object_prompts([erased], named, seed)
 
     def fair(chosen: dict[str, list[Direction]], model: Any = None) -> Any:
@@ -292,8 +295,9 @@ TABLES = (
     Table(
         "fair",
         "Fair directions for people",
-        f"Total variation from uniform over {len(BIASED) * EACH} pictures of biased roles: a role's usual gender and "
-        "the other; five tones. The random direction is as long at every token. An object is erased beside.",
+        f"Total variation from uniform over {len(MEASURED_ON) * EACH} pictures of biased roles, others than the "
+        "directions were learned on: a role's usual gender and the other; five tones. The random direction is as long "
+        "at every token. An object is erased beside.",
         fair,
         partial(fair, 1, 4, 2, named=2),
     ),

@@ -19,7 +19,8 @@ def test_total_variation_is_the_distance_from_uniform() -> None:
 def test_what_is_measured_was_not_trained() -> None:
     for members, unseen in direction.FAMILIES.values():
         assert not set(members) & set(unseen) and {*members, *unseen} <= set(world.OBJECTS)
-    assert set(direction.BIASED) < set(world.ROLES)
+    assert {*direction.LEARNED_ON, *direction.MEASURED_ON} == set(world.ROLES)
+    assert all(world.ROLES[role][1] != 0.5 for role in direction.MEASURED_ON)
     assert [p.objects for p in direction.scenes_with(("beer mug",), 2, 0)] == [("beer mug",)] * 2
     assert direction.scenes_with(("scissors",), 2, 0) == []
 

@@ -176,25 +176,16 @@ def tests_of(
 
 
 def readings_of(
-    group: Solved, keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor | None]
+    groups: Iterable[Solved],
+    keys: Callable[[Tensor], Tensor],
+    values: Callable[[Tensor], Tensor | None],
+    styles: bool,
 ) -> dict[int, Reading]:
-    """Of the edits whose concepts say what their prompts become, but for styles: in cross-attention what eq. 4 takes of
-    a style says enough, and of one read anew too much. keys, values: as `reading` has them."""
+    """Of the edits whose concepts say what their prompts become; of styles or of things alone. keys, values: as
+    `reading` has them."""
     plain: dict[str, Ordinary] = {}
-    things = {i: concept for i, concept in group.tested.items() if concept.kind == "thing"}
-    found = {i: reading(concept, keys, values, plain) for i, concept in things.items()}
-    return {i: made for i, made in found.items() if made is not None}
-
-
-def readings_in(groups: Iterable[Solved], device: torch.device) -> dict[int, Reading]:
-    """The same of encodings themselves, of all groups, and of styles as well."""
-
-    def as_they_are(rows: Tensor) -> Tensor:
-        return rows.to(device)
-
-    plain: dict[str, Ordinary] = {}
-    tested = {i: concept for group in groups for i, concept in group.tested.items()}
-    found = {i: reading(concept, as_they_are, as_they_are, plain) for i, concept in tested.items()}
+    tested = [(i, concept) for group in groups for i, concept in group.tested.items()]
+    found = {i: reading(concept, keys, values, plain) for i, concept in tested if styles or concept.kind == "thing"}
     return {i: made for i, made in found.items() if made is not None}
 
 
@@ -249,8 +240,9 @@ class BlockEdits:
         self.heads = backbone.blocks[key].heads
         self.joined, self.separate = ([bind(each) for each in some] for some in (sets.joined, sets.separate))
         if tests is None:
+            # What eq. 4 takes of a style says enough; of one that is read anew as well it takes too much.
             self.steering = [
-                Steering(group, bind, tests_of([group], values), readings_of(group, keys, values))
+                Steering(group, bind, tests_of([group], values), readings_of([group], keys, values, styles=False))
                 for group in sets.solved
             ]
         else:
@@ -335,9 +327,13 @@ class Plan:
         self.prompts = list(prompts_of(gathered.values())) if backbone.streamed else []
         stages = [stage for sets in gathered.values() for stage in sets.stages] if backbone.streamed else []
         solved = [group for stage in stages for group in stage.solved]
+
+        def as_it_is(rows: Tensor) -> Tensor:
+            return rows.to(device)
+
         # Of a text that no block has changed yet:
-        self.tests = tests_of(solved, lambda rows: rows.to(device), MARGIN)
-        readings = readings_in(solved, device) if self.tests else {}
+        self.tests = tests_of(solved, as_it_is, MARGIN)
+        readings = readings_of(solved, as_it_is, as_it_is, styles=True) if self.tests else {}
         self.readings = {
             i: made for i, made in readings.items() if i in self.tests and set(self.chosen[i]) == everywhere
         }
