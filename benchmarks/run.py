@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, metavar="N", help="of all of these: pictures of a kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")
     parser.add_argument("--page", action="store_true", help="measure nothing: write docs/measured.md from its records")
-    parser.add_argument("--sheet", action="store_true", help="measure nothing: draw docs/erasers.jpg")
+    parser.add_argument(
+        "--sheet", action="store_true", help="measure nothing: draw docs/erasers.jpg and docs/erasure.jpg"
+    )
     args = parser.parse_args()
     if args.sheet:
         return sheet.draw()

@@ -1,4 +1,5 @@
-"""Every eraser of the table `peers` on the same prompts and noise: docs/erasers.jpg (`make bench ARGS=--sheet`)."""
+"""The contact sheets in docs/ (`make bench ARGS=--sheet`): every eraser of the table `peers`, and every object of
+`instead`, on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -8,10 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..demo import world
+from ..editing.edits.concept import NEUTRAL, concept_from_text
 from ..tools.environment import ROOT
+from .instead import OBJECTS
 from .peers import METHODS, SEED, Pictures, in_style, phrasings, ready
+from .sampling import demo
 
-FILE = ROOT / "docs" / "erasers.jpg"
+ERASERS, ERASURE = ROOT / "docs" / "erasers.jpg", ROOT / "docs" / "erasure.jpg"
 THING, STYLE = "wine glass", "noto"
 OF_THING = (
     "a wine glass",
@@ -39,8 +44,7 @@ def image(x: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    captions = [f"without the {THING}: {text}" for text in OF_THING] + [f"without {STYLE}: {text}" for text in OF_STYLE]
+def sheet(captions: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     out = Image.new("RGB", (LABEL + SIDE * len(captions), HEAD + SIDE * len(rows)), "white")
     draw = ImageDraw.Draw(out)
     for i, caption in enumerate(captions):
@@ -62,9 +66,30 @@ def broken(text: str, most: int = 23) -> str:
     return "\n".join(lines)
 
 
-def draw() -> None:
+def erasers() -> Image.Image:
+    """A row for each method."""
+    captions = [f"without the {THING}: {text}" for text in OF_THING] + [f"without {STYLE}: {text}" for text in OF_STYLE]
     rows = []
     for method in METHODS:
         print(method, flush=True)
         rows.append((method, row(method)))
-    sheet(rows).save(FILE, quality=86)
+    return sheet(captions, rows)
+
+
+def erasure() -> Image.Image:
+    """A column for each object: as it is drawn, with something else in its place, and with nothing named."""
+    work, rows = demo(), dict[str, list[Image.Image]]()
+    for i, (name, (instead, _)) in enumerate(OBJECTS.items()):
+        prompt = f"{world.article(name)} on a {list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)]} background"
+        models = {"as it is drawn": work.model}
+        for label, thing in (("erased, that instead", instead), ("erased, nothing named", "")):
+            models[label] = work.erase(concept_from_text(work.clip, name, name, NEUTRAL, "", thing))
+        for label, model in models.items():
+            rows.setdefault(label, []).append(image(work.pictures(model, [prompt], SEED)[0]))
+    captions = [f"{world.article(name)}; instead: {instead}" for name, (instead, _) in OBJECTS.items()]
+    return sheet(captions, list(rows.items()))
+
+
+def draw() -> None:
+    for file, each in ((ERASURE, erasure), (ERASERS, erasers)):
+        each().save(file, quality=86)
