@@ -43,7 +43,7 @@ SINGLES = ("kitchen knife", "skull")
 
 
 # What suits a model this small: the authors' 7.5 and 0.06 destroy nearly every picture.
-AWAY: dict[str, Any] = {"guidance": 2.0, "learning_rate": 0.01}
+AWAY: dict[str, Any] = {"guidance": 3.0, "learning_rate": 0.02}
 TOWARDS: dict[str, Any] = {"guidance": 5.0, "learning_rate": 0.03}
 
 
@@ -133,7 +133,7 @@ def rows_of(
 def compare(
     demo: Demo,
     count: int = 30,
-    steps: int = 150,
+    steps: int = 300,
     batch: int = 4,
     strengths: Sequence[float] = (1.0, 1.5),
     seed: int = 5,
