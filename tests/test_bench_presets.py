@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conceptguard.benchmarks import presets
+from conceptguard.benchmarks.sampling import Demo
+from conceptguard.editing.engine.host import edits_of
 from conceptguard.editing.presets.document import Preset, read
 
 NAMED = {
@@ -31,6 +33,14 @@ def test_the_concepts_that_the_demo_world_has_are_looked_for(name: str) -> None:
     looks = presets.erased(shipped(name), 2, 0)
     assert {label for label in looks if "unnamed" not in label} == NAMED[name]
     assert all(len(pictures) == 2 for pictures, _ in looks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMED)
+def test_every_shipped_preset_goes_on_the_demo_model(name: str) -> None:
+    """Its text encoder knows its world's words alone: phrases that differ in others are one to it."""
+    demo, preset = Demo.ready(), shipped(name)
+    assert len(edits_of(presets.applied(demo, preset))) == len(preset.edits)
 
 
 def test_what_is_to_stay_is_neither_erased_nor_its_neighbour() -> None:
