@@ -106,9 +106,9 @@ class Steering:
 
     def anew(self, prompt: Prompt, share: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values, [R, L, H, d], read anew where it says a concept: of several at once each as far
-        as its strength is of the greatest. share: as `reread` has it; s: [K, R, 1]."""
-        found = (share > 0) * s.abs()
-        of = {i: found[places].amax(0) for i, places in self.phrases_of.items()}
+        as how surely it is said, times its strength, is of the greatest. share: as `reread` has it; s: [K, R, 1]."""
+        asked = share * s.abs()
+        of = {i: asked[places].amax(0) for i, places in self.phrases_of.items()}
         most = torch.stack([*of.values()]).amax(0).clamp_min(torch.finfo(s.dtype).tiny)  # [R, 1]
         keys, values = prompt.k.float().flatten(2), prompt.v.float().flatten(2)
         for i, of_concept in self.readings.items():
