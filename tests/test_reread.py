@@ -54,14 +54,14 @@ def expected(
     At = [found(seen, key, q, concept.phrases[0].tokens[0]) for concept, _ in edits]
     Ar = [found(seen, key, q, concept.instead[0]) for concept, _ in edits]
     least = [0.1 * (1.7 + (0.4 - 1.7) * share) for share in said]
-    most = max((s for (_, s), share in zip(edits, said, strict=True) if share > 0), default=0.0)
+    most = max((share * s for (_, s), share in zip(edits, said, strict=True)), default=0.0)
     keys, values = k.double(), v.double()
     for (concept, s), share in zip(edits, said, strict=True):
         if share > 0 and s > 0:
             T, G = ([seen.project(key, which, x) for which in "kv"] for x in concept.phrases[0].becomes)
             P = seen.project(key, "v", torch.cat(concept.ordinary))
             more = reference.reread(k, v, T, G, P)
-            keys, values = keys + s / most * more[0], values + s / most * more[1]
+            keys, values = keys + share * s / most * more[0], values + share * s / most * more[1]
     lost = ours - reference.attention(q, keys, values, seen.heads(key))
     a, once = A.double() - A0, torch.zeros(len(A), 1, dtype=torch.double)
     for x, (_, s), share, floor in zip(At, edits, said, least, strict=True):
@@ -122,18 +122,22 @@ def test_a_row_is_read_anew_as_far_as_it_says_the_concept(model: Any, strength: 
     assert max(far) < 0.05 and max(differs) > 0.3
 
 
-def test_two_concepts_are_read_anew_at_once_each_by_its_strength(model: Any) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_two_concepts_are_read_anew_at_once_each_by_its_strength_and_as_far_as_it_is_said(
+    model: Any, share: float
+) -> None:
     mug, owl = becoming(100), becoming(700, tiny.tokens(800))
     owl = replace(owl, neutral=mug.neutral, ordinary=mug.ordinary)
     edited = cre(cre(model, mug, OPTIONS), owl, OPTIONS, strength=0.5)
     with tiny.Recorder(model) as seen:
-        tiny.sample(edited, [saying((mug, 1.0), (owl, 1.0))], steps=1)
-    far = []
+        tiny.sample(edited, [saying((mug, 1.0), (owl, share))], steps=1)
+    far, said = [], []
     for key, (call,) in seen.calls.items():
         row = {name: call[name][-1] for name in "qkv"}
         A = reference.attention(row["q"], row["k"], row["v"], seen.heads(key))
         far.append(apart(call["out"][-1], expected(seen, key, row, [(mug, 1.0), (owl, 0.5)], A)))
-    assert max(far) < 0.05
+        said.append(float(expected_said(seen, key, owl, row["v"])))
+    assert max(far) < 0.05 and any(0.1 < each < 0.9 for each in said) == (share < 1)
 
 
 @pytest.mark.parametrize("other", ["EIUP", "a pack's"])
