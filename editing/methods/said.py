@@ -6,10 +6,12 @@ both the value and the threshold found from examples, in each attention apart; o
     v0      = mean of the ordinary prompts' values,             t_r = v(row r of the phrase) - v0
     high_r  = min over prompts that say it of max_j cos(v_j - v0, t_r)
     low_r   = max over ordinary prompts of the same,            r* = argmax_r (high_r - low_r)
-    said    = (max_j cos(v_j - v0, t_r*) - low) / (high - low), from 0 to 1
+    share   = (max_j cos(v_j - v0, t_r*) - low) / max(high - low, NARROW)
+    said    = (share - SURE_0) / (SURE_1 - SURE_0), from 0 to 1
 
-over the tokens j of a prompt. Where high <= low the attention cannot tell the concept, and says 0. What a position
-finds (cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
+over the tokens j of a prompt, from 0 to 1: a neighbour's word is half as like the concept. Where high <= low the
+attention cannot tell the concept, and says 0; where they are close, it is trusted as little. What a position finds
+(cre.py's floor) is a mean over the prompt, which other words turn away; the greatest of the tokens is not.
 
 In a joint attention values are the picture's as well: there the encodings themselves are asked, v(x) = x. These say
 much that every prompt says, its grammar and places, and a word is a small part of them. So ordinary prompts are in more
@@ -38,9 +40,11 @@ from ..edits.spec import Concept, Phrase
 UNSAID, SAID = 1.7, 0.4
 # What says neither: a concept without examples keeps its floor.
 UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
-# Of encodings: of cosines; of the ordinary prompts' mean variance; and what counts as none and all of a concept there,
-# where a neighbour's word is half of it, and its own beside other things little less than all.
-MARGIN, COMMON, SURE = 0.1, 1e-3, (0.5, 0.8)
+# Of high - low, the least that counts; and what counts as none and all of a concept: a neighbour's word is half of it,
+# and its own beside other things little less than all.
+NARROW, SURE = 0.2, (0.5, 0.8)
+# Of encodings: of cosines; of the ordinary prompts' mean variance.
+MARGIN, COMMON = 0.1, 1e-3
 # And where a whole prompt is read anew for it: least of high - low, and of the share between them.
 SPREAD, CLEAR = 0.45, (0.75, 0.85)
 # Beside a picture a position is like a concept in all that it draws: of the most that any position is, this share.
@@ -84,9 +88,9 @@ class Said:
 
     def __call__(self, v: Tensor) -> Tensor:
         """How surely each row's tokens say each phrase. v: [R, L, C]; returns [K, R, 1] in fp32."""
-        said = self.share(v, 1e-6).clamp(0, 1)
+        said = self.share(v, NARROW if self.margin is None else 1e-6)
+        said = ((said - SURE[0]) / (SURE[1] - SURE[0])).clamp(0, 1)
         if self.margin is not None:
-            said = ((said - SURE[0]) / (SURE[1] - SURE[0])).clamp(0, 1)
             said = torch.where(self.high - self.low < self.margin, said.clamp_min(UNKNOWN), said)
         return said.T[..., None]
 
