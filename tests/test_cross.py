@@ -24,6 +24,7 @@ from conceptguard.editing.engine.watch import Watch
 from conceptguard.editing.methods.cre import DEFAULTS
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
+from conceptguard.editing.methods.said import NARROW, SURE
 
 
 def of_wan(network: Any, attn: Any, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,8 @@ def read_anew(
         return reference.attention(q, *make(text), heads)
 
     like, ordinary = ([make(x)[1] for x in some] for some in (phrase.like, it.ordinary))
-    share = reference.said(v, make(rows_of(phrase.tokens, phrase.own)[1:])[1], like, ordinary)
+    own = make(rows_of(phrase.tokens, phrase.own)[1:])[1]
+    share = reference.said(v, own, like, ordinary, sure=SURE, spread=NARROW)
     A, At, A0, Ar = reference.attention(q, k, v, heads), *map(found, (phrase.tokens[0], it.neutral[0], it.instead[0]))
     floor = 0.1 * (1.7 + (0.4 - 1.7) * share)
     more_k, more_v = reference.reread(k, v, *map(make, phrase.becomes), torch.cat(ordinary))
