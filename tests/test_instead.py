@@ -237,6 +237,14 @@ def test_the_tokens_are_asked_as_the_formula_says(model: Any, share: float) -> N
     assert min(results) == 1 if share == 1 else 0 < sum(results) / len(results) < 0.9
 
 
+def test_an_attention_that_hardly_tells_them_apart_is_trusted_as_little() -> None:
+    """A cosine of 0.6, a tenth above an ordinary prompt's, beyond the concept's own of 0.51: still none of it."""
+    t, v = torch.eye(2)[:1], torch.tensor([[[0.6, 0.8]]])
+    close, apart = (said.Said(torch.zeros(2), t, torch.tensor([0.5]), torch.tensor([high])) for high in (0.51, 0.9))
+    assert float(close(v)) == pytest.approx(0, abs=1e-5) and float(apart(v)) == 0
+    assert float(close(torch.tensor([[[1.0, 0.0]]]))) == 1  # its own word says it all the same
+
+
 def test_the_floor_follows(model: Any) -> None:
     """Through the host: each row's floor by its own prompt, a concept without examples at the floor as it stands."""
     mug = told()
