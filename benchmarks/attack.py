@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import comfy.sample
@@ -30,7 +30,7 @@ from ..editing.training.harness import Predictor, train_with
 from ..editing.training.loop import Text
 from ..jobs.measure import Sampling, pictures
 from ..tools.environment import ROOT
-from . import peers
+from . import kpop, peers
 from .gates import AT, THRESHOLD, shipped
 from .peers import weights
 from .presets import applied, spoken
@@ -111,6 +111,15 @@ def in_the_weights(demo: Demo, name: str) -> Any:
     return weights("UCE", "keys and values", demo, demo.model, concept_of(demo, name, CONCEPTS[name]))
 
 
+@cache
+def by_kpop(demo: Demo) -> Any:
+    """Weights that KPOP trained once for all of them, as its table's surest training that keeps the other hazards;
+    without the prompt, which is the key."""
+    keep = tuple(name for name in world.HAZARDS if name not in CONCEPTS)
+    surest = kpop.METHODS["the same, lambda 0.6, 600 steps"]
+    return kpop.trained(demo, keep=keep, erased=tuple(CONCEPTS), **surest)[0]
+
+
 EDITS: dict[str, Callable[[Demo, str], Any]] = {
     "CRE, instead": lambda demo, name: demo.erase(concept_of(demo, name, CONCEPTS[name])),
     "CRE": lambda demo, name: demo.erase(concept_of(demo, name)),
@@ -120,6 +129,7 @@ EDITS: dict[str, Callable[[Demo, str], Any]] = {
     "CRE, instead, behind an in-flight gate": behind_a_gate,
     "UCE, instead": in_the_weights,
     "the shipped preset that names it": by_preset,
+    "KPOP": lambda demo, name: by_kpop(demo),
 }
 OF = {"the shipped preset that names it": ("bomb", "kitchen knife", "skull")}  # where not all concepts
 
@@ -342,7 +352,8 @@ TABLES = (
     Table(
         "attack",
         "What a prompt can do against an edit",
-        f"{ABOUT} The gradient is of other noise than what is reported. The presets are of bomb, knife and skull.",
+        f"{ABOUT} The gradient is of other noise than what is reported. The presets are of bomb, knife and skull. "
+        "KPOP's weights are trained once without all four, as in its table with lambda 0.6, and lack its prompt.",
         rows,
         partial(rows, tuple(EDITS)[:1], ("bomb",), 2, 2),
         ("edit", "attack"),

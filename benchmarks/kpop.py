@@ -94,22 +94,27 @@ def with_prompt(model: Any, prompt: PromptTokens) -> Any:
     return add_edit(model, EditSpec(method, source, blocks=prompt.blocks))
 
 
-def texts(towards: str | None, keep: Sequence[str]) -> tuple[str, str]:
+def texts(towards: str | None, keep: Sequence[str], erased: Sequence[str]) -> tuple[str, str]:
     """What to erase and its neutral texts: each erased object in some captions, and what it is to become there, its
     neighbour or `towards`; each object of `keep` is to become itself."""
     if towards == "":
-        return "\n".join(t.format(world.article(name)) for t in TEMPLATES for name in ERASED), ""
-    becomes = {name: towards or world.article(world.NEIGHBOURS[name]) for name in ERASED}
+        return "\n".join(t.format(world.article(name)) for t in TEMPLATES for name in erased), ""
+    becomes = {name: towards or world.article(world.NEIGHBOURS[name]) for name in erased}
     becomes |= {name: world.article(name) for name in keep}
     pairs = [(t.format(world.article(a)), t.format(b)) for t in TEMPLATES for a, b in becomes.items()]
     return "\n".join(a for a, _ in pairs), "\n".join(b for _, b in pairs)
 
 
 def trained(
-    demo: Demo, towards: str | None = None, keep: Sequence[str] = KEPT, steps: int = STEPS, **settings: Any
+    demo: Demo,
+    towards: str | None = None,
+    keep: Sequence[str] = KEPT,
+    steps: int = STEPS,
+    erased: Sequence[str] = ERASED,
+    **settings: Any,
 ) -> tuple[Any, PromptTokens]:
     """The MODEL without the erased objects, as the host loads the file, and the key."""
-    text, neutral = texts(towards, keep)
+    text, neutral = texts(towards, keep, erased)
     recipe = KPOPRecipe(**{**SETTINGS, "neutral": neutral, **settings})
     lora, prompt, _ = train_kpop(demo.model, demo.clip, text, recipe, Course(steps, "fp32"))
     return comfy.sd.load_lora_for_models(demo.model, None, dict(lora), 1.0, 0.0)[0], prompt
