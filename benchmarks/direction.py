@@ -137,13 +137,12 @@ def compare(
     batch: int = 4,
     strengths: Sequence[float] = (1.0, 1.5),
     seed: int = 5,
-    singles: Sequence[str] = SINGLES,
-    families: Sequence[str] = tuple(FAMILIES),
+    concepts: Sequence[str] = (*SINGLES, *FAMILIES),
     examples: int = 90,
 ) -> Iterator[Row]:
     """`count` pictures a figure; `examples` of a family and of others for its gate."""
-    cases = [(name, (name,), ()) for name in singles] + [(name, *FAMILIES[name]) for name in families]
-    for label, members, unseen in cases:
+    for label in concepts:
+        members, unseen = FAMILIES.get(label, ((label,), ()))
         prompts = [f"a picture of {world.article(name)}" for name in members]
         d = trained(demo, phrases(demo, members, label), prompts, steps=steps, batch=batch, seed=seed)
         control = random_like(d, seed)
@@ -281,7 +280,8 @@ TABLES = (
         "family that training never saw; how often others are. The random direction is as long at every token. "
         "Gated: in flight at 0.4, restarting; a family's gate knows the named members alone.",
         compared,
-        partial(compared, 4, 4, 2, (1.0,), singles=(), families=("drinks",), examples=12),
+        partial(compared, 4, 4, 2, (1.0,), concepts=("drinks",), examples=12),
+        ("concept", "edit"),
     ),
     Table(
         "direction-combined",

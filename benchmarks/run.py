@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--concepts",
         metavar="A;B",
-        help="of `instead-flux`, `instead-lumina` and `direction-combined`: the same, of these",
+        help="of `instead-flux`, `instead-lumina`, `direction` and its combinations: the same, of these",
     )
     parser.add_argument("--count", type=int, metavar="N", help="of all of these: pictures of a kind for each concept")
     parser.add_argument("--keep", action="store_true", help="replace the table's record in docs/measured/")

@@ -32,7 +32,7 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Demo.ready()
     demo.steps = 2
     with torch.no_grad():
-        rows = direction.compare(demo, 1, 1, 1, (1.0,), singles=(), families=("drinks",), examples=12)
+        rows = direction.compare(demo, 1, 1, 1, (1.0,), concepts=("drinks",), examples=12)
         assert [row["edit"] for row in rows] == [
             "unedited",
             *(f"{name}, strength 1{gated}" for gated in ("", ", gated") for name in ("direction", "random")),
