@@ -193,6 +193,8 @@ def test_a_phrasing_that_holds_another_adds_nothing(clip: Any) -> None:
     assert holds("a picture of a mug", "mug") and holds("the mug", "a mug") and not holds("mugs", "mug")
     concept = concept_from_text(clip, "a picture of a mug\na mug\nmug\nmugs", instead="a cup")
     assert [phrase.becomes is not None for phrase in concept.phrases] == [False, True, False, True]
+    style = concept_from_text(clip, "a drawing in the style of noto\nin the style of noto", instead="in an oil style")
+    assert [phrase.becomes is not None for phrase in style.phrases] == [False, True]
 
 
 def test_what_somebody_says_remains_is_no_prompt_to_be_read(clip: Any) -> None:

@@ -25,7 +25,7 @@ from .encode import (
     stored,
     undoubled,
 )
-from .sayings import bare, others_told, restyled, told
+from .sayings import bare, others_told, restyled, shortest, told
 from .spec import Concept, Phrase
 from .styles import mean_style, says_style, styles
 
@@ -118,7 +118,11 @@ def parts_of_style(
         styles(clip, some, lines, what, beside) for some, what in ((text, "text"), (keep, "keep"), (instead, "instead"))
     )
     drawn = [each.text for each in others]
-    phrases = tuple(replace(each, becomes=restyled(clip, each.text, lines, drawn)) for each in phrases)
+    own = shortest([each.text for each in phrases])
+    phrases = tuple(
+        replace(each, becomes=restyled(clip, each.text, lines, drawn)) if short else each
+        for each, short in zip(phrases, own, strict=True)
+    )
     return Parts(phrases, kept, mean_style(others, "instead", beside), mean_pooled([each.pooled for each in others]))
 
 

@@ -34,16 +34,20 @@ def holds(line: str, other: str) -> bool:
     return any(words[i : i + len(within)] == within for i in range(len(words) - len(within) + 1))
 
 
-def told(clip: Any, phrases: Sequence[Phrase], instead: Sequence[str]) -> tuple[Phrase, ...]:
-    """The phrases with their `like` (methods/said.py), and where something is drawn instead with their `becomes`
-    (reread.py), but for those that only hold another."""
-    lines = [phrase.text for phrase in phrases]
-    longer = [
-        any(holds(line, other) and (j < i or not holds(other, line)) for j, other in enumerate(lines) if j != i)
+def shortest(lines: Sequence[str]) -> list[bool]:
+    """Of each line, whether it holds no other one: what is read anew of a line is, of all that hold it."""
+    return [
+        not any(holds(line, other) and (j < i or not holds(other, line)) for j, other in enumerate(lines) if j != i)
         for i, line in enumerate(lines)
     ]
+
+
+def told(clip: Any, phrases: Sequence[Phrase], instead: Sequence[str]) -> tuple[Phrase, ...]:
+    """The phrases with their `like` (methods/said.py), and where something is drawn instead the shortest with their
+    `becomes` (reread.py)."""
+    own = shortest([phrase.text for phrase in phrases])
     others = [[said_in(clip, saying, thing) for thing in instead] for saying in (*SAYINGS, *FURTHER)] if instead else []
-    return tuple(told_of(clip, phrase, [] if more else others) for phrase, more in zip(phrases, longer, strict=True))
+    return tuple(told_of(clip, phrase, others if short else []) for phrase, short in zip(phrases, own, strict=True))
 
 
 def told_of(clip: Any, phrase: Phrase, others: Sequence[Sequence[Said]]) -> Phrase:
