@@ -38,7 +38,7 @@ TEMPLATES = (
 SETTINGS: dict[str, Any] = {
     "width": 128,
     "height": 128,
-    "learning_rate": 2e-4,
+    "learning_rate": 6e-4,
     "prompt_learning_rate": 3e-2,
     "lam": 0.3,
     "blocks": "all",
@@ -185,8 +185,9 @@ TABLES = (
     Table(
         "kpop-ablations",
         "KPOP's ablations",
-        'The paper\'s tables 5 and 6 and figure 5: changes of "KPOP, and keeping what is preserved".',
-        partial(trainings, ABLATIONS),
+        'The paper\'s tables 5 and 6 and figure 5: changes of "KPOP, and keeping what is preserved", in '
+        f"{STEPS // 2} steps.",
+        partial(trainings, ABLATIONS, steps=STEPS // 2),
         partial(brief, ABLATIONS),
         ("method",),
     ),
