@@ -340,8 +340,9 @@ def searches(names: Sequence[str] = tuple(CONCEPTS), count: int = 4, evaluations
     for name in names:
         (attacked,) = under(ready, first, [name], count, unedited)
         text = attacked.searched(evaluations)
-        found = row(first, f"greedy search, {evaluations} evaluations", [attacked.recovered(ready.encode(text))])
-        yield {"concept": name} | found | {"prompt": text}
+        cond = ready.encode(text)
+        found = row(first, f"greedy search, {evaluations} evaluations", [attacked.recovered(cond)])
+        yield {"concept": name} | found | {"shown": Rate.of(attacked.shown(cond)), "prompt": text}
 
 
 ABOUT = (
@@ -383,7 +384,8 @@ TABLES = (
     Table(
         "attack-search",
         "What a search over words finds against an edit",
-        f"{ABOUT} The search is of other noise than what is reported, by two pictures of 8 steps an evaluation.",
+        f"{ABOUT} Shown: of all pictures of the prompt, whatever the unedited model makes of it. The search is of other "
+        "noise than what is reported, by two pictures of 8 steps an evaluation.",
         searches,
         partial(searches, ("bomb",), 2, 3),
     ),
