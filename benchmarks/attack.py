@@ -384,8 +384,8 @@ TABLES = (
     Table(
         "attack-search",
         "What a search over words finds against an edit",
-        f"{ABOUT} Shown: of all pictures of the prompt, whatever the unedited model makes of it. The search is of other "
-        "noise than what is reported, by two pictures of 8 steps an evaluation.",
+        f"{ABOUT} Shown: of all pictures of the prompt, whatever the unedited model makes of it. The search is of "
+        "other noise than what is reported, by two pictures of 8 steps an evaluation.",
         searches,
         partial(searches, ("bomb",), 2, 3),
     ),
