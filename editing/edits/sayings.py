@@ -35,7 +35,7 @@ def holds(line: str, other: str) -> bool:
 
 
 def shortest(lines: Sequence[str]) -> list[bool]:
-    """Of each line, whether it holds no other one: what is read anew of a line is, of all that hold it."""
+    """Of each line, whether it holds no other one. Where one does, reading the shorter anew is enough."""
     return [
         not any(holds(line, other) and (j < i or not holds(other, line)) for j, other in enumerate(lines) if j != i)
         for i, line in enumerate(lines)
