@@ -663,6 +663,50 @@ def test_a_text_is_read_anew_before_the_first_block(
     assert all(torch.equal(row, negative[0]) for x in others for row in x)
 
 
+@pytest.mark.parametrize("form", ["appended", "beside"])
+@pytest.mark.parametrize("name", ["Flux.1", "Z-Image"])
+def test_what_is_read_anew_by_half_still_says_the_concept(
+    name: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As surely as what is left of it did; and what is drawn instead is drawn as far as there is a word for it."""
+    if form == "beside":
+        beside(monkeypatch)
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    asked: list[Tensor] = []
+    plain = cre_method.floors
+    monkeypatch.setattr(cre_method, "floors", lambda floor, said, peak: asked.append(said) or plain(floor, said, peak))
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
+    replaced = plan.Steering.replaced
+
+    def watched(self: Any, otherwise: Tensor, instead: Tensor, text: Any) -> Tensor:
+        drawn.append((otherwise, instead, replaced(self, otherwise, instead, text)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(plan.Steering, "replaced", watched)
+
+    def said_by(x: Tensor, sure: tuple[float, float], spread: float = 0.0) -> float:
+        own = rows_of(concept.phrases[0].tokens, (1, 2))[1:]
+        return reference.said(x, own, concept.phrases[0].like, concept.ordinary, COMMON, sure, spread)
+
+    for share in torch.linspace(0.4, 0.9, 26).tolist():
+        concept, prompt = becoming(share)
+        if 0.2 < (sure := said_by(prompt[0], CLEAR, SPREAD)) < 0.8:
+            break
+    concept = replace(concept, instead=tokens(300, 9))
+    spec = EditSpec("projection", concept, options=CRE_BY_TOKENS, node="Test")
+    dits.sample(name, add_edit(dits.build(name), spec), cond(prompt), cond(tokens(2, 12)), batch=2, cfg=5.0)
+    T, G = concept.phrases[0].becomes  # type: ignore[misc]
+    anew = prompt[0] + sure * reference.reread(prompt[0], prompt[0], (T, T), (G, G), torch.cat(concept.ordinary))[1]
+    want = max(said_by(anew, SURE), (1 - sure) * said_by(prompt[0], SURE))
+    assert want > said_by(anew, SURE)
+    for each in asked:
+        assert each.flatten().tolist() == pytest.approx([want] * 2, abs=1e-3)
+    word = said_by(prompt[0], CLEAR)
+    for otherwise, instead, found in drawn:
+        torch.testing.assert_close(found, otherwise + word * (instead - otherwise), rtol=1e-3, atol=1e-3)
+    assert drawn and 0.2 < word < 1
+
+
 def test_a_text_is_read_anew_for_edits_of_all_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks read the one text."""
     monkeypatch.setattr(plan, "MARGIN", 0.0)

@@ -68,34 +68,40 @@ class Steering:
             self.place = [replaced.index(i) if i in replaced else -1 for i in self.owners]
         self.phrases_of = {i: [k for k, owner in enumerate(self.owners) if owner == i] for i in self.readings}
 
-    def found(self, A: Tensor, q: Tensor, said: Tensor | None = None) -> Found:
+    def found(self, A: Tensor, q: Tensor, said: Tensor | None = None, text: Text | None = None) -> Found:
         """What the queries find. A, q: [R, N, H, d]; said: of the rows, [K, R, 1]."""
         (At, Z), (drawn, Zr) = found_in(self.prompts, q), found_in(self.instead, q)
         A0, Ar = None, None
         if self.group.compared:
             A0, At = At[0], At[1:]
         if self.instead:
-            every = [*drawn, torch.zeros_like(A) if A0 is None else A0]
-            Ar = torch.stack([every[i] for i in self.place])
+            Ar = self.replaced((torch.zeros_like(A) if A0 is None else A0).expand_as(At), drawn, text)
         kept = Kept(found_in(self.keep, q)[0], self.kept_for) if self.keep else None
-        return Found(A, At, A0, Ar, kept, said, self.weight(Z, Zr))
+        return Found(A, At, A0, Ar, kept, said, self.weight(Z, Zr, text))
 
-    def weight(self, Z: Tensor, drawn: Tensor) -> Weight | None:
+    def weight(self, Z: Tensor, drawn: Tensor, text: Text | None) -> Weight | None:
         """Beside a picture. Z: the logs of the prompts' weights; drawn: of what is drawn instead; [M, R, N, H, 1]."""
         if not len(Z):
             return None
         remains, Z = (Z[:1].expand_as(Z[1:]), Z[1:]) if self.group.compared else (Z, Z)
-        if self.instead:
-            places = zip(self.place, remains, strict=True)
-            remains = torch.stack([drawn[i] if i >= 0 else otherwise for i, otherwise in places])
-        return Weight(remains - Z)
+        return Weight((self.replaced(remains, drawn, text) if self.instead else remains) - Z)
 
-    def said(self, v: Tensor) -> Tensor | None:
-        """How surely tokens of values v [R, L, C] say each phrase's concept: [K, R, 1]; None: nobody asks."""
+    def replaced(self, otherwise: Tensor, drawn: Tensor, text: Text | None) -> Tensor:
+        """What remains of each phrase, [K, R, ...]: `otherwise`, or what is drawn instead, as far as there is a word
+        for it to stand in for."""
+        of = {} if text is None else {i: word[..., None, None] for i, word in text.word.items()}
+        there = (owner if i >= 0 else None for owner, i in zip(self.owners, self.place, strict=True))
+        out = [rest if i < 0 else drawn[i] for i, rest in zip(self.place, otherwise, strict=True)]
+        pairs = zip(there, out, otherwise, strict=True)
+        return torch.stack([torch.lerp(rest, whole, of[i]) if i in of else whole for i, whole, rest in pairs])
+
+    def said(self, text: Text) -> Tensor | None:
+        """How surely a prompt's tokens say each phrase's concept: [K, R, 1]; None: nobody asks."""
         if not self.tests:
             return None
-        of = {i: test(v).amax(0) for i, test in self.tests.items()}
-        unknown = torch.full((len(v), 1), UNKNOWN, device=v.device)
+        of = {i: test(text.tokens).amax(0) for i, test in self.tests.items()}
+        of |= {i: said.maximum(text.unread[i]) for i, said in of.items() if i in text.unread}
+        unknown = torch.full((len(text.tokens), 1), UNKNOWN, device=text.tokens.device)
         return torch.stack([of.get(i, unknown) for i in self.owners])
 
     def reread(self, said: Tensor) -> Tensor:
@@ -127,20 +133,20 @@ class Steering:
         step = max(1, PIECE.get(A.device.type, PIECE["other"]) // (sets * A[:, 0].numel()))
         s = s[1:] if self.group.compared else s
         where: list[Tensor] = []  # at the positions of each piece
-        said = self.said(prompt.tokens)
+        said = self.said(prompt.text)
         share = self.reread(said) if self.readings and said is not None else None
         anew = None if share is None else self.anew(prompt, share, s)
         pieces, gained, peak = [], [], None
         parts = list(zip(*(x.split(step, 1) for x in (A, prompt.A, q)), strict=True))
         for a, of_prompt, queries in parts:
-            found = self.found(a, queries, said)
+            found = self.found(a, queries, said, prompt.text)
             if anew is not None:
                 lost = of_prompt - attend(queries, *(x[None] for x in anew))[0]
                 found = replace(found, lost=lost, reread=share)
             if found.weight is not None and said is not None:
                 if peak is None:
                     n = len(parts)  # of every n-th position: as many as a piece has
-                    every = found if n == 1 else self.found(A[:, ::n], q[:, ::n], said)
+                    every = found if n == 1 else self.found(A[:, ::n], q[:, ::n], said, prompt.text)
                     peak = self.group.method.peak(every, self.group.options)
                 found = replace(found, peak=peak)
             pieces.append(self._project(found, s, observe, where.append))
@@ -157,13 +163,27 @@ class Steering:
         return self.group.method.taken(found, s, self.group.options, note)
 
 
+class Text(NamedTuple):
+    """What may say a concept: tokens, [R, L, C or W], as they are read. Where all attentions read the same text, by
+    edit, [R, 1]: how surely what is not read anew of it still says the concept; and whether there is a word for it, at
+    least as far as that, which what is drawn instead stands in for."""
+
+    tokens: Tensor
+    unread: Mapping[int, Tensor] = MappingProxyType({})
+    word: Mapping[int, Tensor] = MappingProxyType({})
+
+    def of(self, index: slice | Tensor) -> Text:
+        """Of these rows."""
+        unread, word = ({i: x[index] for i, x in each.items()} for each in (self.unread, self.word))
+        return Text(self.tokens[index], unread, word)
+
+
 class Prompt(NamedTuple):
-    """In one attention: keys and values, [R, L, H, d]; the tokens that may say a concept, [R, L, C or W]; A: what the
-    queries find, [R, N, H, d]."""
+    """In one attention: keys and values, [R, L, H, d]; text: of its tokens; A: what the queries find, [R, N, H, d]."""
 
     k: Tensor
     v: Tensor
-    tokens: Tensor
+    text: Text
     A: Tensor
 
 
@@ -260,22 +280,22 @@ class BlockEdits:
         foreign: bool,
         observe: Observer | None,
         note: Note | None = None,
-        text: Tensor | None = None,
+        text: Text | None = None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The edited A, fp32 or A's dtype [R, N, C], and what the prompt's log Z gains where texts are weighed, [R, N,
-        H, 1]. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; text: [R, L, W], whose
-        tokens say a concept, if v do not; bias: what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
+        H, 1]. A, q: [R, N, C]; k, v: [R, L, C]; s: [edits, R]; text: whose tokens say a concept, if v do not; bias:
+        what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
 
         `foreign` says that another pack's patch made A: then it is not the attention to k and v alone.
         """
         given = q, k, v, s
-        tokens = v if text is None else text
+        said = Text(v) if text is None else text
         A, q, k, v = (split_heads(x, self.heads) for x in (A, q, k, v))
         base = A
         if foreign and (self.joined or any(steering.readings for steering in self.steering)):
             base = (logits(q, k, bias).softmax(-1).nan_to_num() @ v.transpose(1, 2).float()).transpose(1, 2)
-        prompt = Prompt(k, v, tokens, base)
+        prompt = Prompt(k, v, said, base)
         if self.joined:
             A = A + append(base, q, k, [(*kv.single, s[kv.owner][0]) for kv in self.joined], bias)
         for kv in self.separate:
@@ -402,15 +422,19 @@ class Plan:
             c = change(c, rows.s[i])
         return put(context, rows.index, c)
 
-    def reread(self, context: Tensor, seen: Tensor, rows: Rows) -> Tensor:
+    def reread(self, context: Tensor, seen: Tensor, rows: Rows) -> Text:
         """`context` [B, L, W], before the first block, read anew where it says a concept, in the edited rows. seen: the
         same without what a mask hides."""
-        c, told = context[rows.index], seen[rows.index]
+        c = context[rows.index]
         more = torch.zeros_like(c, dtype=torch.float32)
+        clearly = {i: self.tests[i].clearly(seen).amax(0) for i in self.readings}  # [B, 1]
         for i, of_concept in self.readings.items():
-            share = self.tests[i].clearly(told).amax(0) * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
+            share = clearly[i][rows.index] * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
             more += share[..., None] * of_concept(c)[1]
-        return put(context, rows.index, c.float() + more)
+        left = 1 - torch.stack([*clearly.values()]).amax(0)
+        unread = {i: left * self.tests[i](seen).amax(0) for i in self.readings}
+        word = {i: self.tests[i].word(seen).amax(0) for i in self.readings}
+        return Text(put(context, rows.index, c.float() + more), unread, word)
 
     def repooled(self, y: Tensor, rows: Rows) -> Tensor:
         """What a model is told beside the time, y [B, ..], as the edits of the pooled text in front of it make it."""

@@ -20,7 +20,7 @@ from ..edits.spec import EditSpec, InFlight, Shared, opened
 from .account import Account, Noted
 from .backbone import Backbone, backbone_of
 from .conds import Guiders
-from .plan import Plan
+from .plan import Plan, Text
 from .rows import Rows, Served, Window, couple_of, put
 from .streams import Streams
 from .watch import Watch
@@ -305,12 +305,12 @@ class Run(Shared):
         v: Tensor,
         extra: dict[str, Any],
         foreign: bool = False,
-        text: Tensor | None = None,
+        text: Text | None = None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The same for the edited rows alone: A, q: [R, N, C]; k, v: [R, L, C]; returns fp32 or A's dtype, and what the
-        prompt's log Z gains beside a picture, [R, N, H, 1]. text: [R, L, W], whose tokens say a concept, if v do not;
-        bias: what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
+        prompt's log Z gains beside a picture, [R, N, H, 1]. text: whose tokens say a concept, if v do not; bias:
+        what a mask adds to the prompt's logits, [R or 1, H or 1, N or 1, L].
         """
         call: Call = extra[CALL]
         edits = call.plan.edits(key, call.streams)

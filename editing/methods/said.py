@@ -45,8 +45,9 @@ UNKNOWN = (UNSAID - 1) / (UNSAID - SAID)
 NARROW, SURE = 0.2, (0.5, 0.8)
 # Of encodings: of cosines; of the ordinary prompts' mean variance.
 MARGIN, COMMON = 0.1, 1e-3
-# And where a whole prompt is read anew for it: least of high - low, and of the share between them.
-SPREAD, CLEAR = 0.45, (0.75, 0.85)
+# And where a whole prompt is read anew for it: least of high - low, and of the share between them. What only leads to
+# the concept, a scene, has up to 0.8 of it; the concept's own words 0.89 at least.
+SPREAD, CLEAR = 0.45, (0.82, 0.88)
 # Beside a picture a position is like a concept in all that it draws: of the most that any position is, this share.
 PEAK = 0.75
 
@@ -97,8 +98,13 @@ class Said:
     def clearly(self, v: Tensor) -> Tensor:
         """How clearly, where the whole prompt is to become another one: the same, and 0 for a phrase that others are
         like, however surely it is told from the ordinary ones."""
-        said = (self.share(v, SPREAD) - CLEAR[0]) / (CLEAR[1] - CLEAR[0])
-        return said.clamp(0, 1).T[..., None]
+        return clear(self.share(v, SPREAD)).T[..., None]
+
+    def word(self, v: Tensor) -> Tensor:
+        """How clearly there is a word for it, in whose place another thing is drawn: the same, however like others are;
+        1 where nobody can tell."""
+        said = clear(self.share(v, 1e-6))
+        return torch.where(self.high - self.low < MARGIN, 1.0, said).T[..., None]
 
     def share(self, v: Tensor, spread: float) -> Tensor:
         """Between low and high, which are at least `spread` apart: [R, K]."""
@@ -106,6 +112,11 @@ class Said:
         cosines = F.normalize(v if self.common is None else self.common.left_out(v), dim=-1) @ self.t.T  # [R, L, K]
         share = (cosines.amax(1) - self.low) / (self.high - self.low).clamp_min(spread)
         return torch.where(self.high > self.low, share, 0.0)
+
+
+def clear(share: Tensor) -> Tensor:
+    """From 0 to 1."""
+    return ((share - CLEAR[0]) / (CLEAR[1] - CLEAR[0])).clamp(0, 1)
 
 
 def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margin: float | None = None) -> Said | None:

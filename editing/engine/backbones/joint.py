@@ -24,8 +24,8 @@ A concept's keys and values are those of its stream (streams.py), in one of two 
               that no edit is for, the negative ones, have a call of their own without them, where that is worth it
 
 They agree in the first block, whose text has read nothing yet. Where a prompt says the concept it is read anew before
-that (methods/reread.py). All of it happens in the host's
-`optimized_attention_override`, around whatever another pack has put there.
+that (methods/reread.py). All of it happens in the host's `optimized_attention_override`, around whatever another pack
+has put there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from ...edits.digest import Shared, digest
 from ...edits.spec import EditSpec
 from ...methods.attention import found_and_weight, logits
 from ..backbone import Backbone, register_backbone
-from ..plan import PIECE
+from ..plan import PIECE, Text
 from ..rows import Rows, Served
 from ..rows import said as named
 from ..run import CALL, Call, Run
@@ -112,14 +112,14 @@ class Segment:
 @dataclass
 class Place(Shared):
     """What one model call's attentions consist of. text, image: tokens; height, width: the picture's, of several layers
-    below each other; said: the prompt's text as the model is called with it, [B, T, W]; segments: texts behind it;
+    below each other; said: the prompt's text as the model is called with it; segments: texts behind it;
     rows: which of the batch have any use for them; placed: how often positions were asked for; calls, count: attentions
     that have been called, and joint ones among them."""
 
     text: int
     height: int
     width: int
-    said: Tensor
+    said: Text
     segments: list[Segment] = field(default_factory=list)
     rows: slice | Tensor | None = None
     placed: int = 0
@@ -348,7 +348,7 @@ class Joint(Backbone):
         height, width = (-(-side // patch) for side in made.x.shape[-2:])
         layers = made.x.shape[2:-2].numel()  # of Qwen-Image's latents in newer hosts, which have a further axis
         more = 2 * made.more[self.kind.second].shape[2] if self.kind.second else 0
-        return Place(self.tokens(made.context) + more, layers * height, width, made.context)
+        return Place(self.tokens(made.context) + more, layers * height, width, Text(made.context))
 
     def prepare(self, run: Run, call: Call, made: ModelCall, executor: Callable[..., Tensor]) -> ModelCall:
         made = self.with_streams(run, call, made, executor)
@@ -377,11 +377,13 @@ class Joint(Backbone):
         if rows is None:
             return made
         if call.plan.texts:
-            made.more["c_crossattn"] = call.place.said = self.changed(run, call, made)
+            made.more["c_crossattn"] = changed = self.changed(run, call, made)
+            call.place.said = Text(changed)
         if not call.plan.prompts:
             return made
         if call.plan.readings and not self.kind.second:  # what stands beside such a text says it still
-            made.more["c_crossattn"] = call.place.said = call.plan.reread(made.context, seen_in(made), rows)
+            call.place.said = call.plan.reread(made.context, seen_in(made), rows)
+            made.more["c_crossattn"] = call.place.said.tokens
         if self.appends(made):
             idle = self.idle(run, call, made, rows)
             return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
@@ -562,7 +564,8 @@ class Parted(ModelCall):
         plain = {**some(sorted(idle)), CALL: None}
         del plain[OVERRIDE]
         own = made.rows(own_rows, 1).with_options(some(parts))
-        call.place = backbone.place(own)
+        said, call.place = call.place.said, backbone.place(own)
+        call.place.said = said.of(own_rows)
         here = run.same(served.of(parts))
         rows = call.plan.rows(here, len(own.x))
         assert rows is not None
@@ -666,8 +669,9 @@ class JointHooks:
             """A_t as the edits leave it, and what log Z_text gains, [R, N, H, 1]. A: [R, N, H, d]."""
             flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
             shape = (len(q), 1, call.place.height, call.place.width)
-            here, said = {**extra, "activations_shape": shape}, seen_of(call.place.said[rows.index], bias)
-            out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=said, bias=bias)
+            here, said = {**extra, "activations_shape": shape}, call.place.said.of(rows.index)
+            seen = said._replace(tokens=seen_of(said.tokens, bias))
+            out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=seen, bias=bias)
             return out.unflatten(-1, (heads, -1)), 0.0 if gained is None else gained
 
         by_head = more.get("skip_output_reshape", False)
