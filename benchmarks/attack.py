@@ -180,8 +180,8 @@ class Attacked:
         return " ".join(best)
 
     def embedded(self, steps: int, model: Any = None) -> Any:
-        """The prompt's embedding [1, 77, W] under which the edited model, or another, predicts the noise of pictures of
-        the concept best: || eps(z_t, c) - noise ||^2, by Adam from the name's own embedding."""
+        """The prompt's embedding [1, 77, W] under which the edited model, or another, predicts pictures x of the
+        concept best: || eps(z, c) - (z - x) / sigma ||^2, by Adam from the name's own embedding."""
         start, about = self.demo.encode(world.article(self.name))[0]
         how = Sampling(self.demo.steps, CFG, SAMPLER, SCHEDULER, BATCH)
         conds = [self.demo.encode(world.article(self.name))] * 8
@@ -199,9 +199,10 @@ class Attacked:
                 rows = torch.randint(len(z0), (4,), generator=rng)
                 x, noise = predict.latents[rows], torch.randn(4, *z0.shape[1:], generator=rng)
                 z = predict.sampling.noise_scaling(sigma[:, None, None, None], noise, x)
-                (eps,) = predict(z, sigma, Text(c).rows(4))
                 adam.zero_grad()
-                (eps - noise).square().mean().backward()
+                with torch.autograd.graph.allow_mutation_on_saved_tensors():  # transformers add to what they hold
+                    (eps,) = predict(z, sigma, Text(c).rows(4))
+                    (eps - (z - x) / sigma[:, None, None, None]).square().mean().backward()
                 adam.step()
 
         train_with(model or self.model, [[start, about]], z0, body, "fp32")
@@ -263,7 +264,8 @@ def under(ready: Demo, edit: str, names: Sequence[str], count: int, unedited: An
 def rows(
     methods: Sequence[str] = tuple(EDITS), names: Sequence[str] = tuple(CONCEPTS), count: int = 4, steps: int = 120
 ) -> Iterator[Row]:
-    """A row for each edit and attack, over all concepts; pictures and gradients are of the first edit alone."""
+    """A row for each edit and attack, over all concepts; pictures are of the first edit alone, and what a gate says has
+    no gradient."""
     ready, unedited, first = demo(), dict[tuple[str, str], list[bool]](), next(iter(EDITS))
     for edit in methods:
         attacked = under(ready, edit, names, count, unedited)
@@ -271,17 +273,20 @@ def rows(
             yield row(edit, form, (a.recovered(ready.encode(text(a.name))) for a in attacked))
         for form, cond in CONDS.items():
             yield row(edit, form, (a.recovered(cond(ready, a.name)) for a in attacked))
-        if edit != first:
-            continue
-        for denoise in (0.3, 0.5, 0.7):
+        for denoise in (0.3, 0.5, 0.7) if edit == first else ():
             both = [a.from_picture(denoise) for a in attacked]
             left = [each for one, _ in both for each in one]
             flagged = [each for _, one in both for each in one]
             seen = [f for there, f in zip(left, flagged, strict=True) if there]
             more = {"image gate flags": Rate.of(seen)} if seen else {}
             yield row(edit, f"img2img at denoise {denoise}", [left]) | more
-        gradient = f"gradient of the embedding, {steps} steps"
-        yield row(edit, gradient, (a.recovered(a.embedded(steps)) for a in attacked))
+        if EDITS[edit] is not behind_a_gate:
+            yield by_gradient(edit, attacked, steps)
+
+
+def by_gradient(edit: str, attacked: Iterable[Attacked], steps: int) -> Row:
+    gradient = f"gradient of the embedding, {steps} steps"
+    return row(edit, gradient, (a.recovered(a.embedded(steps)) for a in attacked))
 
 
 def forms(
@@ -289,13 +294,15 @@ def forms(
     methods: Sequence[str] = ("CRE, instead", "UCE, instead"),
     names: Sequence[str] = tuple(CONCEPTS),
     count: int = 2,
+    steps: int = 60,
 ) -> Iterator[Row]:
-    """A row for each edit and form, on one of the demo's transformers."""
+    """A row for each edit and attack, on one of the demo's transformers."""
     ready, unedited = Demo.ready(architecture), dict[tuple[str, str], list[bool]]()
     for edit in methods:
         attacked = under(ready, edit, names, count, unedited)
         for form, cond in FORMS.items():
             yield row(edit, form, (a.recovered(cond(ready, a.name)) for a in attacked))
+        yield by_gradient(edit, attacked, steps)
 
 
 PEERS = (
@@ -365,7 +372,7 @@ TABLES = (
             f"What a prompt can do against an edit of {name}",
             ABOUT,
             partial(forms, architecture),
-            partial(forms, architecture, ("CRE, instead",), ("bomb",), 1),
+            partial(forms, architecture, ("CRE, instead",), ("bomb",), 1, 2),
             ("edit", "attack"),
         )
         for architecture, name in (("flux", "a Flux"), ("lumina", "a NextDiT"))
