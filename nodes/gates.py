@@ -199,7 +199,8 @@ def restart_input() -> io.Boolean.Input:
         optional=True,
         tooltip="When an image is flagged after the edit's window has begun, sample again from the first noise with "
         "the edit on for that image: as thorough as an edit from the start, for the steps that are done twice. "
-        "Images that are not flagged come out the same.",
+        "Looks once more after the last step, for what took shape later. Images that are not flagged come out the "
+        "same.",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Draw, EditSpec, Gate, InFlight, opened
-from conceptguard.editing.engine.host import add_edit, edits_of
+from conceptguard.editing.engine.host import accounts_of, add_edit, edits_of
 from conceptguard.nodes import NODES
 
 STEPS = 6
@@ -24,14 +24,14 @@ def cre(model: Any, gate: Gate, **inputs: Any) -> Any:
 
 
 class Look:
-    """A discriminator that is told what to say, and remembers what it was shown."""
+    """A discriminator that is told what to say, at first and later, and remembers what it was shown."""
 
     def __init__(self, scores: list[float]) -> None:
-        self.scores, self.seen = scores, []  # type: ignore[var-annotated]
+        self.scores, self.later, self.seen = scores, scores, []  # type: ignore[var-annotated]
 
     def __call__(self, latents: Tensor, latent_format: Any) -> list[float]:
         self.seen.append(latents.clone())
-        return self.scores
+        return self.scores if len(self.seen) == 1 else self.later
 
 
 def flight(scores: list[float], at: float = 0.3, **options: Any) -> tuple[Gate, Look]:
@@ -72,7 +72,30 @@ def test_a_discriminator_that_gives_no_confidence(scores: list[float]) -> None:
 def test_a_gate_that_stays_closed_leaves_every_bit(model: Any, sampler: str, cfg: float) -> None:
     gate, look = flight([0.1, 0.2, 0.3], restart=True)
     edited, unedited = (sampled(m, sampler=sampler, cfg=cfg) for m in (cre(model, gate), model))
-    assert torch.equal(edited, unedited) and len(look.seen) == 1
+    assert torch.equal(edited, unedited) and len(look.seen) == 2  # and once more at the end
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
+def test_with_a_restart_a_gate_looks_once_more_at_the_end(model: Any, sampler: str) -> None:
+    """What takes shape later is edited from the first step as well; what is open by then stays so."""
+    told: list[Any] = []
+    gate, look = flight([0.9, 0.1, 0.2], restart=True, report=lambda *verdict: told.append(verdict))
+    look.later = [0.0, 0.1, 0.8]
+    edited = cre(model, gate)
+    result, unedited = sampled(edited, sampler=sampler), sampled(model, sampler=sampler)
+    assert torch.equal(result, sampled(cre(model, Gate((1.0, 0.0, 1.0))), sampler=sampler))
+    assert torch.equal(result[1], unedited[1]) and not torch.equal(result[2], unedited[2])
+    assert [opens for _, opens in told] == [(1.0, 0.0, 0.0), (1.0, 0.0, 1.0)] and len(look.seen) == 2
+    accounts = accounts_of(edited)
+    assert accounts is not None and (account := accounts.of("")) is not None
+    (told_at_last,) = account.gates.values()
+    assert told_at_last["restarts"] and told_at_last["step"] == STEPS and told_at_last["opens"] == [1.0, 0.0, 1.0]
+
+
+def test_without_a_restart_it_looks_once(model: Any) -> None:
+    gate, look = flight([0.1, 0.1, 0.1])
+    look.later = [0.9, 0.9, 0.9]
+    assert torch.equal(sampled(cre(model, gate)), sampled(model)) and len(look.seen) == 1
 
 
 def test_it_is_asked_once_a_run_about_the_predicted_clean_image(model: Any) -> None:

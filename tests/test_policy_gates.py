@@ -219,11 +219,23 @@ def test_an_in_flight_gate_looks_again_at_the_finished_picture(
     with governed(tmp_path):
         edited = sample(model, clip, steps=4)
     asked = seeing(0.1, 0.9)
-    with governed(tmp_path, gated(FLIGHT)) as enforcement:
+    with governed(tmp_path, gated({**FLIGHT, "restart": False})) as enforcement:
         assert torch.equal(sample(model, clip, steps=4), edited)
     *_, entry = enforcement.record.entries()
     assert entry["verdict"] == "edited" and entry["edits"][0]["steps"]["acted"] == 4
     assert "in the finished picture" in entry["again"] and len(asked) == 2
+
+
+def test_a_gate_that_restarts_has_looked_at_the_end_by_itself(
+    model: Any, clip: Any, tmp_path: Path, seeing: Seeing
+) -> None:
+    with governed(tmp_path):
+        edited = sample(model, clip, steps=4)
+    seeing(0.1, 0.9)
+    with governed(tmp_path, gated(FLIGHT)) as enforcement:
+        assert torch.equal(sample(model, clip, steps=4), edited)
+    *_, entry = enforcement.record.entries()
+    assert entry["verdict"] == "edited" and "again" not in entry and entry["gates"][0]["step"] == 4
 
 
 def test_an_in_flight_gate_that_sees_nothing_leaves_every_bit(
@@ -234,7 +246,7 @@ def test_an_in_flight_gate_that_sees_nothing_leaves_every_bit(
     with governed(tmp_path, gated(FLIGHT)) as enforcement:
         assert torch.equal(sample(model, clip, steps=4), plain)
     (entry,) = enforcement.record.entries()
-    assert "again" not in entry and len(asked) == 2
+    assert "again" not in entry and len(asked) == 3  # in time, behind the last step, and at the finished picture
 
 
 def test_it_opens_for_the_images_that_show_it_alone(

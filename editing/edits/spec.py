@@ -182,7 +182,8 @@ class Direction(Shared):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InFlight(Shared):
-    """A decision made once a sampling run, at a percent of the timesteps, on the clean images predicted there.
+    """A decision made in a sampling run, at a percent of the timesteps, on the clean images predicted there; with a
+    restart once more behind the last step, about the images that are not flagged yet.
 
     look: latents [B, C, h, w], as a VAE decodes them, and the model's latent format, to the confidence in each image,
     B floats from 0 to 1.

@@ -386,7 +386,7 @@ class Restart(Exception):
 
 
 def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the sampler: begins again from the same noise as often as a gate, which decides once a run, asks for it."""
+    """Wraps the sampler: begins again from the same noise as often as a gate asks, which is twice a run at most."""
     while True:
         try:
             return executor(*args, **kwargs)
@@ -424,7 +424,7 @@ def predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args:
     run.account.guided_to(denoised, sigma)
     if first and not run.account.calls:
         complain(run, guider)
-    if all(spec.gate.inflight is None or spec.gate.inflight.id in run.verdicts for spec in specs):
+    if not any(run.asks(spec, sigma) for spec in specs):
         return denoised
 
     def look(flight: InFlight) -> list[float]:

@@ -77,6 +77,7 @@ class Run(Shared):
         self.batches: dict[Served, Served] = {}
         self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
         self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
+        self.finished: set[str] = set()  # those that have looked for the last time
         self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
         self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
         self.origin: dict[EditSpec, EditSpec] = {}  # of an edit that a gate or a first look changed
@@ -111,6 +112,7 @@ class Run(Shared):
             other = self.others[model] = Run(backbone, model.model_sampling.percent_to_sigma)
             other.model, other.guiders, other.carried, other.before = model, self.guiders, self.carried, self.before
             other.verdicts, other.gated, other.origin = self.verdicts, self.gated, self.origin
+            other.finished = self.finished
             other.account = self.account
         return self.others[model]
 
@@ -122,6 +124,7 @@ class Run(Shared):
         self.windows.clear()
         self.decided.clear()
         self.verdicts.clear()
+        self.finished.clear()
         self.gated.clear()
         self.momenta.clear()
         del self.hooks  # they hold the run
@@ -161,38 +164,56 @@ class Run(Shared):
         self.origin[self.gated[spec]] = spec
         return self.gated[spec]
 
+    def asks(self, spec: EditSpec, sigma: float) -> bool:
+        """Whether its gate has something to look at behind a model call at noise level sigma: when it decides, and with
+        a restart once more behind the last step, for what took shape later."""
+        flight = spec.gate.inflight
+        if flight is None or spec.idle or flight.id in self.finished:
+            return False
+        return sigma <= (self.last if flight.id in self.verdicts else self.moment(spec)) * (1 + 1e-5)
+
+    @property
+    def last(self) -> float:
+        """The noise level of the last step; below all if nobody knows it."""
+        return min(self.account.schedule, default=-1.0)
+
     def judge(self, specs: Sequence[EditSpec], sigma: float, look: Callable[[InFlight], list[float]]) -> bool:
         """Ask the gates that are due after a model call at noise level sigma; `look` shows them the clean images.
 
         Whether the run should begin again: an image is flagged, and an edit should have acted on it by now.
         """
         restart, now = False, {}
-        for spec in specs:
+        for spec in [spec for spec in specs if self.asks(spec, sigma)]:
             flight = spec.gate.inflight
-            if flight is None or spec.idle or sigma > self.moment(spec) * (1 + 1e-5):
-                continue
-            if flight.id not in self.verdicts:
+            assert flight is not None
+            if flight.id not in now:
                 now[flight.id] = self._verdict(spec, flight, sigma, look)
                 for other in [each for each in self.gated if each.gate.inflight and each.gate.inflight.id == flight.id]:
-                    del self.gated[other]  # open by what an earlier run decided
-            restart |= flight.restart and any(now.get(flight.id, ())) and sigma <= self.window(spec)[0]
+                    del self.gated[other]  # open by what was decided before
+            restart |= flight.restart and any(now[flight.id]) and sigma <= self.window(spec)[0]
         return restart
 
     def _verdict(
         self, spec: EditSpec, flight: InFlight, sigma: float, look: Callable[[InFlight], list[float]]
     ) -> tuple[bool, ...]:
         """Ask a gate; which images it has flagged that were not flagged before."""
+        again = flight.id in self.verdicts
         try:
             scores = look(flight)
             verdict = opened(scores, flight.threshold, flight.soft)
         except ValueError as error:
             raise spec.error(str(error)) from error
-        before = self.before.get(flight.id, ())
+        before = self.verdicts.get(flight.id, self.before.get(flight.id, ()))
         before = before if len(before) == len(verdict) else (0.0,) * len(verdict)
-        self.verdicts[flight.id] = tuple(map(max, before, verdict))
+        fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
+        found = tuple(old or new if again else max(old, new) for old, new in zip(before, verdict, strict=True))
+        if again or not flight.restart or all(found) or sigma <= self.last * (1 + 1e-5):
+            self.finished.add(flight.id)
+        if again and not any(fresh):
+            return fresh
+        self.verdicts[flight.id] = found
         if flight.report:
             flight.report(scores, self.verdicts[flight.id])
-        fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
         self.account.gate(
             flight.id,
             at_percent=flight.at_percent,
