@@ -40,7 +40,7 @@ from conceptguard.editing.methods import said
 from conceptguard.editing.methods.eiup import DEFAULTS as EIUP
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.eiup_weight import train
-from conceptguard.editing.methods.said import CLEAR, COMMON, MARGIN, SPREAD, SURE, UNKNOWN
+from conceptguard.editing.methods.said import CLEAR, COMMON, LEADS, MARGIN, SPREAD, SURE, UNKNOWN
 from conceptguard.editing.presets.document import read, write
 from conceptguard.nodes.preset import suits
 
@@ -668,7 +668,7 @@ def test_a_text_is_read_anew_before_the_first_block(
 def test_what_is_read_anew_by_half_still_says_the_concept(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As surely as what is left of it did; and what is drawn instead is drawn as far as there is a word for it."""
+    """As surely as what is left of it did; and as far as it only leads to it, nothing is drawn instead."""
     if form == "beside":
         beside(monkeypatch)
     monkeypatch.setattr(plan, "MARGIN", 0.0)
@@ -701,10 +701,10 @@ def test_what_is_read_anew_by_half_still_says_the_concept(
     assert want > said_by(anew, SURE)
     for each in asked:
         assert each.flatten().tolist() == pytest.approx([want] * 2, abs=1e-3)
-    word = said_by(prompt[0], CLEAR)
+    leads = said_by(prompt[0], LEADS) * (1 - said_by(prompt[0], CLEAR))
     for otherwise, instead, found in drawn:
-        torch.testing.assert_close(found, otherwise + word * (instead - otherwise), rtol=1e-3, atol=1e-3)
-    assert drawn and 0.2 < word < 1
+        torch.testing.assert_close(found, instead + leads * (otherwise - instead), rtol=1e-3, atol=1e-3)
+    assert drawn and 0 < leads < 0.8
 
 
 def test_a_text_is_read_anew_for_edits_of_all_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,13 +87,13 @@ class Steering:
         return Weight((self.replaced(remains, drawn, text) if self.instead else remains) - Z)
 
     def replaced(self, otherwise: Tensor, drawn: Tensor, text: Text | None) -> Tensor:
-        """What remains of each phrase, [K, R, ...]: `otherwise`, or what is drawn instead, as far as there is a word
-        for it to stand in for."""
-        of = {} if text is None else {i: word[..., None, None] for i, word in text.word.items()}
+        """What remains of each phrase, [K, R, ...]: what is drawn instead, or `otherwise` where a text only leads to
+        the concept."""
+        of = {} if text is None else {i: leads[..., None, None] for i, leads in text.leads.items()}
         there = (owner if i >= 0 else None for owner, i in zip(self.owners, self.place, strict=True))
         out = [rest if i < 0 else drawn[i] for i, rest in zip(self.place, otherwise, strict=True)]
         pairs = zip(there, out, otherwise, strict=True)
-        return torch.stack([torch.lerp(rest, whole, of[i]) if i in of else whole for i, whole, rest in pairs])
+        return torch.stack([torch.lerp(whole, rest, of[i]) if i in of else whole for i, whole, rest in pairs])
 
     def said(self, text: Text) -> Tensor | None:
         """How surely a prompt's tokens say each phrase's concept: [K, R, 1]; None: nobody asks."""
@@ -165,17 +165,17 @@ class Steering:
 
 class Text(NamedTuple):
     """What may say a concept: tokens, [R, L, C or W], as they are read. Where all attentions read the same text, by
-    edit, [R, 1]: how surely what is not read anew of it still says the concept; and whether there is a word for it, at
-    least as far as that, which what is drawn instead stands in for."""
+    edit, [R, 1]: how surely what is not read anew of it still says the concept; and how surely it only leads to it,
+    with no word that what is drawn instead could stand in for."""
 
     tokens: Tensor
     unread: Mapping[int, Tensor] = MappingProxyType({})
-    word: Mapping[int, Tensor] = MappingProxyType({})
+    leads: Mapping[int, Tensor] = MappingProxyType({})
 
     def of(self, index: slice | Tensor) -> Text:
         """Of these rows."""
-        unread, word = ({i: x[index] for i, x in each.items()} for each in (self.unread, self.word))
-        return Text(self.tokens[index], unread, word)
+        unread, leads = ({i: x[index] for i, x in each.items()} for each in (self.unread, self.leads))
+        return Text(self.tokens[index], unread, leads)
 
 
 class Prompt(NamedTuple):
@@ -433,8 +433,8 @@ class Plan:
             more += share[..., None] * of_concept(c)[1]
         left = 1 - torch.stack([*clearly.values()]).amax(0)
         unread = {i: left * self.tests[i](seen).amax(0) for i in self.readings}
-        word = {i: self.tests[i].word(seen).amax(0) for i in self.readings}
-        return Text(put(context, rows.index, c.float() + more), unread, word)
+        leads = {i: self.tests[i].leads(seen) for i in self.readings}
+        return Text(put(context, rows.index, c.float() + more), unread, leads)
 
     def repooled(self, y: Tensor, rows: Rows) -> Tensor:
         """What a model is told beside the time, y [B, ..], as the edits of the pooled text in front of it make it."""

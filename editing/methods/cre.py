@@ -64,8 +64,8 @@ class CREOptions:
     comes first, what they find in the prompt with those tokens read anew (reread.py), so that its other words stay what
     they are beside the replacement; eq. 4 is of A' then, with no more of At_k than A' has beyond A_r. In a joint
     attention the text itself is read anew, before the first block, where it says the concept clearly; what it says then
-    is the evidence, and what it said as far as it is not. A_r is A0 there where the prompt has no word for the concept:
-    what is drawn instead has none to stand in for, and its stream, which reads the picture, would say it again.
+    is the evidence, and what it said as far as it is not. A_r is A0 there where the prompt only leads to the concept:
+    what is drawn instead has no word to stand in for, and its stream, which reads the picture, would say it again.
     """
 
     width: str

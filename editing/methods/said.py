@@ -46,8 +46,8 @@ NARROW, SURE = 0.2, (0.5, 0.8)
 # Of encodings: of cosines; of the ordinary prompts' mean variance.
 MARGIN, COMMON = 0.1, 1e-3
 # And where a whole prompt is read anew for it: least of high - low, and of the share between them. What only leads to
-# the concept, a scene, has up to 0.8 of it; the concept's own words 0.89 at least.
-SPREAD, CLEAR = 0.45, (0.82, 0.88)
+# the concept, a scene, has 0.65 to 0.8 of it, a neighbour's word half, the concept's own words 0.89 at least.
+SPREAD, CLEAR, LEADS = 0.45, (0.82, 0.88), (0.55, 0.65)
 # Beside a picture a position is like a concept in all that it draws: of the most that any position is, this share.
 PEAK = 0.75
 
@@ -90,7 +90,7 @@ class Said:
     def __call__(self, v: Tensor) -> Tensor:
         """How surely each row's tokens say each phrase. v: [R, L, C]; returns [K, R, 1] in fp32."""
         said = self.share(v, NARROW if self.margin is None else 1e-6)
-        said = ((said - SURE[0]) / (SURE[1] - SURE[0])).clamp(0, 1)
+        said = rising(said, SURE)
         if self.margin is not None:
             said = torch.where(self.high - self.low < self.margin, said.clamp_min(UNKNOWN), said)
         return said.T[..., None]
@@ -98,13 +98,12 @@ class Said:
     def clearly(self, v: Tensor) -> Tensor:
         """How clearly, where the whole prompt is to become another one: the same, and 0 for a phrase that others are
         like, however surely it is told from the ordinary ones."""
-        return clear(self.share(v, SPREAD)).T[..., None]
+        return rising(self.share(v, SPREAD), CLEAR).T[..., None]
 
-    def word(self, v: Tensor) -> Tensor:
-        """How clearly there is a word for it, in whose place another thing is drawn: the same, however like others are;
-        1 where nobody can tell."""
-        said = clear(self.share(v, 1e-6))
-        return torch.where(self.high - self.low < MARGIN, 1.0, said).T[..., None]
+    def leads(self, v: Tensor) -> Tensor:
+        """How surely each row only leads to the concept, with no word for it in any phrasing: [R, 1]."""
+        share = torch.where(self.high - self.low < MARGIN, 0.0, self.share(v, 1e-6)).amax(1, keepdim=True)
+        return rising(share, LEADS) * (1 - rising(share, CLEAR))
 
     def share(self, v: Tensor, spread: float) -> Tensor:
         """Between low and high, which are at least `spread` apart: [R, K]."""
@@ -114,9 +113,9 @@ class Said:
         return torch.where(self.high > self.low, share, 0.0)
 
 
-def clear(share: Tensor) -> Tensor:
+def rising(share: Tensor, between: tuple[float, float]) -> Tensor:
     """From 0 to 1."""
-    return ((share - CLEAR[0]) / (CLEAR[1] - CLEAR[0])).clamp(0, 1)
+    return ((share - between[0]) / (between[1] - between[0])).clamp(0, 1)
 
 
 def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margin: float | None = None) -> Said | None:
