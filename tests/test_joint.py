@@ -707,6 +707,19 @@ def test_what_is_read_anew_by_half_still_says_the_concept(
     assert drawn and 0 < leads < 0.8
 
 
+@pytest.mark.parametrize("baseline", ["neutral", "none"])
+def test_what_only_leads_to_a_concept_in_bf16(baseline: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    concept, prompt = becoming(0.6)
+    concept = replace(concept, instead=tokens(300, 9))
+    spec = EditSpec("projection", concept, options=replace(CRE_BY_TOKENS, baseline=baseline), node="Test")
+    drawn = [
+        dits.sample("Flux.1", add_edit(dits.build("Flux.1", dtype), spec), cond(prompt)).float()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert torch.isfinite(drawn[1]).all() and (drawn[0] - drawn[1]).norm() < 0.1 * drawn[0].norm()
+
+
 def test_a_text_is_read_anew_for_edits_of_all_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks read the one text."""
     monkeypatch.setattr(plan, "MARGIN", 0.0)

@@ -75,7 +75,7 @@ class Steering:
         if self.group.compared:
             A0, At = At[0], At[1:]
         if self.instead:
-            Ar = self.replaced((torch.zeros_like(A) if A0 is None else A0).expand_as(At), drawn, text)
+            Ar = self.replaced((At.new_zeros(1) if A0 is None else A0).expand_as(At), drawn, text)
         kept = Kept(found_in(self.keep, q)[0], self.kept_for) if self.keep else None
         return Found(A, At, A0, Ar, kept, said, self.weight(Z, Zr, text))
 
@@ -93,7 +93,7 @@ class Steering:
         there = (owner if i >= 0 else None for owner, i in zip(self.owners, self.place, strict=True))
         out = [rest if i < 0 else drawn[i] for i, rest in zip(self.place, otherwise, strict=True)]
         pairs = zip(there, out, otherwise, strict=True)
-        return torch.stack([torch.lerp(whole, rest, of[i]) if i in of else whole for i, whole, rest in pairs])
+        return torch.stack([whole.lerp(rest, of[i].to(whole)) if i in of else whole for i, whole, rest in pairs])
 
     def said(self, text: Text) -> Tensor | None:
         """How surely a prompt's tokens say each phrase's concept: [K, R, 1]; None: nobody asks."""
