@@ -75,7 +75,7 @@ def test_a_gate_that_stays_closed_leaves_every_bit(model: Any, sampler: str, cfg
     assert torch.equal(edited, unedited) and len(look.seen) == 2  # and once more at the end
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde", "dpm_fast"])
 def test_with_a_restart_a_gate_looks_once_more_at_the_end(model: Any, sampler: str) -> None:
     """What takes shape later is edited from the first step as well; what is open by then stays so."""
     told: list[Any] = []

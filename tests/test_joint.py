@@ -707,6 +707,36 @@ def test_what_is_read_anew_by_half_still_says_the_concept(
     assert drawn and 0 < leads < 0.8
 
 
+def test_a_concept_whose_gate_is_closed_leaves_the_evidence_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt that says both, in the image where nothing is read anew for the one that is said clearly."""
+    monkeypatch.setattr(plan, "MARGIN", 0.0)
+    half, prompt = becoming(0.4)
+    other = dits.concept(seed=400)
+    own = rows_of(other.phrases[0].tokens, other.phrases[0].own)
+    like = tuple(torch.cat([tokens(820 + i, 4)[0], own + 0.3 * tokens(830 + i, len(own))[0]]) for i in range(2))
+    phrase = replace(other.phrases[0], like=like, becomes=(own[1:], tokens(850, len(own))[0, 1:]))
+    other = replace(other, name="other", phrases=(phrase,), ordinary=half.ordinary)
+    texts: list[tuple[Any, Any]] = []
+    reread = plan.Plan.reread
+    monkeypatch.setattr(
+        plan.Plan, "reread", lambda self, *given: texts.append((self, reread(self, *given))) or texts[-1][1]
+    )
+    a, b = (
+        EditSpec("projection", concept, options=CRE_BY_TOKENS, gate=gate, node=concept.name)
+        for concept, gate in ((other, Gate((1.0, 0.0))), (half, Gate()))
+    )
+    for specs in ((b,), (a, b)):
+        model = dits.build("Flux.1")
+        for spec in specs:
+            model = add_edit(model, spec)
+        positive = cond(torch.cat([prompt, own[None]], 1))
+        dits.sample("Flux.1", model, positive, cond(tokens(2, 12 + len(own))), batch=2, cfg=5.0, steps=1)
+    of = [text.unread[made.specs.index(b)].flatten() for made, text in (texts[0], texts[-1])]
+    assert 0.2 < float(of[0][-1]) < 0.8 and torch.equal(of[0][-2], of[0][-1])
+    assert not of[1][-2]  # all is read anew there
+    torch.testing.assert_close(of[1][-1], of[0][-1])
+
+
 @pytest.mark.parametrize("baseline", ["neutral", "none"])
 def test_what_only_leads_to_a_concept_in_bf16(baseline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MARGIN", 0.0)

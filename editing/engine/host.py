@@ -25,7 +25,7 @@ from comfy.samplers import CFGGuider
 
 from .. import methods as _methods  # noqa: F401  registers the methods
 from ..edits.digest import Shared, digest
-from ..edits.spec import ROWS, EditSpec, InFlight
+from ..edits.spec import ROWS, EditSpec
 from ..gates.features import weights_digest
 from . import backbones as _backbones  # noqa: F401  registers the kinds of models
 from .account import ACCOUNTS, LISTENERS, Account, Accounts
@@ -386,12 +386,24 @@ class Restart(Exception):
 
 
 def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the sampler: begins again from the same noise as often as a gate asks, which is twice a run at most."""
+    """Wraps the sampler: begins again from the same noise as often as gates ask, each twice at most."""
     while True:
         try:
-            return executor(*args, **kwargs)
+            out = executor(*args, **kwargs)
+            look_again(args, out)
+            return out
         except Restart:
             begin_anew(args)
+
+
+def look_again(args: Sequence[Any], latents: torch.Tensor) -> None:
+    """Shows what a sampler of these arguments made to the gates that look at the finished picture too."""
+    guider, _, extra = args[:3]
+    options = extra["model_options"].get("transformer_options", {})
+    run = options.get(RUN)
+    specs = [] if run is None else [spec for spec in options.get(EDITS, ()) if run.asks_again(spec)]
+    if specs and run.judge(specs, run.account.schedule[-1], lambda flight: look_at(guider, latents, flight.look)):
+        raise Restart
 
 
 def begin_anew(args: Sequence[Any]) -> None:
@@ -424,13 +436,8 @@ def predict_noise(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args:
     run.account.guided_to(denoised, sigma)
     if first and not run.account.calls:
         complain(run, guider)
-    if not any(run.asks(spec, sigma) for spec in specs):
-        return denoised
-
-    def look(flight: InFlight) -> list[float]:
-        return look_at(guider, denoised, flight.look)
-
-    if run.judge(specs, sigma, look):
+    due = [spec for spec in specs if run.asks(spec, sigma)]
+    if due and run.judge(due, sigma, lambda flight: look_at(guider, denoised, flight.look)):
         raise Restart
     return denoised
 

@@ -431,7 +431,8 @@ class Plan:
         for i, of_concept in self.readings.items():
             share = clearly[i][rows.index] * rows.s[i][:, None].clamp(0, 1)  # [R, 1]
             more += share[..., None] * of_concept(c)[1]
-        left = 1 - torch.stack([*clearly.values()]).amax(0)
+        read = torch.stack([of[rows.index] * (rows.s[i] > 0)[:, None] for i, of in clearly.items()]).amax(0)
+        left = put(torch.ones(len(context), 1, device=read.device), rows.index, 1 - read)
         unread = {i: left * self.tests[i](seen).amax(0) for i in self.readings}
         leads = {i: self.tests[i].leads(seen) for i in self.readings}
         return Text(put(context, rows.index, c.float() + more), unread, leads)

@@ -165,31 +165,31 @@ class Run(Shared):
         return self.gated[spec]
 
     def asks(self, spec: EditSpec, sigma: float) -> bool:
-        """Whether its gate has something to look at behind a model call at noise level sigma: when it decides, and with
-        a restart once more behind the last step, for what took shape later."""
+        """Whether its gate is to decide behind a model call at noise level sigma."""
         flight = spec.gate.inflight
-        if flight is None or spec.idle or flight.id in self.finished:
-            return False
-        return sigma <= (self.last if flight.id in self.verdicts else self.moment(spec)) * (1 + 1e-5)
+        waits = flight is not None and not spec.idle and flight.id not in self.verdicts
+        return waits and sigma <= self.moment(spec) * (1 + 1e-5)
 
-    @property
-    def last(self) -> float:
-        """The noise level of the last step; below all if nobody knows it."""
-        return min(self.account.schedule, default=-1.0)
+    def asks_again(self, spec: EditSpec) -> bool:
+        """Whether its gate is shown the finished picture as well: with a restart, once, for what took shape later."""
+        flight = spec.gate.inflight
+        ends = bool(self.account.schedule) and self.account.end == 0
+        return ends and flight is not None and flight.restart and not spec.idle and flight.id not in self.finished
 
     def judge(self, specs: Sequence[EditSpec], sigma: float, look: Callable[[InFlight], list[float]]) -> bool:
-        """Ask the gates that are due after a model call at noise level sigma; `look` shows them the clean images.
+        """Ask these edits' gates at noise level sigma; `look` shows them the clean images.
 
         Whether the run should begin again: an image is flagged, and an edit should have acted on it by now.
         """
         restart, now = False, {}
-        for spec in [spec for spec in specs if self.asks(spec, sigma)]:
+        for spec in specs:
             flight = spec.gate.inflight
             assert flight is not None
             if flight.id not in now:
-                now[flight.id] = self._verdict(spec, flight, sigma, look)
-                for other in [each for each in self.gated if each.gate.inflight and each.gate.inflight.id == flight.id]:
-                    del self.gated[other]  # open by what was decided before
+                first, now[flight.id] = flight.id not in self.verdicts, self._verdict(spec, flight, sigma, look)
+                if first or any(now[flight.id]):  # open by what was decided before
+                    for other in [x for x in self.gated if x.gate.inflight and x.gate.inflight.id == flight.id]:
+                        del self.gated[other]
             restart |= flight.restart and any(now[flight.id]) and sigma <= self.window(spec)[0]
         return restart
 
@@ -207,7 +207,7 @@ class Run(Shared):
         before = before if len(before) == len(verdict) else (0.0,) * len(verdict)
         fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
         found = tuple(old or new if again else max(old, new) for old, new in zip(before, verdict, strict=True))
-        if again or not flight.restart or all(found) or sigma <= self.last * (1 + 1e-5):
+        if again or all(found):
             self.finished.add(flight.id)
         if again and not any(fresh):
             return fresh
