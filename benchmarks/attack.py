@@ -284,9 +284,14 @@ def rows(
             yield by_gradient(edit, attacked, steps)
 
 
-def by_gradient(edit: str, attacked: Iterable[Attacked], steps: int) -> Row:
-    gradient = f"gradient of the embedding, {steps} steps"
-    return row(edit, gradient, (a.recovered(a.embedded(steps)) for a in attacked))
+def by_gradient(edit: str, attacked: Sequence[Attacked], steps: int) -> Row:
+    """With all that is shown as well, for what it finds the unedited model may not draw."""
+    conds = [a.embedded(steps) for a in attacked]
+    found, shown = (
+        [each for a, cond in zip(attacked, conds, strict=True) for each in judge(a, cond)]
+        for judge in (Attacked.recovered, Attacked.shown)
+    )
+    return row(edit, f"gradient of the embedding, {steps} steps", [found]) | {"shown": Rate.of(shown)}
 
 
 def forms(
