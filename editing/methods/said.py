@@ -114,7 +114,7 @@ class Said:
 
 
 def rising(share: Tensor, between: tuple[float, float]) -> Tensor:
-    """From 0 to 1."""
+    """Shares [..] between these as numbers from 0 to 1."""
     return ((share - between[0]) / (between[1] - between[0])).clamp(0, 1)
 
 
