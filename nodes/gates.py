@@ -14,6 +14,7 @@ from .inputs import CATEGORY, choice_input, named
 from .show import id_of, show, told
 from .types import ConceptType, DiscriminatorType, GateType
 
+LEFT = "\nin the finished pictures, edited: see the account"
 IMAGE, PROMPT, IN_FLIGHT = "ConceptGuardImageGate", "ConceptGuardPromptGate", "ConceptGuardInFlightGate"
 
 
@@ -60,7 +61,7 @@ def verdict(scores: Sequence[float], values: Sequence[float]) -> str:
 
 def reporting(node_id: str | None) -> Report:
     """Puts what a gate finds while sampling on a node."""
-    return lambda scores, values: show(node_id, verdict(scores, values))
+    return lambda scores, values, left: show(node_id, f"{verdict(scores, values)}{LEFT * left}")
 
 
 class ConceptGuardImageGate(io.ComfyNode):
@@ -199,8 +200,8 @@ def restart_input() -> io.Boolean.Input:
         optional=True,
         tooltip="When an image is flagged after the edit's window has begun, sample again from the first noise with "
         "the edit on for that image: as thorough as an edit from the start, for the steps that are done twice. "
-        "Looks once more after the last step, for what took shape later. Images that are not flagged come out the "
-        "same.",
+        "Looks once more after the last step, for what took shape later; the account tells what it sees there all the "
+        "same. Images that are not flagged come out unchanged.",
     )
 
 

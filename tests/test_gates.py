@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conceptguard.editing.edits.spec import Draw, EditSpec, Gate, InFlight, opened
+from conceptguard.editing.engine.account import Account
 from conceptguard.editing.engine.host import accounts_of, add_edit, edits_of
 from conceptguard.nodes import NODES
 
@@ -41,6 +42,13 @@ def flight(scores: list[float], at: float = 0.3, **options: Any) -> tuple[Gate, 
 
 def sampled(model: Any, batch: int = 3, **options: Any) -> Tensor:
     return tiny.sample(model, batch=batch, steps=STEPS, **options)
+
+
+def the_account(model: Any) -> Account:
+    """Of its last run."""
+    accounts = accounts_of(model)
+    assert accounts is not None and (account := accounts.of("")) is not None
+    return account
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
@@ -85,11 +93,35 @@ def test_with_a_restart_a_gate_looks_once_more_at_the_end(model: Any, sampler: s
     result, unedited = sampled(edited, sampler=sampler), sampled(model, sampler=sampler)
     assert torch.equal(result, sampled(cre(model, Gate((1.0, 0.0, 1.0))), sampler=sampler))
     assert torch.equal(result[1], unedited[1]) and not torch.equal(result[2], unedited[2])
-    assert [opens for _, opens in told] == [(1.0, 0.0, 0.0), (1.0, 0.0, 1.0)] and len(look.seen) == 2
-    accounts = accounts_of(edited)
-    assert accounts is not None and (account := accounts.of("")) is not None
-    (told_at_last,) = account.gates.values()
+    assert [opens for _, opens, left in told if not left] == [(1.0, 0.0, 0.0), (1.0, 0.0, 1.0)] and len(look.seen) == 3
+    (told_at_last,) = the_account(edited).gates.values()
     assert told_at_last["restarts"] and told_at_last["step"] == STEPS and told_at_last["opens"] == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("later", [[0.0, 0.1, 0.9], [0.9, 0.1, 0.2], [0.9, 0.1, 0.9]], ids=["late", "left", "both"])
+def test_what_a_gate_still_sees_is_told(model: Any, later: list[float]) -> None:
+    """In the finished pictures, whether it flagged them on the way or sees them only now; it ends all the same."""
+    told: list[Any] = []
+    gate, look = flight([0.9, 0.1, 0.2], restart=True, report=lambda *verdict: told.append(verdict))
+    look.later = later
+    edited = cre(model, gate)
+    sampled(edited)
+    (line,) = [line for _, line in the_account(edited).lines()]
+    left = sum(score > 0.5 for score in later)
+    assert line.endswith(f"; its gate still sees it in {left} of 3 finished pictures")
+    (document,) = the_account(edited).document()["gates"]
+    assert document["finished"] == later and document["left"] == [score > 0.5 for score in later]
+    assert told[-1] == (later, tuple(float(score > 0.5) for score in later), True)
+
+
+def test_nothing_is_told_of_what_is_gone(model: Any) -> None:
+    told: list[Any] = []
+    gate, look = flight([0.9, 0.1, 0.2], restart=True, report=lambda *verdict: told.append(verdict))
+    look.later = [0.2, 0.1, 0.2]
+    edited = cre(model, gate)
+    sampled(edited)
+    (line,) = [line for _, line in the_account(edited).lines()]
+    assert "still" not in line and [left for _, _, left in told] == [False]
 
 
 def test_without_a_restart_it_looks_once(model: Any) -> None:
@@ -135,7 +167,7 @@ def test_a_restart_edits_from_the_first_step(model: Any) -> None:
     for sampler in ("euler", "euler_ancestral", "dpmpp_2m_sde"):
         edited = sampled(cre(model, gate), sampler=sampler)
         assert torch.equal(edited, sampled(cre(model, Gate()), sampler=sampler)), sampler
-    assert len(look.seen) == 3
+    assert len(look.seen) == 6  # each time once more at the end
 
 
 def test_no_restart_before_the_window_begins(model: Any) -> None:
@@ -168,7 +200,7 @@ def test_its_verdict_is_told(model: Any) -> None:
     told: list[Any] = []
     gate, _ = flight([0.9, 0.1, 0.6], report=lambda *verdict: told.append(verdict))
     sampled(cre(cre(model, gate), gate, start_percent=0.2))
-    assert told == [([0.9, 0.1, 0.6], (1.0, 0.0, 1.0))]
+    assert told == [([0.9, 0.1, 0.6], (1.0, 0.0, 1.0), False)]
 
 
 def test_two_gates_decide_apart(model: Any) -> None:

@@ -223,7 +223,7 @@ def test_an_in_flight_gate_looks_again_at_the_finished_picture(
         assert torch.equal(sample(model, clip, steps=4), edited)
     *_, entry = enforcement.record.entries()
     assert entry["verdict"] == "edited" and entry["edits"][0]["steps"]["acted"] == 4
-    assert "in the finished picture" in entry["again"] and len(asked) == 2
+    assert "in the finished picture" in entry["again"] and "still sees" in entry["left"] and len(asked) == 3
 
 
 def test_a_gate_that_restarts_has_looked_at_the_end_by_itself(
@@ -246,7 +246,7 @@ def test_an_in_flight_gate_that_sees_nothing_leaves_every_bit(
     with governed(tmp_path, gated(FLIGHT)) as enforcement:
         assert torch.equal(sample(model, clip, steps=4), plain)
     (entry,) = enforcement.record.entries()
-    assert "again" not in entry and len(asked) == 3  # in time, behind the last step, and at the finished picture
+    assert "again" not in entry and len(asked) == 2  # in time, and at the finished picture
 
 
 def test_it_opens_for_the_images_that_show_it_alone(

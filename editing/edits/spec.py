@@ -183,11 +183,12 @@ class Direction(Shared):
 @dataclass(frozen=True, eq=False, repr=False)
 class InFlight(Shared):
     """A decision made in a sampling run, at a percent of the timesteps, on the clean images predicted there; with a
-    restart once more behind the last step, about the images that are not flagged yet.
+    restart once more behind the last step, about the images that are not flagged yet, and about what the edit left.
 
     look: latents [B, C, h, w], as a VAE decodes them, and the model's latent format, to the confidence in each image,
     B floats from 0 to 1.
-    report: told the confidences and the gate's values, one an image, whenever they are found.
+    report: told the confidences and the gate's values, one an image, whenever they are found, and whether that is what
+    it sees when all has been done.
     """
 
     key: str  # of all that the decision depends on: the discriminator, the decoder
@@ -197,7 +198,7 @@ class InFlight(Shared):
     soft: bool = False
     restart: bool = False  # begin again from the first noise, edited, if an edit's window has begun by then
     models: tuple[Any, ...] = ()  # the patchers that `look` uses, for the host to load along
-    report: Callable[[list[float], tuple[float, ...]], None] | None = None
+    report: Callable[[list[float], tuple[float, ...], bool], None] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.at_percent < 1:

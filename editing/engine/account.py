@@ -314,8 +314,8 @@ class Account(Shared):
                 self.calls += other.calls
 
     def gate(self, id: str, **what: Any) -> None:
-        """What an in-flight gate decided, and when."""
-        self.gates[id] = what
+        """What an in-flight gate decided, and when; in the finished pictures, what it saw."""
+        self.gates.setdefault(id, {}).update(what)
 
     # -- when it has ended ---------------------------------------------------------------------------------------------
 
@@ -352,14 +352,20 @@ class Account(Shared):
         return None
 
     def lines(self) -> list[tuple[Entry, str]]:
-        """Each edit, and what it did, for people."""
+        """Each edit, and what it did, for people; and what its gate sees all the same."""
         unknown = self.prompts.get(UNNAMED, 0)
         more = f"; left alone {unknown} rows of prompts that the guider does not name" if unknown else ""
         lines = [(entry, entry.line(self.steps)) for entry in self.entries.values()]
         lines = [(entry, line + more * (bool(entry.acted) and entry.spec.rows != "all")) for entry, line in lines]
         beside = BESIDE * self.references + "".join(f"; {each}" for each in self.brought)
-        lines = [(entry, line + beside * bool(entry.acted)) for entry, line in lines]
+        lines = [(entry, line + beside * bool(entry.acted) + self.left(entry.spec)) for entry, line in lines]
         return [(entry, line + FURTHER * (entry.further and bool(entry.acted or entry.away))) for entry, line in lines]
+
+    def left(self, spec: EditSpec) -> str:
+        """What an edit's gate still sees in the finished pictures, for people."""
+        flight = spec.gate.inflight
+        left = self.gates.get(flight.id, {}).get("left", ()) if flight is not None else ()
+        return f"; its gate still sees it in {sum(left)} of {len(left)} finished pictures" if any(left) else ""
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""

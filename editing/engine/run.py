@@ -77,7 +77,7 @@ class Run(Shared):
         self.batches: dict[Served, Served] = {}
         self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
         self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
-        self.finished: set[str] = set()  # those that have looked for the last time
+        self.finished: set[str] = set()  # those that have been shown a finished picture
         self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
         self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
         self.origin: dict[EditSpec, EditSpec] = {}  # of an edit that a gate or a first look changed
@@ -171,10 +171,11 @@ class Run(Shared):
         return waits and sigma <= self.moment(spec) * (1 + 1e-5)
 
     def asks_again(self, spec: EditSpec) -> bool:
-        """Whether its gate is shown the finished picture as well: with a restart, once, for what took shape later."""
+        """Whether its gate is shown the finished picture as well: with a restart, for what took shape later, and for
+        what an edit left."""
         flight = spec.gate.inflight
         ends = bool(self.account.schedule) and self.account.end == 0
-        return ends and flight is not None and flight.restart and not spec.idle and flight.id not in self.finished
+        return ends and flight is not None and flight.restart and not spec.idle
 
     def judge(self, specs: Sequence[EditSpec], sigma: float, look: Callable[[InFlight], list[float]]) -> bool:
         """Ask these edits' gates at noise level sigma; `look` shows them the clean images.
@@ -196,7 +197,8 @@ class Run(Shared):
     def _verdict(
         self, spec: EditSpec, flight: InFlight, sigma: float, look: Callable[[InFlight], list[float]]
     ) -> tuple[bool, ...]:
-        """Ask a gate; which images it has flagged that were not flagged before."""
+        """Ask a gate; which images it has flagged that were not flagged before. Asked again, at the end, it can flag
+        some once; what it sees there when all has been done is for the account to tell."""
         again = flight.id in self.verdicts
         try:
             scores = look(flight)
@@ -206,20 +208,25 @@ class Run(Shared):
         before = self.verdicts.get(flight.id, self.before.get(flight.id, ()))
         before = before if len(before) == len(verdict) else (0.0,) * len(verdict)
         fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
-        found = tuple(old or new if again else max(old, new) for old, new in zip(before, verdict, strict=True))
-        if again or all(found):
+        rounded = [round(score, 4) for score in scores]
+        if again:
+            fresh = (False,) * len(fresh) if flight.id in self.finished else fresh
             self.finished.add(flight.id)
-        if again and not any(fresh):
-            return fresh
+            self.account.gate(flight.id, finished=rounded, left=[bool(value) for value in verdict])
+            if not any(fresh):
+                if any(verdict) and flight.report:
+                    flight.report(scores, verdict, True)
+                return fresh
+        found = tuple(old or new if again else max(old, new) for old, new in zip(before, verdict, strict=True))
         self.verdicts[flight.id] = found
         if flight.report:
-            flight.report(scores, self.verdicts[flight.id])
+            flight.report(scores, found, False)
         self.account.gate(
             flight.id,
             at_percent=flight.at_percent,
             step=self.account.step(sigma) + 1,
-            scores=[round(score, 4) for score in scores],
-            opens=list(self.verdicts[flight.id]),
+            scores=rounded,
+            opens=list(found),
             restarts=flight.restart and any(fresh),
         )
         return fresh

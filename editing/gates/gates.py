@@ -13,7 +13,7 @@ from .discriminator import Discriminator, Judge
 from .prompts import likeness, prompt_scores
 
 DECIDES = ("each", "any")
-Report = Callable[[list[float], tuple[float, ...]], None]
+Report = Callable[[list[float], tuple[float, ...], bool], None]
 Decided = tuple[Gate, list[float], tuple[float, ...]]  # with the confidences, and what each of them opens
 
 

@@ -39,7 +39,7 @@ from ..training.harness import _Body as Training
 from .document import Keeping, Policy, Rule
 from .encoders import Encoders, words_of
 from .file import Loaded, PolicyFile, Refused
-from .govern import NODE, Files, Sampling, edits_for, flags, seen_at_last, shown, together
+from .govern import NODE, Files, Gates, Sampling, edits_for, flags, seen_at_last, shown, together
 from .record import Record
 
 # Of a prompt: its text, where it counts, and what the host makes of it.
@@ -53,6 +53,7 @@ CHANGED = (
 GUIDING = [WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE]
 GUIDING += [WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL]
 HOST_TRAINING = Path(comfy.samplers.__file__).parent.parent / "comfy_extras" / "nodes_train.py"
+LEFT = "a gate still sees in the finished picture, edited, what it is there for"
 MADE = ("edited", "closed", "passed")  # verdicts of runs that have a picture
 NEARLY = 0.9  # of the greatest noise level: a run that begins there has all of the timesteps
 
@@ -196,10 +197,12 @@ class Enforcement:
                 return go()
         try:
             latents, account = self.carry(guider, ours, go)
-            if (again := self.missed(guider, ours, account, latents)) is not None:
+            if (again := self.sees(guider, ours, account.gates, latents)) is not None:
                 about["again"] = "a gate saw in the finished picture what it had not seen on the way"
-                ours = again
+                asked, ours = ours, again
                 latents, account = self.carry(guider, ours, go)
+                if self.sees(guider, asked, {}, latents) is not None:
+                    about["left"] = LEFT
             shown([account], ours)
         except Refused as error:
             raise self.refused(error, about) from None
@@ -207,7 +210,7 @@ class Enforcement:
             verdict = "refused" if str(error).startswith(NODE) else "failed"  # an edit of the policy's did not act
             self.note(loaded, verdict, {**about, "why": str(error) or type(error).__name__})
             raise
-        self.tell(loaded, ours, account)
+        self.tell(loaded, ours, account, about.get("left"))
         document = account.document()
         about |= {key: document[key] for key in ("edits", "gates", "steps")}
         self.note(loaded, "edited", {**about, "seconds": round(time.monotonic() - start, 3)})
@@ -219,11 +222,12 @@ class Enforcement:
             latents = go()
         return latents, shown(accounts, ours)
 
-    def missed(self, guider: Any, ours: Sequence[EditSpec], account: Account, latents: Any) -> list[EditSpec] | None:
-        """The edits with those gates open that see in the finished pictures what they had closed for; None: none."""
-        verdicts = {id: tuple(what["opens"]) for id, what in account.gates.items()}
+    def sees(self, guider: Any, ours: Sequence[EditSpec], gates: Gates, latents: Any) -> list[EditSpec] | None:
+        """The edits with those gates open that see in the finished pictures what they had closed for; None: none.
+
+        gates: what the account tells of them, by their ids."""
         form = guider.model_patcher.model.latent_format
-        return seen_at_last(ours, verdicts, lambda flight: flight.look(latents.float(), form))
+        return seen_at_last(ours, gates, lambda flight: flight.look(latents.float(), form))
 
     def edits(
         self, loaded: Loaded, guider: Any, latent_image: Any, sigmas: torch.Tensor, about: dict[str, Any]
@@ -304,12 +308,13 @@ class Enforcement:
 
     # -- who is told ---------------------------------------------------------------------------------------------------
 
-    def tell(self, loaded: Loaded, ours: Sequence[EditSpec], account: Account) -> None:
+    def tell(self, loaded: Loaded, ours: Sequence[EditSpec], account: Account, left: str | None) -> None:
         if "user" not in loaded.policy.tell:
             return
         keys = {spec.key for spec in ours}
         lines = [(entry.spec, line) for entry, line in account.lines() if entry.spec.key in keys]
-        self.asked().say("\n".join(f'"{spec.source.name}" {line}' for spec, line in lines))
+        said = [f'"{spec.source.name}" {line}' for spec, line in lines]
+        self.asked().say("\n".join([*said, *([left] if left else [])]))
 
     def refused(self, error: Refused, about: dict[str, Any]) -> Refused:
         """The same, with its place in the record, also where the policy cannot be read."""

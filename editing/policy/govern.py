@@ -24,7 +24,7 @@ from .encoders import Encoder, Memory, words_of
 from .file import Loaded, Refused
 
 NODE = "ConceptGuard policy"
-Verdicts = Mapping[str, tuple[float, ...]]
+Gates = Mapping[str, Mapping[str, Any]]
 Look = Callable[[InFlight], list[float]]
 
 
@@ -163,19 +163,20 @@ def flags(gate: ImageGate, image: Tensor, loaded: Loaded, rule: Rule, files: Fil
         raise Refused(f"pictures_gate: {error}") from None
 
 
-def seen_at_last(specs: Sequence[EditSpec], verdicts: Verdicts, look: Look) -> list[EditSpec] | None:
+def seen_at_last(specs: Sequence[EditSpec], gates: Gates, look: Look) -> list[EditSpec] | None:
     """The edits with their in-flight gates open for the images in whose finished picture they see what they missed on
     the way; None where they see nothing new.
 
-    verdicts: what each gate decided in the run, by its id, one value an image; look: shows a gate the pictures.
+    gates: what the run's account tells of each gate, by its id; look: shows the pictures to one that saw them not yet.
     """
     again, missed = list(specs), False
     for i, spec in enumerate(specs):
         flight = spec.gate.inflight
         if flight is None or spec.idle:
             continue
-        now = opened(look(flight), flight.threshold, flight.soft)
-        then = verdicts.get(flight.id, (0.0,) * len(now))
+        told = gates.get(flight.id, {})
+        now = told["opens"] if "finished" in told else opened(look(flight), flight.threshold, flight.soft)
+        then = told.get("opens", (0.0,) * len(now))
         missed |= any(late and not early for late, early in zip(now, then, strict=True))
         again[i] = replace(spec, gate=spec.gate.decided(tuple(map(max, then, now))))
     return again if missed else None
