@@ -582,9 +582,12 @@ def test_a_prompts_encoding_says_a_concept_and_raises_no_floor_where_it_cannot_t
     asked: list[Tensor] = []
     plain = cre_method.floors
     monkeypatch.setattr(cre_method, "floors", lambda floor, said, peak: asked.append(said) or plain(floor, said, peak))
+    tested, call = [], said.Said.__call__
+    monkeypatch.setattr(said.Said, "__call__", lambda self, v: tested.append(v) or call(self, v))
     options = replace(tiny.CRE, floor=0.1, evidence="tokens")
     model = add_edit(dits.build(name), EditSpec("projection", concept, options=options, node="Test"))
     dits.sample(name, model, cond(prompt), cond(tokens(2, 12)), batch=2, cfg=5.0)
+    assert len(tested) == 1  # in the one call of the one step, whatever the number of its blocks
     want = reference.said(prompt[0], rows[1:], like, ordinary, COMMON, SURE)
     assert len(asked) == FAMILIES[name].blocks and (want > 0.9) == (share > 0.5)
     for found in asked:

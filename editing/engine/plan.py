@@ -99,8 +99,7 @@ class Steering:
         """How surely a prompt's tokens say each phrase's concept: [K, R, 1]; None: nobody asks."""
         if not self.tests:
             return None
-        of = {i: test(text.tokens).amax(0) for i, test in self.tests.items()}
-        of |= {i: said.maximum(text.unread[i]) for i, said in of.items() if i in text.unread}
+        of = {i: text.says(i, test) for i, test in self.tests.items()}
         unknown = torch.full((len(text.tokens), 1), UNKNOWN, device=text.tokens.device)
         return torch.stack([of.get(i, unknown) for i in self.owners])
 
@@ -165,17 +164,25 @@ class Steering:
 
 class Text(NamedTuple):
     """What may say a concept: tokens, [R, L, C or W], as they are read. Where all attentions read the same text, by
-    edit, [R, 1]: how surely what is not read anew of it still says the concept; and how surely it only leads to it,
-    with no word that what is drawn instead could stand in for."""
+    edit, [R, 1]: how surely what is not read anew of it still says the concept; how surely it only leads to it, with no
+    word that what is drawn instead could stand in for; and, asked once for all of them, how surely it says it."""
 
     tokens: Tensor
     unread: Mapping[int, Tensor] = MappingProxyType({})
     leads: Mapping[int, Tensor] = MappingProxyType({})
+    said: Mapping[int, Tensor] = MappingProxyType({})
 
     def of(self, index: slice | Tensor) -> Text:
         """Of these rows."""
-        unread, leads = ({i: x[index] for i, x in each.items()} for each in (self.unread, self.leads))
-        return Text(self.tokens[index], unread, leads)
+        rows = ({i: x[index] for i, x in each.items()} for each in self[1:])
+        return Text(self.tokens[index], *rows)
+
+    def says(self, i: int, test: Said) -> Tensor:
+        """How surely it says the concept of the edit i, in any phrasing, [R, 1]. test: the concept's."""
+        if i in self.said:
+            return self.said[i]
+        said = test(self.tokens).amax(0)
+        return said.maximum(self.unread[i]) if i in self.unread else said
 
 
 class Prompt(NamedTuple):
@@ -436,6 +443,10 @@ class Plan:
         unread = {i: left * self.tests[i](seen).amax(0) for i in self.readings}
         leads = {i: self.tests[i].leads(seen) for i in self.readings}
         return Text(put(context, rows.index, c.float() + more), unread, leads)
+
+    def told(self, text: Text) -> Text:
+        """The text of all attentions, and how surely it says each concept."""
+        return text._replace(said={i: text.says(i, test) for i, test in self.tests.items()})
 
     def repooled(self, y: Tensor, rows: Rows) -> Tensor:
         """What a model is told beside the time, y [B, ..], as the edits of the pooled text in front of it make it."""

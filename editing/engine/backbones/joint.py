@@ -384,6 +384,7 @@ class Joint(Backbone):
         if call.plan.readings and not self.kind.second:  # what stands beside such a text says it still
             call.place.said = call.plan.reread(made.context, seen_in(made), rows)
             made.more["c_crossattn"] = call.place.said.tokens
+        call.place.said = call.plan.told(call.place.said)
         if self.appends(made):
             idle = self.idle(run, call, made, rows)
             return Parted.in_two(self, run, call, made, idle) if idle else self.appended(call, made, rows)
@@ -669,8 +670,9 @@ class JointHooks:
             """A_t as the edits leave it, and what log Z_text gains, [R, N, H, 1]. A: [R, N, H, d]."""
             flat, queries, keys, values = (x.flatten(-2) for x in (A.to(q.dtype), q_i, k_P, v_P))
             shape = (len(q), 1, call.place.height, call.place.width)
-            here, said = {**extra, "activations_shape": shape}, call.place.said.of(rows.index)
-            seen = said._replace(tokens=seen_of(said.tokens, bias))
+            here, seen = {**extra, "activations_shape": shape}, call.place.said.of(rows.index)
+            if bias is not None:
+                seen = seen._replace(tokens=seen_of(seen.tokens, bias), said={})
             out, gained = self.run.edited(key, rows, flat, queries, keys, values, here, text=seen, bias=bias)
             return out.unflatten(-1, (heads, -1)), 0.0 if gained is None else gained
 
