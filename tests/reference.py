@@ -103,9 +103,12 @@ def eiup_alike(
     A0: Tensor,
     floor: float,
     keep: Sequence[Sequence[Tensor]] = (),
+    instead: Tensor | None = None,
 ) -> Tensor:
-    """A + sum_p w_p E_p (At_p - A0) of one row, E_p being 1 where cos(A - A0, At_p - A0) >= floor and no neighbour's is
-    larger. A, At_p, A0: [N, C]; keep: for each phrase what is found in its neighbours' prompts."""
+    """A + sum_p w_p E_p (At_p - A0) of one row, E_p being 1, or how many times At_p - A0 is in A - A0 if that is more,
+    where cos(A - A0, At_p - A0) >= floor and no neighbour's is larger; with `instead` for the A0 that is added.
+
+    A, At_p, A0, instead: [N, C]; keep: for each phrase what is found in its neighbours' prompts."""
     out = A.double().clone()
     for position in range(len(A)):
         base = A0[position].double()
@@ -115,7 +118,8 @@ def eiup_alike(
             cosine = a @ t / (a.norm() * t.norm())
             others = [y[position].double() - base for y in (keep[p] if keep else ())]
             if cosine >= floor and all(a @ y / (a.norm() * y.norm()) <= cosine for y in others):
-                out[position] += w[p] * t
+                remains = base if instead is None else instead[position].double()
+                out[position] += w[p] * max(1.0, (a @ t / (t @ t)).item()) * (each[position].double() - remains)
     return out
 
 

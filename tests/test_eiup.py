@@ -110,6 +110,14 @@ def test_what_is_alike_loses_all_of_it(neighbours: int) -> None:
     assert 0 < changed < 100, "some positions are alike, some are not"
 
 
+def test_what_a_prompt_says_twice_is_taken_twice() -> None:
+    """The weight of words, and extrapolation, make A - A0 longer."""
+    A0, x = random(1, 20, H, D), random(1, 20, H, D, seed=1)
+    for times, taken in ((0.5, 1.0), (1.0, 1.0), (2.0, 2.0)):
+        found = steered(Found(A0 + times * x, (A0 + x)[None], A0), torch.ones(1, 1, 20))
+        torch.testing.assert_close(found, taken * x)
+
+
 @pytest.mark.parametrize("length", [77, 154])
 def test_every_block_loses_what_is_alike(model: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eiup_module, "FLOOR", 0.05)  # a random network finds little alike

@@ -87,7 +87,8 @@ class Watch(Shared):
         sets = self.sets(q.device)[p]
         if self.evidence == "alike":
             (group,) = sets.solved
-            return eiup.where_alike(Steering(replace(group, tested={}), bind).found(A, q))[0]
+            there, _ = eiup.where_alike(Steering(replace(group, tested={}), bind).found(A, q))
+            return there[0]
         own = list(self.phrases[p].own)
         K, _ = bind(sets.separate[0]).single  # [1 or R, T, H, d]
         A_e = logits(q, K).softmax(-1)[..., own].sum(-1).transpose(1, 2)  # [R, N, H]

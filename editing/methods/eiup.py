@@ -10,10 +10,11 @@ A text encoder may say most of a thing at its start, end and padding, which the 
 away, and a large w_j destroys the picture. Evidence "alike" re-weights all that the erasure prompt At adds to what
 ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines and neighbours as in cre.py):
 
-    out = A + w E (At - A0),      E = 1 where cos(A - A0, At - A0) >= FLOOR, else 0
+    out = A + w E (At - A0),      E = max(1, <A - A0, At - A0> / ||At - A0||^2) where cos(A - A0, At - A0) >= FLOOR
 
-with A_r for the A0 that is added where the concept has something to draw instead, and a FLOOR that follows what the
-prompt's own tokens say (said.py).
+and 0 elsewhere, with A_r for the A0 that is added where the concept has something to draw instead, and a FLOOR that
+follows what the prompt's own tokens say (said.py). E is above 1 where a prompt says more of it than its phrase does: by
+a weight of 2, twice as much.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
 from .attention import attend, logits, repetitions
 from .cre import DEFAULTS as CRE
-from .cre import alike, less, likeness, neutral_needed
+from .cre import TINY, alike, less, likeness, neutral_needed
 from .eiup_weight import EVIDENCE, Regressor
 from .found import Found
 from .said import floors
@@ -110,15 +111,16 @@ def share(q: Tensor, k: Tensor, own: list[Tensor], bias: Tensor | None = None) -
     return torch.stack(shares).transpose(2, 3)[..., None]
 
 
-def where_alike(found: Found) -> Tensor:
-    """E_p, 1 where the picture's features are like phrase p's, else 0; [P, ...]. found: with A [..., H, d]."""
+def where_alike(found: Found) -> tuple[Tensor, Tensor]:
+    """1 where the picture's features are like phrase p's, else 0; and E_p. [P, ...] each; found: with A [..., H, d]."""
     assert found.A0 is not None
     a, x = (less(each, found.A0, "full") for each in (found.A, found.At))
     along, norm = (x * a).sum(-1, keepdim=True), x.norm(dim=-1, keepdim=True)
     near = None if found.kept is None else likeness(a, less(found.kept.found, found.A0, "full"), found.kept.of)
-    E = alike(a, along, norm, floors(FLOOR, found.said), near)
-    assert isinstance(E, Tensor)
-    return E[..., 0, 0]
+    there = alike(a, along, norm, floors(FLOOR, found.said), near)
+    assert isinstance(there, Tensor)
+    E = there * (along / norm.square().clamp_min(TINY)).clamp_min(1)
+    return there[..., 0, 0], E[..., 0, 0]
 
 
 def steered(found: Found, s: Tensor, note: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -127,11 +129,11 @@ def steered(found: Found, s: Tensor, note: Callable[[Tensor], None] | None = Non
     Where there is something to draw instead, A_r stands in A0's place. s: [P, ...]; note: told E, [P, ...].
     """
     assert found.A0 is not None
-    E, x = where_alike(found), less(found.At, found.A0 if found.Ar is None else found.Ar, "full")
+    (there, E), x = where_alike(found), less(found.At, found.A0 if found.Ar is None else found.Ar, "full")
     if note is not None:
-        note(E)
+        note(there)
     if found.weight is not None:
-        found.weight.taken((s * E)[..., None, None])
+        found.weight.taken((s * there)[..., None, None])
     return ((s * E)[..., None, None] * x).sum(0).reshape(found.A.shape)
 
 
