@@ -105,21 +105,31 @@ def eiup_alike(
     keep: Sequence[Sequence[Tensor]] = (),
     instead: Tensor | None = None,
 ) -> Tensor:
-    """A + sum_p w_p E_p (At_p - A0) of one row, E_p being 1, or how many times At_p - A0 is in A - A0 if that is more,
-    where cos(A - A0, At_p - A0) >= floor and no neighbour's is larger; with `instead` for the A0 that is added.
+    """A + sum_p w_p E_p (At_p - A0) of one row, where cos(A - A0, At_p - A0) >= floor and no neighbour's is larger;
+    with `instead` for the A0 that is added. E_p is 1, or where w_p < 0 and c_p > 1 is how many times At_p - A0 is in
+    A - A0, and no more than At_p - instead is in A - instead, 1 + (c_p - 1) / n with n the phrases that are there.
 
     A, At_p, A0, instead: [N, C]; keep: for each phrase what is found in its neighbours' prompts."""
     out = A.double().clone()
     for position in range(len(A)):
         base = A0[position].double()
         a = A[position].double() - base
+        there = []
         for p, each in enumerate(At):
             t = each[position].double() - base
             cosine = a @ t / (a.norm() * t.norm())
             others = [y[position].double() - base for y in (keep[p] if keep else ())]
             if cosine >= floor and all(a @ y / (a.norm() * y.norm()) <= cosine for y in others):
-                remains = base if instead is None else instead[position].double()
-                out[position] += w[p] * max(1.0, (a @ t / (t @ t)).item()) * (each[position].double() - remains)
+                there.append(p)
+        for p in there:
+            t, remains = At[p][position].double() - base, base
+            c = a @ t / (t @ t)
+            if instead is not None:
+                remains = instead[position].double()
+                d = At[p][position].double() - remains
+                c = min(c, (A[position].double() - remains) @ d / (d @ d))
+            more = max(0.0, c.item() - 1) / len(there) if w[p] < 0 else 0.0
+            out[position] += w[p] * (1 + more) * (At[p][position].double() - remains)
     return out
 
 

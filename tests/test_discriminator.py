@@ -367,7 +367,7 @@ def test_an_in_flight_gate_decodes_and_judges(trained: Discriminator) -> None:
     pictures = discs(3, 4, True, size=24)
     latents = torch.cat([pictures.movedim(-1, 1), torch.zeros(3, 1, 24, 24)], 1)
     assert flight.look(latents, None) == trained.scores(pictures)
-    flight.report([0.5], (1.0,))  # without a page it says nothing
+    flight.report([0.5], (1.0,), False)  # without a page it says nothing
 
 
 def test_the_hosts_preview_stands_in_for_a_vae(trained: Discriminator) -> None:

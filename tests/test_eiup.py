@@ -114,8 +114,18 @@ def test_what_a_prompt_says_twice_is_taken_twice() -> None:
     """The weight of words, and extrapolation, make A - A0 longer."""
     A0, x = random(1, 20, H, D), random(1, 20, H, D, seed=1)
     for times, taken in ((0.5, 1.0), (1.0, 1.0), (2.0, 2.0)):
-        found = steered(Found(A0 + times * x, (A0 + x)[None], A0), torch.ones(1, 1, 20))
-        torch.testing.assert_close(found, taken * x)
+        for phrases in (1, 3):
+            found, s = Found(A0 + times * x, (A0 + x).expand(phrases, 1, 20, H, D), A0), torch.ones(phrases, 1, 20)
+            torch.testing.assert_close(steered(found, s), (taken - 1 + phrases) * x)
+            torch.testing.assert_close(steered(found, -s), -phrases * x)
+
+
+def test_of_what_is_drawn_instead_no_more_comes_than_there_is_to_replace() -> None:
+    """However short At - A0 is beside A - A0."""
+    A0, u, other = (random(1, 20, H, D, seed=seed) for seed in (0, 1, 2))
+    for short in (1.0, 0.1, 1e-3):
+        found = Found(A0 + u, (A0 + short * u)[None], A0, other[None])
+        assert (steered(found, torch.ones(1, 1, 20)).norm() / ((A0 + u - other).norm() + u.norm())) < 1.5
 
 
 @pytest.mark.parametrize("length", [77, 154])

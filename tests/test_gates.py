@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_what_a_gate_still_sees_is_told(model: Any, later: list[float]) -> None:
     sampled(edited)
     (line,) = [line for _, line in the_account(edited).lines()]
     left = sum(score > 0.5 for score in later)
-    assert line.endswith(f"; its gate still sees it in {left} of 3 finished pictures")
+    assert line.endswith(f"; its gate sees it in {left} of 3 finished pictures")
     (document,) = the_account(edited).document()["gates"]
     assert document["finished"] == later and document["left"] == [score > 0.5 for score in later]
     assert told[-1] == (later, tuple(float(score > 0.5) for score in later), True)
@@ -121,7 +122,36 @@ def test_nothing_is_told_of_what_is_gone(model: Any) -> None:
     edited = cre(model, gate)
     sampled(edited)
     (line,) = [line for _, line in the_account(edited).lines()]
-    assert "still" not in line and [left for _, _, left in told] == [False]
+    assert "finished" not in line and [left for _, _, left in told] == [False]
+
+
+def test_what_a_gate_sees_only_where_another_edit_acts_is_edited_too(model: Any) -> None:
+    """One gate opens for the finished picture, and the other for what is drawn when the run has begun again."""
+    gates = []
+    for name, scores in (("first", [0.1, 0.1, 0.9]), ("second", [0.1, 0.9, 0.2])):
+        said = iter(scores)
+
+        def look(latents: Tensor, latent_format: Any, said: Any = said) -> list[float]:
+            return [next(said, 0.2)] * 3
+
+        gates.append(Gate(inflight=InFlight(name, look, 0.3, restart=True)))
+
+    def both(first: Gate, second: Gate) -> Any:
+        other = EditSpec("projection", tiny.concept("axe", 300), options=tiny.CRE, gate=second, node="Test")
+        return add_edit(cre(model, first), other)
+
+    edited = both(*gates)
+    assert torch.equal(sampled(edited), sampled(both(Gate(), Gate())))
+    assert not any("finished" in line for _, line in the_account(edited).lines())
+
+
+def test_an_image_that_the_edit_is_not_for_is_not_told(model: Any) -> None:
+    gate, _ = flight([0.1, 0.9, 0.1], restart=True)
+    for values, told in (((1.0, 1.0, 1.0), True), ((1.0, 0.0, 1.0), False)):
+        edited = cre(model, replace(gate, values=values))
+        sampled(edited)
+        ((_, line),) = the_account(edited).lines()
+        assert ("in 1 of 3 finished pictures" in line) == told
 
 
 def test_without_a_restart_it_looks_once(model: Any) -> None:

@@ -226,6 +226,19 @@ def test_an_in_flight_gate_looks_again_at_the_finished_picture(
     assert "in the finished picture" in entry["again"] and "still sees" in entry["left"] and len(asked) == 3
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_a_gate_still_sees_is_in_the_record(
+    model: Any, clip: Any, tmp_path: Path, seeing: Seeing, restart: bool
+) -> None:
+    """It flagged the image on the way, and sees in the finished picture what the edit left."""
+    seeing(0.9)
+    with governed(tmp_path, gated({**FLIGHT, "restart": restart}), tell=["user"]) as enforcement:
+        sample(model, clip, steps=4)
+    (entry,) = enforcement.record.entries()
+    assert entry["verdict"] == "edited" and "again" not in entry and "still sees" in entry["left"]
+    assert "still sees" in enforcement.said[-1]
+
+
 def test_a_gate_that_restarts_has_looked_at_the_end_by_itself(
     model: Any, clip: Any, tmp_path: Path, seeing: Seeing
 ) -> None:

@@ -364,8 +364,12 @@ class Account(Shared):
     def left(self, spec: EditSpec) -> str:
         """What an edit's gate still sees in the finished pictures, for people."""
         flight = spec.gate.inflight
-        left = self.gates.get(flight.id, {}).get("left", ()) if flight is not None else ()
-        return f"; its gate still sees it in {sum(left)} of {len(left)} finished pictures" if any(left) else ""
+        if flight is None or flight.threshold == 0 or spec.gate.drawn or spec.how.adds(spec):
+            return ""  # to whom it says nothing that it still sees it
+        seen = self.gates.get(flight.id, {}).get("left")
+        values = spec.gate.per_image(len(seen)) if seen else ()
+        left = sum(bool(value and there) for value, there in zip(values, seen or (), strict=True))
+        return f"; its gate sees it in {left} of {len(values)} finished pictures" if left else ""
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -373,7 +377,7 @@ class Account(Shared):
             "applied": self.applied,
             "steps": self.steps,
             "prompts": {name: {"rows": n, "edited": name in self.edited} for name, n in self.prompts.items()},
-            "gates": list(self.gates.values()),
+            "gates": [rounded(gate) for gate in self.gates.values()],
             "edits": [{**entry.document(self.steps), "said": line} for entry, line in self.lines()],
         }
 
@@ -392,6 +396,11 @@ class Accounts(Shared):
 
 Listener = Callable[[Account], None]
 LISTENERS: list[Listener] = []  # told of every run's account at its end
+
+
+def rounded(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """A gate's part of a document: confidences of four places."""
+    return {name: [round(x, 4) for x in each] if name == "finished" else each for name, each in gate.items()}
 
 
 def same(a: Tensor, b: Tensor) -> bool:

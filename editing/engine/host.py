@@ -386,7 +386,7 @@ class Restart(Exception):
 
 
 def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the sampler: begins again from the same noise as often as gates ask, each twice at most."""
+    """Wraps the sampler: begins again from the same noise as often as gates open for more images."""
     while True:
         try:
             out = executor(*args, **kwargs)

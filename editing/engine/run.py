@@ -77,7 +77,6 @@ class Run(Shared):
         self.batches: dict[Served, Served] = {}
         self.decided: dict[tuple[EditSpec, int, Window], tuple[EditSpec, ...]] = {}
         self.verdicts: dict[str, tuple[float, ...]] = {}  # of gates that decide in mid-run, one value an image
-        self.finished: set[str] = set()  # those that have been shown a finished picture
         self.gated: dict[EditSpec, EditSpec] = {}  # the edits behind them, as decided
         self.carried: frozenset[EditSpec] = frozenset()  # by the MODEL; others come with a conditioning
         self.origin: dict[EditSpec, EditSpec] = {}  # of an edit that a gate or a first look changed
@@ -112,7 +111,6 @@ class Run(Shared):
             other = self.others[model] = Run(backbone, model.model_sampling.percent_to_sigma)
             other.model, other.guiders, other.carried, other.before = model, self.guiders, self.carried, self.before
             other.verdicts, other.gated, other.origin = self.verdicts, self.gated, self.origin
-            other.finished = self.finished
             other.account = self.account
         return self.others[model]
 
@@ -124,7 +122,6 @@ class Run(Shared):
         self.windows.clear()
         self.decided.clear()
         self.verdicts.clear()
-        self.finished.clear()
         self.gated.clear()
         self.momenta.clear()
         del self.hooks  # they hold the run
@@ -197,8 +194,8 @@ class Run(Shared):
     def _verdict(
         self, spec: EditSpec, flight: InFlight, sigma: float, look: Callable[[InFlight], list[float]]
     ) -> tuple[bool, ...]:
-        """Ask a gate; which images it has flagged that were not flagged before. Asked again, at the end, it can flag
-        some once; what it sees there when all has been done is for the account to tell."""
+        """Ask a gate; which images it has flagged that were not flagged before. Asked again, at the end, it opens
+        for those as well; what it sees there of the others is for the account to tell."""
         again = flight.id in self.verdicts
         try:
             scores = look(flight)
@@ -208,11 +205,8 @@ class Run(Shared):
         before = self.verdicts.get(flight.id, self.before.get(flight.id, ()))
         before = before if len(before) == len(verdict) else (0.0,) * len(verdict)
         fresh = tuple(bool(new) and not old for new, old in zip(verdict, before, strict=True))
-        rounded = [round(score, 4) for score in scores]
         if again:
-            fresh = (False,) * len(fresh) if flight.id in self.finished else fresh
-            self.finished.add(flight.id)
-            self.account.gate(flight.id, finished=rounded, left=[bool(value) for value in verdict])
+            self.account.gate(flight.id, finished=list(scores), left=[bool(value) for value in verdict])
             if not any(fresh):
                 if any(verdict) and flight.report:
                     flight.report(scores, verdict, True)
@@ -225,7 +219,7 @@ class Run(Shared):
             flight.id,
             at_percent=flight.at_percent,
             step=self.account.step(sigma) + 1,
-            scores=rounded,
+            scores=[round(score, 4) for score in scores],
             opens=list(found),
             restarts=flight.restart and any(fresh),
         )

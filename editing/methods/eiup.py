@@ -10,11 +10,12 @@ A text encoder may say most of a thing at its start, end and padding, which the 
 away, and a large w_j destroys the picture. Evidence "alike" re-weights all that the erasure prompt At adds to what
 ordinary prompts A0 do, and finds the features by it (our reading; A0, cosines and neighbours as in cre.py):
 
-    out = A + w E (At - A0),      E = max(1, <A - A0, At - A0> / ||At - A0||^2) where cos(A - A0, At - A0) >= FLOOR
+    out = A + w E (At - A0),      E = 1 + max(0, c - 1) / n where cos(A - A0, At - A0) >= FLOOR, else 0,
+                                  c = <A - A0, At - A0> / ||At - A0||^2
 
-and 0 elsewhere, with A_r for the A0 that is added where the concept has something to draw instead, and a FLOOR that
-follows what the prompt's own tokens say (said.py). E is above 1 where a prompt says more of it than its phrase does: by
-a weight of 2, twice as much.
+with A_r for the A0 that is added where the concept has something to draw instead, and a FLOOR that follows what the
+prompt's own tokens say (said.py). What is taken away is so as often as the prompt says it: c is 2 by a weight of 2,
+which the n phrases that are found there share; it is no more than A has beyond A_r, as in cre.py, where that is added.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..edits.spec import Concept, EditSpec, Phrase
 from ..presets.parts import ConceptEdit
 from .attention import attend, logits, repetitions
 from .cre import DEFAULTS as CRE
-from .cre import TINY, alike, less, likeness, neutral_needed
+from .cre import TINY, alike, beyond, less, likeness, neutral_needed
 from .eiup_weight import EVIDENCE, Regressor
 from .found import Found
 from .said import floors
@@ -119,17 +120,20 @@ def where_alike(found: Found) -> tuple[Tensor, Tensor]:
     near = None if found.kept is None else likeness(a, less(found.kept.found, found.A0, "full"), found.kept.of)
     there = alike(a, along, norm, floors(FLOOR, found.said), near)
     assert isinstance(there, Tensor)
-    E = there * (along / norm.square().clamp_min(TINY)).clamp_min(1)
+    times = along / norm.square().clamp_min(TINY)
+    times = times if found.Ar is None else times.minimum(beyond(found, "full"))
+    E = there * (1 + (times - 1).clamp_min(0) / there.sum(0).clamp_min(1))
     return there[..., 0, 0], E[..., 0, 0]
 
 
 def steered(found: Found, s: Tensor, note: Callable[[Tensor], None] | None = None) -> Tensor:
     """What evidence "alike" takes away, sum_p s_p E_p (At_p - A0) over the phrases p, s_p = -w_p; fp32 [..., H, d].
 
-    Where there is something to draw instead, A_r stands in A0's place. s: [P, ...]; note: told E, [P, ...].
+    Where there is something to draw instead, A_r stands in A0's place. s: [P, ...]; note: told where, [P, ...].
     """
     assert found.A0 is not None
     (there, E), x = where_alike(found), less(found.At, found.A0 if found.Ar is None else found.Ar, "full")
+    E = torch.where(s > 0, E, there)  # more of it is added no more often than its weight says
     if note is not None:
         note(there)
     if found.weight is not None:

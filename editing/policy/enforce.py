@@ -197,12 +197,13 @@ class Enforcement:
                 return go()
         try:
             latents, account = self.carry(guider, ours, go)
-            if (again := self.sees(guider, ours, account.gates, latents)) is not None:
+            again, left = self.sees(guider, ours, account.gates, latents)
+            if again is not None:
                 about["again"] = "a gate saw in the finished picture what it had not seen on the way"
                 asked, ours = ours, again
                 latents, account = self.carry(guider, ours, go)
-                if self.sees(guider, asked, {}, latents) is not None:
-                    about["left"] = LEFT
+                _, left = self.sees(guider, asked, {}, latents)
+            about |= {"left": LEFT} if left else {}
             shown([account], ours)
         except Refused as error:
             raise self.refused(error, about) from None
@@ -222,10 +223,10 @@ class Enforcement:
             latents = go()
         return latents, shown(accounts, ours)
 
-    def sees(self, guider: Any, ours: Sequence[EditSpec], gates: Gates, latents: Any) -> list[EditSpec] | None:
-        """The edits with those gates open that see in the finished pictures what they had closed for; None: none.
-
-        gates: what the account tells of them, by their ids."""
+    def sees(
+        self, guider: Any, ours: Sequence[EditSpec], gates: Gates, latents: Any
+    ) -> tuple[list[EditSpec] | None, bool]:
+        """`seen_at_last` of a run's latents [B, C, h, w]."""
         form = guider.model_patcher.model.latent_format
         return seen_at_last(ours, gates, lambda flight: flight.look(latents.float(), form))
 

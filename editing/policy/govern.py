@@ -163,23 +163,25 @@ def flags(gate: ImageGate, image: Tensor, loaded: Loaded, rule: Rule, files: Fil
         raise Refused(f"pictures_gate: {error}") from None
 
 
-def seen_at_last(specs: Sequence[EditSpec], gates: Gates, look: Look) -> list[EditSpec] | None:
+def seen_at_last(specs: Sequence[EditSpec], gates: Gates, look: Look) -> tuple[list[EditSpec] | None, bool]:
     """The edits with their in-flight gates open for the images in whose finished picture they see what they missed on
-    the way; None where they see nothing new.
+    the way, None where they see nothing new; and whether they see anything.
 
     gates: what the run's account tells of each gate, by its id; look: shows the pictures to one that saw them not yet.
     """
-    again, missed = list(specs), False
+    again, missed, seen = list(specs), False, False
     for i, spec in enumerate(specs):
         flight = spec.gate.inflight
         if flight is None or spec.idle:
             continue
         told = gates.get(flight.id, {})
-        now = told["opens"] if "finished" in told else opened(look(flight), flight.threshold, flight.soft)
+        scores = told["finished"] if "finished" in told else look(flight)
+        now = opened(scores, flight.threshold, flight.soft)
         then = told.get("opens", (0.0,) * len(now))
         missed |= any(late and not early for late, early in zip(now, then, strict=True))
+        seen |= flight.threshold > 0 and any(now)
         again[i] = replace(spec, gate=spec.gate.decided(tuple(map(max, then, now))))
-    return again if missed else None
+    return again if missed else None, seen
 
 
 def together(carried: Sequence[EditSpec], ours: Sequence[EditSpec]) -> list[EditSpec]:
