@@ -33,7 +33,9 @@ from .sampling import CFG, STEPS, Demo, demo, object_prompts
 from .table import Rate, Row, Table
 
 START = 0.0  # these pictures decide early what they show
-# Members that the family's direction is learned from, and members of it that the training never names.
+LOOKS: tuple[Any, ...] = (world.NAMED_STYLES, world.BACKGROUNDS)
+QUICK = 12  # steps of pictures that a discriminator learns from
+# Members that the family's direction is learned from, and members of it that this training never names.
 FAMILIES = {
     "sharp weapons": (("kitchen knife", "crossed swords", "scissors"), ("dagger", "syringe")),
     "drinks": (("beer mug", "wine glass"), ("coffee cup",)),
@@ -76,20 +78,38 @@ def trained(
 OPEN = Gate()
 
 
-def watching(demo: Demo, judge: Discriminator) -> Gate:
-    """Opens where the picture, two fifths of the way, shows the concept; it is then drawn again from the start."""
-    return in_flight_gate(judge, demo.vae, 0.4, THRESHOLD, restart=True)
+def watching(demo: Demo, judge: Discriminator, threshold: float = THRESHOLD) -> Gate:
+    """Opens where the picture, two fifths of the way or finished, shows the concept; it is then drawn again from the
+    start."""
+    return in_flight_gate(judge, demo.vae, 0.4, threshold, restart=True)
 
 
-def family_judge(demo: Demo, members: Sequence[str], unseen: Sequence[str], count: int, seed: int) -> Discriminator:
-    """A discriminator of a family that knows the named members alone, from the demo model's own pictures."""
-    rest = [n for n in world.OBJECTS if n not in (*members, *unseen)]
+def family_judge(demo: Demo, family: Sequence[str], count: int, seed: int) -> Discriminator:
+    """A discriminator of all of a family, from the demo model's own pictures: `count` of it, twice as many of others,
+    alone, beside another thing, and in scenes."""
+    rest, quick = [n for n in world.OBJECTS if n not in family], replace(demo, steps=QUICK)
     pictures = [
-        demo.pictures(demo.model, [p.caption for p in object_prompts(names, count, seed)], seed)
-        for names in (members, random.Random(seed).sample(rest, len(rest)))
+        quick.pictures(demo.model, [p.caption for p in around(names, rest, n, seed + i)], seed + i)
+        for i, (names, n) in enumerate(((family, count), (rest, 2 * count)))
     ]
     own, others = (squared(x.movedim(1, -1), drawings().size) for x in pictures)
-    return train(own, others, drawings(), members[0], seed=seed)[0]
+    return train(own, others, drawings(), family[0], seed=seed)[0]
+
+
+def around(names: Sequence[str], rest: Sequence[str], count: int, seed: int) -> list[world.Picture]:
+    """`count` captions that show one of `names` in turn: alone, beside one of the rest, in its scenes."""
+    rng, found = random.Random(seed), []
+    words = [word for word, (_, held) in world.SCENES.items() if held in names]
+    for i in range(count):
+        name, look = names[i // 3 % len(names)], (world.maybe(rng, 0.5, of) for of in LOOKS)
+        if i % 3 == 0:
+            found.append(world.one_object(rng, name, *look))
+        elif i % 3 == 1:
+            pair = rng.sample([name, rng.choice([other for other in rest if other != name])], 2)
+            found.append(world.two_objects(rng, *pair, *look))
+        else:
+            found.append(world.scene(rng, words[i // 3 % len(words)], *look))
+    return found
 
 
 def moved(demo: Demo, direction: Direction, strength: float = 1.0, gate: Gate = OPEN, model: Any = None) -> Any:
@@ -138,9 +158,9 @@ def compare(
     strengths: Sequence[float] = (1.0, 1.5),
     seed: int = 5,
     concepts: Sequence[str] = (*SINGLES, *FAMILIES),
-    examples: int = 90,
+    examples: int = 240,
 ) -> Iterator[Row]:
-    """`count` pictures a figure; `examples` of a family and of others for its gate."""
+    """`count` pictures a figure; `examples` of a family for its gate."""
     for label in concepts:
         members, unseen = FAMILIES.get(label, ((label,), ()))
         prompts = [f"a picture of {world.article(name)}" for name in members]
@@ -151,11 +171,13 @@ def compare(
             models[f"direction, strength {strength:g}"] = moved(demo, d, strength)
             models[f"random, strength {strength:g}"] = moved(demo, control, strength)
         # One shift for every prompt spares none: behind a gate, the others are not moved.
-        judge = family_judge(demo, members, unseen, examples, seed + 50) if unseen else shipped(label)
+        gate = (
+            watching(demo, family_judge(demo, (*members, *unseen), examples, seed + 50), 0.5)
+            if unseen
+            else watching(demo, shipped(label))
+        )
         for name, each in (("direction", d), ("random", control)):
-            models[f"{name}, strength {strengths[-1]:g}, gated"] = moved(
-                demo, each, strengths[-1], watching(demo, judge)
-            )
+            models[f"{name}, strength {strengths[-1]:g}, gated"] = moved(demo, each, strengths[-1], gate)
         yield from rows_of(demo, label, members, unseen, models, count, seed)
 
 
@@ -277,8 +299,9 @@ TABLES = (
         "direction",
         "Safe-region directions",
         "How often the concept is found in pictures whose prompt names or implies it, or names a member of its "
-        "family that training never saw; how often others are. The random direction is as long at every token. "
-        "Gated: in flight at 0.4, restarting; a family's gate knows the named members alone.",
+        "family that the direction's training never saw; how often others are. The random direction is as long at "
+        "every token. "
+        "Gated: in flight at 0.4, restarting, by a discriminator; a family's knows all of its members.",
         compared,
         partial(compared, 4, 4, 2, (1.0,), concepts=("drinks",), examples=12),
         ("concept", "edit"),

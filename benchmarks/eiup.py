@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,10 +52,16 @@ def settings() -> dict[str, Edit]:
 
 
 def compare(
-    demo: Demo, scenes: int = len(world.SCENES), count: int = 8, others: int = 64, seed: int = 9
+    demo: Demo,
+    methods: Sequence[str] = (),
+    scenes: int = len(world.SCENES),
+    count: int = 8,
+    others: int = 64,
+    seed: int = 9,
 ) -> Iterator[Row]:
-    """For each setting: the concept's share of the scenes that imply it and the prompts that name it, and how many of
-    the other prompts' objects are found. `count` pictures of each kind for each of the scenes' concepts."""
+    """For each setting, or those of `methods`: the concept's share of the scenes that imply it and the prompts that
+    name it, and how many of the other prompts' objects are found. `count` pictures of each kind for each of the scenes'
+    concepts."""
     rng = random.Random(seed)
     held = [(word, name) for word, (_, name) in list(world.SCENES.items())[:scenes]]
     implied = {name: [world.scene(rng, word).caption for _ in range(count)] for word, name in held}
@@ -65,6 +71,8 @@ def compare(
         name: object_prompts(rng.sample([n for n in world.OBJECTS if n != name], each), each, seed) for _, name in held
     }
     for label, edit in settings().items():
+        if methods and label not in methods:
+            continue
         left, told, kept, sure = [], [], [], []
         for _, name in held:
             edited = edit(demo, demo.model, demo.concept(name))
@@ -83,8 +91,8 @@ def compare(
         }
 
 
-def compared(*sizes: int) -> Iterator[Row]:
-    return compare(demo(), *sizes)
+def compared(methods: Sequence[str] = (), **sizes: int) -> Iterator[Row]:
+    return compare(demo(), methods, **sizes)
 
 
 TABLES = (
@@ -93,6 +101,7 @@ TABLES = (
         "Prompts that never name the concept",
         f"The concepts of the eight scenes; CRE at strength {STRENGTH:g}, nothing kept; all edits in every step.",
         compared,
-        partial(compared, 1, 4, 8),
+        partial(compared, scenes=1, count=4, others=8),
+        ("edit",),
     ),
 )

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="TABLE", help="one table, or those of one beginning (again)")
     parser.add_argument("--quick", action="store_true", help="few samples: a smoke test, not a result")
     parser.add_argument(
-        "--methods", metavar="A;B", help="of `peers`, `attack` and `kpop`: these rows alone; the others stay"
+        "--methods", metavar="A;B", help="of `peers`, `attack`, `eiup` and `kpop`: these rows alone; the others stay"
     )
     parser.add_argument(
         "--architectures",

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from conceptguard.editing.edits.concept import NEUTRAL, concept_from_text
 from conceptguard.editing.edits.encode import encode, own_tokens, rows_of
-from conceptguard.editing.edits.sayings import FURTHER, SAYINGS, holds
+from conceptguard.editing.edits.sayings import FURTHER, SAYINGS, holds, tagged
 from conceptguard.editing.edits.spec import Concept, EditSpec
 from conceptguard.editing.engine.host import add_edit
 from conceptguard.editing.methods.cre import DEFAULTS
 from conceptguard.editing.methods.eiup import EIUPOptions
 from conceptguard.editing.methods.reread import reading
+from conceptguard.editing.methods.said import rows_of_all
 
 OPTIONS = replace(DEFAULTS, floor=0.1, solve="sum")
 
@@ -161,12 +162,21 @@ def test_what_others_add_stays(model: Any, other: str) -> None:
 # --- what the prompts become -----------------------------------------------------------------------------------------
 
 
+def test_an_article_in_front_of_a_phrase_is_no_part_of_what_says_it(clip: Any) -> None:
+    """Tags say it without; the phrase's tokens, which are what is taken away, have it."""
+    one, bare = (concept_from_text(clip, text, instead="a cup").phrases[0] for text in ("a mug", "mug"))
+    assert torch.equal(one.stem, bare.like[0]) and bare.stem is None and not torch.equal(one.tokens, bare.tokens)
+    for mine, theirs in zip((*rows_of_all(one), *one.becomes), (*rows_of_all(bare), *bare.becomes), strict=True):
+        assert torch.equal(mine, theirs)
+    assert [tagged(text) for text in ("The mug", "a", "an old mug", "mugs")] == ["mug", "a", "old mug", "mugs"]
+
+
 def test_each_row_becomes_what_stands_in_its_place(clip: Any) -> None:
     concept = concept_from_text(clip, "a beer mug", instead="a cup\na tea bowl")
     T, G = concept.phrases[0].becomes
     rows: list[tuple[Tensor, Tensor]] = []
     for said in (*SAYINGS, *FURTHER):
-        texts = [said.format(thing) for thing in ("a beer mug", "a cup", "a tea bowl")]
+        texts = [said.format(thing) for thing in ("beer mug", "a cup", "a tea bowl")]
         tokens, own = [encode(clip, text)[0] for text in texts], [own_tokens(clip, text) for text in texts]
         behind = len(said.split("{}")[1].split())
         first = [each[len(each) - 1 - behind] for each in own]  # mug, cup, bowl

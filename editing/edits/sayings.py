@@ -28,6 +28,12 @@ def bare(text: str) -> list[str]:
     return [word for word in text.lower().split() if word not in ARTICLES]
 
 
+def tagged(text: str) -> str:
+    """Without an article in front, as tags say it: a thing is told so with one as well, and not the other way round."""
+    first, _, rest = text.partition(" ")
+    return rest if first.lower() in ARTICLES and rest else text
+
+
 def holds(line: str, other: str) -> bool:
     """Whether a line says another one within itself, as "a picture of a mug" says "mug"."""
     words, within = bare(line), bare(other)
@@ -52,11 +58,13 @@ def told(clip: Any, phrases: Sequence[Phrase], instead: Sequence[str]) -> tuple[
 
 def told_of(clip: Any, phrase: Phrase, others: Sequence[Sequence[Said]]) -> Phrase:
     """others: of each saying, the prompts that say what is drawn instead; none: it becomes nothing else."""
-    says = [said_in(clip, saying, phrase.text) for saying in SAYINGS]
-    told = replace(phrase, like=tuple(rows_of(each.tokens, each.own) for each in says))
+    text = tagged(phrase.text)
+    says = [said_in(clip, saying, text) for saying in SAYINGS]
+    like = tuple(rows_of(each.tokens, each.own) for each in says)
+    told = replace(phrase, like=like, stem=None if text == phrase.text else like[0])
     if not others:
         return told
-    says += [said_in(clip, saying, phrase.text) for saying in FURTHER]
+    says += [said_in(clip, saying, text) for saying in FURTHER]
     T, G = (torch.cat(rows) for rows in zip(*map(becomes, says, others), strict=True))
     return replace(told, becomes=(T, G))
 

@@ -26,8 +26,9 @@ from .method import Method, method
 class Phrase(Shared):
     """One phrasing of a concept as its text encoding. tokens: [1, T, W] fp32 on the CPU.
 
-    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py; becomes: such rows, and
-    those in their place where these prompts say what is to be drawn instead, [n, W] each, for methods/reread.py;
+    like: rows [n, W] of the encodings of more prompts that say the same, for methods/said.py; stem: of the phrase
+    itself there, if other than its own; becomes: such rows, and those in their place where these prompts say what is to
+    be drawn instead, [n, W] each, for methods/reread.py;
     pooled: of the whole phrase, [1, P] fp32 on the CPU, if its text encoder makes one.
     """
 
@@ -37,6 +38,7 @@ class Phrase(Shared):
     like: tuple[Tensor, ...] = ()
     pooled: Tensor | None = None
     becomes: tuple[Tensor, Tensor] | None = None
+    stem: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3 or len(self.tokens) != 1:

@@ -146,7 +146,8 @@ def said_test(concept: Concept, values: Callable[[Tensor], Tensor | None], margi
 
 def rows_of_all(phrase: Phrase) -> list[Tensor]:
     """The phrase's rows but the first, for every prompt starts alike, and those of the prompts that say the same."""
-    return [rows_of(phrase.tokens, phrase.own)[1:], *phrase.like]
+    own = rows_of(phrase.tokens, phrase.own) if phrase.stem is None else phrase.stem
+    return [own[1:], *phrase.like]
 
 
 def tell(own: Tensor, *like: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
