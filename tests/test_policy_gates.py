@@ -12,7 +12,7 @@ import comfy.sample
 import pytest
 import tiny
 import torch
-from governed import CRE, governed, prompt, sample, write
+from governed import CRE, EIUP, governed, prompt, sample, write
 from test_preset_gates import JUDGE
 
 from conceptguard.editing.gates.discriminator import Discriminator
@@ -237,6 +237,15 @@ def test_what_a_gate_still_sees_is_in_the_record(
     (entry,) = enforcement.record.entries()
     assert entry["verdict"] == "edited" and "again" not in entry and "still sees" in entry["left"]
     assert "still sees" in enforcement.said[-1]
+
+
+def test_what_an_edit_adds_is_not_left(model: Any, clip: Any, tmp_path: Path, seeing: Seeing) -> None:
+    seeing(0.9)
+    with governed(tmp_path, {**EIUP, "weights": [1, 0.5], "gate": FLIGHT}) as enforcement:
+        sample(model, clip, steps=4)
+    (entry,) = enforcement.record.entries()
+    assert entry["verdict"] == "edited" and "left" not in entry
+    assert not any("finished pictures" in edit["said"] for edit in entry["edits"])
 
 
 def test_a_gate_that_restarts_has_looked_at_the_end_by_itself(

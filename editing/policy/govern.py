@@ -165,7 +165,7 @@ def flags(gate: ImageGate, image: Tensor, loaded: Loaded, rule: Rule, files: Fil
 
 def seen_at_last(specs: Sequence[EditSpec], gates: Gates, look: Look) -> tuple[list[EditSpec] | None, bool]:
     """The edits with their in-flight gates open for the images in whose finished picture they see what they missed on
-    the way, None where they see nothing new; and whether they see anything.
+    the way, None where they see nothing new; and whether those that take away see anything.
 
     gates: what the run's account tells of each gate, by its id; look: shows the pictures to one that saw them not yet.
     """
@@ -179,7 +179,7 @@ def seen_at_last(specs: Sequence[EditSpec], gates: Gates, look: Look) -> tuple[l
         now = opened(scores, flight.threshold, flight.soft)
         then = told.get("opens", (0.0,) * len(now))
         missed |= any(late and not early for late, early in zip(now, then, strict=True))
-        seen |= flight.threshold > 0 and any(now)
+        seen |= flight.threshold > 0 and not spec.how.adds(spec) and any(now)
         again[i] = replace(spec, gate=spec.gate.decided(tuple(map(max, then, now))))
     return again if missed else None, seen
 
